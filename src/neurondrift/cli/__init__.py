@@ -1,0 +1,10 @@
+"""The command line: one thin function per command, in a module for each kind of thing that they are about.
+
+Importing a module below adds its commands to the application, in the order of `--help`.
+"""
+
+from neurondrift.cli.app import app, main
+
+from neurondrift.cli import study, groups  # isort: skip
+
+__all__ = ["app", "groups", "main", "study"]

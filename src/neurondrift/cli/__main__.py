@@ -1,0 +1,3 @@
+from neurondrift.cli import main
+
+main()

@@ -1,0 +1,130 @@
+"""The commands of a study: all its stages at once, each by itself, and what surrounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
+from neurondrift.errors import ConfigError
+from neurondrift.memory import tune_allocator
+
+
+def _run(
+    stages: Sequence[str] | None, source: Source, flags: Flags, force: Sequence[str] = (), *, keep_scores: bool = False
+) -> None:
+    study = study_of(source, flags)
+    from neurondrift.study import STAGES, StudyRun
+
+    tune_allocator()
+    chosen = STAGES if stages is None else stages
+    StudyRun(study, source.output_dir, say=lambda line: print(line, flush=True)).run(
+        chosen, force=force, keep_scores=keep_scores
+    )
+
+
+Keep = Annotated[bool, Parameter(help="keep the scores after the groups are formed", negative="")]
+Again = Annotated[bool, Parameter(help="do the stage again even where it stands", negative="")]
+
+
+@app.command
+def run(
+    source: Source = NO_SOURCE,
+    flags: Flags = NO_FLAGS,
+    *,
+    force: Annotated[list[str] | None, Parameter(help="stage to do again; may be repeated", negative="")] = None,
+    keep_scores: Keep = False,
+) -> None:
+    """Run the whole study, or what is left of it: stages that stand and whose inputs have not changed are skipped."""
+    _run(None, source, flags, force or (), keep_scores=keep_scores)
+    report_file = source.output_dir / "results" / "drift_analysis_report.txt"
+    print(f"\nThe answer: cat {report_file}")
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, *, force: Again = False) -> None:
+        _run([name], source, flags, [name] if force else ())
+
+    command.__doc__ = text
+    command.__name__ = name
+    app.command(command, name=name)
+
+
+_stage_command("align", "Teach the model to refuse first (only where the study says so, as in demo).")
+_stage_command("score", "Score every weight for safety and for utility.")
+
+
+@app.command
+def groups(
+    source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, *, force: Again = False, keep_scores: Keep = False
+) -> None:
+    """Form the groups of neurons and weights, and their matched controls; then delete the scores."""
+    _run(["groups"], source, flags, ["groups"] if force else (), keep_scores=keep_scores)
+
+
+_stage_command("finetune", "Fine-tune while measuring the drift of every neuron.")
+_stage_command("evaluate", "Measure refusals and perplexity before, during and after fine-tuning.")
+
+
+@app.command
+def analyze(
+    source: Source = NO_SOURCE,
+    flags: Flags = NO_FLAGS,
+    *,
+    force: Again = False,
+    drift: Annotated[list[Path] | None, Parameter(help="folder of drift snapshots made elsewhere; one a seed")] = None,
+    group: Annotated[list[Path] | None, Parameter(help="group of neurons made elsewhere, .parquet or .json")] = None,
+) -> None:
+    """Compare the drift of each group with its matched controls.
+
+    With --drift and --group: of snapshots (a DriftCallback in any script) and groups that were made elsewhere; the
+    findings and the report go to the output folder.
+    """
+    if not drift and not group:
+        _run(["analyze"], source, flags, ["analyze"] if force else ())
+        return
+    if not drift or not group:
+        raise ConfigError(
+            "Drift made elsewhere needs groups, and groups need drift", allowed="--drift and --group together"
+        )
+    if (source.output_dir / "study.toml").exists():
+        raise ConfigError(
+            "The output folder holds a study", received=str(source.output_dir), fix="choose another --output-dir"
+        )
+    study = study_of(source, flags)
+    from neurondrift.folder import StudyFolder
+    from neurondrift.stages import analyze_files
+
+    found = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
+    print(found["analysis"]["conclusion"])
+    print(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
+
+
+_stage_command("report", "Write the report, the figures and the page from the findings.")
+
+
+@app.command
+def verify(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS) -> None:
+    """Check that this machine can run the study: packages, device, memory, disk, model, data; and what it will cost."""
+    study = study_of(source, flags)
+    from neurondrift.verify import verify as check
+
+    check(study, source.output_dir, say=print)
+
+
+@app.command
+def clean(
+    *,
+    output_dir: Annotated[Path, Parameter(help="the study's folder")] = Path(),
+    everything: Annotated[
+        bool, Parameter(help="delete all that the study made, not only its scratch files", negative="")
+    ] = False,
+) -> None:
+    """Delete the scratch files of a study (scores)."""
+    from neurondrift.study import clean as delete
+
+    removed = delete(output_dir, everything=everything)
+    print("\n".join(f"deleted {path}" for path in removed) or "nothing to delete")
