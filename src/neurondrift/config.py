@@ -22,6 +22,9 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
+# The groups that a study makes.
+GROUP_NAMES = ("safety_top", "safety_set_difference", "utility_top", "random")
+
 
 class Section(BaseModel):
     """A table of the configuration: unknown keys are errors, values are fixed once read."""
@@ -114,6 +117,24 @@ class FinetuneSection(Section):
     checkpoint_interval: Count | None = Field(
         None, description="steps between resumable checkpoints; default: drift_interval"
     )
+    freeze: str | None = Field(
+        None,
+        description="hold a group still while training: a group of the study, matched:NAME for its control, or a file",
+    )
+    freeze_granularity: Literal["neuron", "weight", "unit"] = Field(
+        "neuron", description="which of the study's groups of that name; a file has its own"
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze(cls, value: str | None) -> str | None:
+        if value is None or value.endswith((".parquet", ".json")):
+            return value
+        if value.removeprefix("matched:") not in GROUP_NAMES:
+            raise ValueError(
+                f"must be {', '.join(GROUP_NAMES)}, matched: and one of these, or a .parquet or .json file"
+            )
+        return value
 
     @field_validator("max_steps")
     @classmethod
@@ -123,6 +144,23 @@ class FinetuneSection(Section):
         return value
 
 
+class AttackSection(Section):
+    """How harmful prompts are put, as in Wei et al. A bare string stands for `{kind = "..."}`."""
+
+    kind: Literal["vanilla", "decoding", "suffix"] = "vanilla"
+    chat_template: bool = Field(True, description="false: plain text, outside the chat template")
+    samples: Count = Field(5, description="answers to each prompt (decoding)")
+    temperature: Positive = Field(1.0, description="of those answers")
+    top_p: Fraction = Field(1.0, description="of those answers")
+    seed: int = Field(0, description="of those answers")
+    suffixes: str | None = Field(None, description="file of adversarial suffixes, one a line (suffix)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
 class EvaluateSection(Section):
     harmful: DataReference = DataReference(source="builtin:refusals-heldout")
     ordinary: DataReference = DataReference(source="builtin:ordinary-heldout", limit=64)
@@ -130,10 +168,28 @@ class EvaluateSection(Section):
     answers: DataReference = Field(
         DataReference(source="builtin:ordinary-heldout", limit=64), description="held-out answers for the perplexity"
     )
-    judge: Literal["refusal", "keyword", "prefix"] = "refusal"
+    judge: str = Field("refusal", description="refusal, keyword, prefix, or hf:ID for a model that judges")
+    further_judges: list[str] = Field([], description="judged by these too, for the Parquet files")
+    judge_kind: Literal["harmbench", "llama-guard", "strongreject", "yes-no"] | None = Field(
+        None, description="how an hf: judge is asked, where its name does not say so"
+    )
+    judge_prompt: str | None = Field(
+        None, description="prompt of an hf: judge, with {prompt} and {response}, instead of its kind's own"
+    )
+    attack: AttackSection = AttackSection()
+    system_prompt: str = Field("", description="llama2, or the text of a system prompt; empty: none")
+    capability_tasks: list[str] = Field([], description="tasks of lm-evaluation-harness (needs the extra harness)")
     batch_size: Count = 32
     max_new_tokens: Count = 32
     max_length: Annotated[int, Field(ge=8)] = 512
+
+    @field_validator("judge", "further_judges")
+    @classmethod
+    def _judge(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if name not in ("refusal", "keyword", "prefix") and not (name.startswith("hf:") and name != "hf:"):
+                raise ValueError(f"there is no judge {name!r}: refusal, keyword, prefix, or hf: and a model")
+        return value
 
 
 class AnalyzeSection(Section):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_told: set[str] = set()  # tokenizers without a chat template that the user has heard of
 IGNORED = -100  # label of a token that is no target, as in transformers
 
 # name -> (file, split): the halves of a file never share a subject (see its "topic" or "category")
@@ -275,7 +276,10 @@ def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: st
     A tokenizer without a chat template gets `PLAIN_TEMPLATE` (### Instruction / ### Response), said once.
     """
     if not tokenizer.chat_template:
-        logger.warning("%s has no chat template: '### Instruction / ### Response' is used", tokenizer.name_or_path)
+        name = str(getattr(tokenizer, "name_or_path", ""))
+        if name not in _told:  # a study loads the tokenizer again at every step
+            _told.add(name)
+            logger.warning("%s has no chat template: '### Instruction / ### Response' is used", name or "The tokenizer")
         tokenizer.chat_template = PLAIN_TEMPLATE
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})

@@ -48,6 +48,10 @@ class GroupError(UserError):
     """A group that is empty, foreign or cannot be matched."""
 
 
+class FreezeError(UserError):
+    """Weights that cannot be held exactly while training, or that moved although they were to be held."""
+
+
 class ArtifactError(UserError):
     """A file that is missing, truncated, foreign or in the way."""
 

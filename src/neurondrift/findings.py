@@ -16,17 +16,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from neurondrift.behaviour.evaluate import Change, Rate, paired_change, refusal_rate
+from neurondrift.behaviour.rates import Change, category_interval, paired_change, per_prompt, refusal_rate
 from neurondrift.config import AnalyzeSection
 from neurondrift.drift.log import METRICS, DriftLog
+from neurondrift.drift.weights import WeightDrift, pooled, weight_drifts
 from neurondrift.errors import ArtifactError, GroupError
 from neurondrift.groups import Group
 from neurondrift.statistics import BehaviourSeries, Population, analyze, refine_bins, to_json
+from neurondrift.statistics.ratios import ratio_of_means
 from neurondrift.statistics.series import cluster_mean, control_means, control_weights, distribution
 
 Rows = list[dict[str, Any]]
 
 SCHEMA_VERSION = 1
+
+# What the matched control of a group of weights is called in a drift log: NAME.matched. And the control of them all.
+MATCHED = ".matched"
+RANDOM = "random"
 
 
 def analysis(
@@ -83,8 +89,57 @@ def analysis(
         "trajectories": trajectories(logs, population, members, strata),
         "distributions": _distributions(population, members, strata, list(logs)),
         "groups": [_describe_group(name, group, int(members[name].sum())) for name, group in groups.items()],
+        "weights": single_weights(logs),
         "steps": steps,
     }
+
+
+def single_weights(logs: Mapping[int, DriftLog]) -> Rows:
+    """Drift of the followed groups of weights at every snapshot, beside their matched controls and random weights.
+
+    One row a seed, step and group; none where a log follows no weights. Means and medians are over all members in
+    trained sites whose value is defined.
+    """
+    rows: Rows = []
+    for seed, log in logs.items():
+        for step in log.steps() if log.follows_weights() else []:
+            parts: dict[tuple[str, str], list[WeightDrift]] = {}
+            for part in weight_drifts(log.weights(steps=[step])):
+                parts.setdefault((part.group, part.metric), []).append(part)
+            names = dict.fromkeys(group for group, _ in parts)
+            for name in (name for name in names if not name.endswith(MATCHED)):
+                row: dict[str, Any] = {"seed": seed, "step": step, "group": name}
+                for metric, label in (("absolute", "abs"), ("relative", "relative")):
+                    row |= _weight_fields(label, *(parts.get((n, metric)) for n in (name, name + MATCHED, RANDOM)))
+                rows.append(row)
+    return rows
+
+
+def _weight_fields(
+    label: str,
+    members: list[WeightDrift] | None,
+    controls: list[WeightDrift] | None,
+    random: list[WeightDrift] | None,
+) -> dict[str, Any]:
+    """The fields of one metric: `label` is `abs` or `relative`."""
+    own = pooled(members or [])
+    found: dict[str, Any] = {"n": own.count, f"zeros_{label}": own.zeros, f"undefined_{label}": own.undefined}
+    for prefix, arm in (("", members), ("matched_", controls), ("random_", random)):
+        if arm:
+            whole = pooled(arm)
+            found |= {f"{prefix}mean_{label}": whole.mean, f"{prefix}median_{label}": whole.quantile(0.5)}
+    found |= {f"sd_{label}": math.sqrt(own.variance), f"p99_{label}": own.quantile(0.99)}
+    if controls:
+        sums = [
+            {part.site: (part.defined, part.defined * part.mean) for part in arm} for arm in (members or [], controls)
+        ]
+        sites = list(sums[0] | sums[1])
+        first, second = (np.nan_to_num([arm.get(site, (0.0, 0.0)) for site in sites]) for arm in sums)
+        ratio = ratio_of_means(first, second)
+        found |= {f"ratio_{label}": ratio.value, f"ratio_{label}_ci95": [ratio.low, ratio.high]}
+        if ratio.reason:
+            found |= {f"ratio_{label}_reason": ratio.reason, f"ratio_{label}_ci95_reason": ratio.reason}
+    return found
 
 
 def load_population(logs: Mapping[int, DriftLog]) -> tuple[Population, list[int]]:
@@ -262,10 +317,10 @@ def read_table(path: Path) -> Rows:
 
 
 def read_answers(folder: Path) -> Rows:
-    """All judged answers of a seed's behaviour folder, every step."""
+    """One row a prompt and step of a seed's behaviour folder, by its primary judge (see `per_prompt`)."""
     rows: Rows = []
     for file in sorted(folder.glob("step=*.parquet")):
-        rows += read_table(file)
+        rows += per_prompt(read_table(file))
     return rows
 
 
@@ -278,11 +333,18 @@ def read_perplexities(folder: Path) -> dict[int, float]:
     return {int(row["step"]): float(row["perplexity"]) for row in table.to_pylist()}
 
 
+def read_capability(folder: Path) -> Rows:
+    """Results of lm-evaluation-harness; empty where no task was asked for."""
+    file = folder / "capability.parquet"
+    return read_table(file) if file.exists() else []
+
+
 def behaviour(
     answers: Mapping[int, Rows],
     perplexities: Mapping[int, Mapping[int, float]],
     before_alignment: Rows,
     settings: Mapping[str, Any],
+    capability: Rows | None = None,
 ) -> dict[str, Any] | None:
     """The part of the findings that rests on answers: rates with intervals, changes on the same prompts."""
     if not any(answers.values()):
@@ -319,12 +381,28 @@ def behaviour(
         for seed, by_step in perplexities.items()
         for step, value in by_step.items()
     ]
-    return {**settings, "rates": rates, "perplexity": values, "before_alignment": unaligned, "changes": changes}
+    return {
+        **settings,
+        "rates": rates,
+        "perplexity": values,
+        "before_alignment": unaligned,
+        "changes": changes,
+        "capability": capability or [],
+    }
 
 
 def _rate(rows: Rows) -> dict[str, Any]:
-    rate: Rate = refusal_rate([row["refused"] for row in rows])
-    return {**rate._asdict(), "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows)}
+    flags = [bool(row["refused"]) for row in rows]
+    over = category_interval(flags, [str(row.get("category") or "") for row in rows])
+    return {
+        **refusal_rate(flags)._asdict(),
+        "category_low": over.low,
+        "category_high": over.high,
+        "categories": over.categories,
+        "category_reason": over.reason or None,
+        "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows),
+        "success": sum(bool(row.get("success", not row["refused"])) for row in rows) / len(rows),
+    }
 
 
 def json_safe(value: Any) -> Any:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift import artifacts
+from neurondrift.config import GROUP_NAMES as GROUP_NAMES
 from neurondrift.config import Study
-
-GROUP_NAMES = ("safety_top", "safety_set_difference", "utility_top", "random")
 
 
 class StudyFolder:
@@ -58,6 +57,19 @@ class StudyFolder:
     def group_file(self, name: str, granularity: str, *, matched: bool = False, suffix: str = "parquet") -> Path:
         """`safety_top.neurons.parquet`, and `safety_top.matched.neurons.parquet` for its control."""
         return self.groups / f"{name}{'.matched' if matched else ''}.{granularity}s.{suffix}"
+
+    def importance_file(self, name: str, granularity: str) -> Path:
+        """Importance of each member of a group, by which doses of it are taken."""
+        return self.group_file(name, granularity, suffix="importance.parquet")
+
+    @property
+    def frozen_group(self) -> Path | None:
+        """The group that fine-tuning holds still: one of the study's (`finetune.freeze`), or a file; or None."""
+        settings = self.study.finetune
+        if settings.freeze is None or settings.freeze.endswith((".parquet", ".json")):
+            return None if settings.freeze is None else Path(settings.freeze).expanduser()
+        name = settings.freeze.removeprefix("matched:")
+        return self.group_file(name, settings.freeze_granularity, matched=name != settings.freeze)
 
     def manifest(self, stage: str, seed: int | None = None) -> Path:
         name = stage if seed is None else f"{stage}.seed={seed}"

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from neurondrift.artifacts import atomic_path
+from neurondrift.distributed import local_rank, process_count
 from neurondrift.errors import ModelError, UserError
 from neurondrift.memory import release_memory
 from neurondrift.sites import unwrap
@@ -91,7 +92,7 @@ def load_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` becomes the first accelerator that is there, else the CPU."""
+    """`auto` becomes the first accelerator that is there (under torchrun: each process's own), else the CPU."""
     if device != "auto":
         try:
             resolved = torch.device(device)
@@ -102,7 +103,7 @@ def resolve_device(device: str) -> torch.device:
                 "This device cannot be used", received=device, allowed="auto, cpu, cuda, cuda:N, mps"
             ) from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", local_rank()) if process_count() > 1 else torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -218,18 +219,23 @@ def gguf_of_package(package: str) -> Path:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
-    """The model with a PEFT adapter from a folder on top, unmerged.
+    """The model with a PEFT adapter from a folder on top, unmerged; with the weights held that were held while it was
+    trained (`frozen_group.parquet` beside it, see `masked_lora`).
 
     Raises `ModelError` where the folder holds no adapter, or the adapter of another architecture.
     """
     from peft import PeftModel
 
+    from neurondrift.masked_lora import reapply_masks
+
     if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
         raise ModelError("This folder holds no adapter in safetensors", received=str(folder))
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"The adapter does not fit the model ({_first_line(error)})", received=str(folder)) from error
+    reapply_masks(adapted, folder)
+    return adapted
 
 
 def _first_line(error: Exception) -> str:

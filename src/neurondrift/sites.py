@@ -42,6 +42,8 @@ class Site:
         Index into a 3-D parameter, or None.
     wrapper
         The module that `named_modules()` gives under this name: `owner` itself or PEFT's layer around it.
+    inner
+        Where `wrapper` is PEFT's `ModulesToSaveWrapper`: the path of `owner` within the module that it keeps.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Site:
     transposed: bool = False
     expert: int | None = None
     wrapper: nn.Module
+    inner: str = ""
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -63,11 +66,15 @@ class Site:
     def weight(self) -> torch.Tensor:
         """The weight as a detached view `[out, in]` in the model's dtype; writing to it changes the model.
 
-        A quantised weight is de-quantised: a copy.
+        A quantised weight is de-quantised, one that FSDP has cut among processes is gathered (`gathered`): a copy.
         """
-        tensor = self.tensor.detach()
-        if is_quantised(tensor):
+        tensor = gathered(self.tensor)
+        if is_quantised(self.tensor):
             return _dequantise(self.owner, tensor)
+        return self.oriented(tensor)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This site's matrix `[out, in]` out of a tensor that is stored as `self.tensor` is: a view."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor.T if self.transposed else tensor
@@ -90,9 +97,24 @@ class Site:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, detached; one that FSDP2 has cut among processes (a DTensor) in full, as a copy.
+
+    Gathering is a collective operation: every process must call this, for the same parameters in the same order.
+    """
+    detached: Any = tensor.detach()
+    whole: torch.Tensor = detached.full_tensor() if is_sharded(tensor) else detached
+    return whole
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is a DTensor, cut among processes (FSDP2)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def is_quantised(tensor: torch.Tensor) -> bool:
-    """Whether a parameter holds packed integers (bitsandbytes) rather than the weight itself."""
-    return not tensor.is_floating_point()
+    """Whether a parameter holds packed numbers (bitsandbytes, in any storage dtype) rather than the weight itself."""
+    return not tensor.is_floating_point() or type(tensor).__name__ in ("Params4bit", "Int8Params")
 
 
 def _dequantise(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,6 +131,8 @@ def unwrap(model: nn.Module) -> Any:
         model = model.module
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
+    elif type(model).__name__ == "PeftMixedModel":  # has no get_base_model
+        model = model.base_model.model  # type: ignore[union-attr, assignment]
     return model
 
 
@@ -143,16 +167,28 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
         A module within the blocks has a weight of a structure that is not known; it is named.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     model = unwrap(model)
     prefix, blocks = decoder_blocks(model)
     sites: dict[str, Site] = {}
 
+    saved: list[tuple[str, nn.Module]] = []  # the `ModulesToSaveWrapper` that is being visited, and its name
+
     def add(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **details: Any) -> None:
         kind = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
+        if saved:
+            outer, wrapper = saved[-1]
+            path = name if details.get("expert") is None else name.rsplit(".", 2)[0]
+            details["inner"] = path.removeprefix(outer).removeprefix(".")
         sites[name] = Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **details)
 
     def visit(name: str, layer: int, module: nn.Module) -> None:
+        if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
+            saved.append((name, module))
+            visit(name, layer, module.original_module)
+            saved.pop()
+            return
         owner = module
         if isinstance(module, BaseTunerLayer):
             owner = module.get_base_layer()

@@ -5,6 +5,7 @@ One function a stage, and beside it the files that it makes. `study.py` decides 
 
 from __future__ import annotations
 
+import collections
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +13,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from neurondrift import artifacts, findings
 from neurondrift.batches import Batch
-from neurondrift.behaviour.evaluate import judge_answers, perplexity, refusal_rate, write_answers
+from neurondrift.behaviour.attacks import attack_of, system_prompt
+from neurondrift.behaviour.capability import capability, check_tasks, perplexity
+from neurondrift.behaviour.evaluate import count_answers, judge_answers, write_answers
+from neurondrift.behaviour.panel import Panel
+from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.config import DataReference, Study
 from neurondrift.data import Example, encode, load_examples
+from neurondrift.distributed import is_first_process, joined_processes, process_count
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.exact import CheckpointWeights, row_norms
 from neurondrift.drift.log import DriftLog
 from neurondrift.errors import ConfigError
 from neurondrift.folder import GROUP_NAMES, StudyFolder, record
-from neurondrift.groups import Granularity, Group, load_group, matched, random_group, select_top, set_difference
+from neurondrift.freezing import FreezeCallback
+from neurondrift.groups import (
+    Granularity,
+    Group,
+    load_group,
+    matched,
+    random_group,
+    select_top,
+    set_difference,
+    unit_scores,
+)
+from neurondrift.groups.order import importance_of, write_importance
 from neurondrift.importance.scoring import (
     ScoreFile,
     check_compatible,
@@ -35,7 +53,7 @@ from neurondrift.importance.scoring import (
 )
 from neurondrift.models import attach_adapter, load_model, quiet_transformers, resolve_device, resolve_dtype
 from neurondrift.progress import progress
-from neurondrift.sites import linear_sites
+from neurondrift.sites import Site, linear_sites, mlp_units
 from neurondrift.training import align as align_model
 from neurondrift.training import evaluated_steps, saved_step, total_steps
 from neurondrift.training import finetune as finetune_model
@@ -97,27 +115,36 @@ def align_outputs(study: Study, folder: StudyFolder) -> list[Path]:
 
 
 def score(study: Study, folder: StudyFolder) -> str:
-    """Importance of every weight for safety and for utility, into scratch files."""
+    """Importance of every weight for safety and for utility, into scratch files.
+
+    Under torchrun every process scores its share of the examples, and the first writes.
+    """
     settings = study.score
     model, tokenizer = load_base(study, folder)
     sites = linear_sites(model)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
-    scratch = artifacts.scratch_directory(folder.root, needed=2 * 4 * weights)
-    artifacts.require_space(scratch, 2 * 4 * weights, purpose="the scores")
-    for purpose, reference in (("safety", settings.safety), ("utility", settings.utility)):
-        encoded = encode(load_examples(reference), tokenizer, max_length=settings.max_length)
-        with progress(f"score {purpose}", len(encoded)) as advance:
-            scores = iterate_scores(
-                model,
-                encoded,
-                method=settings.method,
-                batch_size=settings.batch_size,
-                sites=sites,
-                seed=study.seed,
-                on_batch=_advancing(advance),
-            )
-            header = score_header(model, encoded, method=settings.method, purpose=purpose, source=reference.source)
-            write_scores(folder.score_file(purpose), scores, header=header, shapes=score_shapes(settings.method, sites))
+    if is_first_process():
+        scratch = artifacts.scratch_directory(folder.root, needed=2 * 4 * weights)
+        artifacts.require_space(scratch, 2 * 4 * weights, purpose="the scores")
+    with joined_processes():
+        for purpose, reference in (("safety", settings.safety), ("utility", settings.utility)):
+            encoded = encode(load_examples(reference), tokenizer, max_length=settings.max_length)
+            with progress(f"score {purpose}", -(-len(encoded) // process_count())) as advance:
+                scores = iterate_scores(
+                    model,
+                    encoded,
+                    method=settings.method,
+                    batch_size=settings.batch_size,
+                    sites=sites,
+                    seed=study.seed,
+                    on_batch=_advancing(advance),
+                )
+                if not is_first_process():
+                    collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
+                    continue
+                header = score_header(model, encoded, method=settings.method, purpose=purpose, source=reference.source)
+                shapes = score_shapes(settings.method, sites)
+                write_scores(folder.score_file(purpose), scores, header=header, shapes=shapes)
     return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites"
 
 
@@ -176,11 +203,60 @@ def groups(study: Study, folder: StudyFolder) -> str:
             control.save(folder.group_file(name, granularity, matched=True))
             if granularity == "neuron":
                 made[name].save(folder.group_file(name, granularity, suffix="json"))
+                order = importance_of(made[name], utility if name == "utility_top" else safety)
+                write_importance(folder.importance_file(name, granularity), made[name], order)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(save, made))
         counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
+    if study.finetune.freeze_granularity == "unit":
+        chosen = _unit_groups(study, folder, safety, utility, sites)
+        counts.append(f"{len(chosen['safety_set_difference']):,} units by set difference")
     return "; ".join(counts)
+
+
+def _unit_groups(
+    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, sites: Mapping[str, Site]
+) -> dict[str, Group]:
+    """The same groups of MLP hidden units, matched on the norm of all weights of a unit: made where they are to be
+    frozen."""
+    settings, units = study.groups, mlp_units(dict(sites))
+    about: dict[str, Any] = {name: safety.header[name] for name in ("model", "method", "data") if name in safety.header}
+    of_safety, of_utility = unit_scores(safety, units), unit_scores(utility, units)
+    magnitudes = {}
+    for name, unit in units.items():
+        names = {unit.down, *(up for up, _ in unit.ups)}
+        squares = {site: sites[site].weight.float().square().cpu().numpy() for site in names}
+        magnitudes[name] = np.sqrt(unit_scores(squares, {name: unit})[name])
+    made = {
+        "safety_top": select_top(of_safety, fraction=settings.top_fraction, granularity="unit", provenance=about),
+        "safety_set_difference": set_difference(
+            of_safety,
+            of_utility,
+            p=settings.set_difference_p,
+            q=settings.set_difference_q,
+            granularity="unit",
+            provenance={**about, "utility_data": utility.header.get("data")},
+        ),
+        "utility_top": select_top(
+            of_utility,
+            fraction=settings.top_fraction,
+            granularity="unit",
+            provenance={**about, "data": utility.header.get("data")},
+        ),
+        "random": random_group(
+            {name: (unit.count, 1) for name, unit in units.items()},
+            fraction=settings.top_fraction,
+            seed=study.seed,
+            granularity="unit",
+            provenance={"model": safety.header["model"]},
+        ),
+    }
+    for name, group in made.items():
+        (control,) = matched(group, magnitudes, seed=study.seed, bins=settings.bins)
+        group.save(folder.group_file(name, "unit"))
+        control.save(folder.group_file(name, "unit", matched=True))
+    return made
 
 
 def groups_outputs(study: Study, folder: StudyFolder) -> list[Path]:
@@ -190,6 +266,15 @@ def groups_outputs(study: Study, folder: StudyFolder) -> list[Path]:
 def neuron_groups(folder: StudyFolder) -> dict[str, Group]:
     """The groups of neurons that a study made, by name."""
     return {name: load_group(folder.group_file(name, "neuron")) for name in GROUP_NAMES}
+
+
+def weight_groups(folder: StudyFolder) -> dict[str, Group]:
+    """The groups of weights that a study made, each followed by its matched control, `NAME.matched`."""
+    files = {f"{name}{mark}": (name, bool(mark)) for name in GROUP_NAMES for mark in ("", findings.MATCHED)}
+    return {
+        label: load_group(folder.group_file(name, "weight", matched=matched))
+        for label, (name, matched) in files.items()
+    }
 
 
 # --- finetune -------------------------------------------------------------------------------------------
@@ -202,6 +287,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     gone on from, anything else is deleted.
     """
     settings = study.finetune
+    freeze = None if folder.frozen_group is None else FreezeCallback(folder.frozen_group)
     full = settings.method == "full"
     if full and not Path(folder.base_model).is_dir():
         raise ConfigError(
@@ -214,7 +300,13 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     total = total_steps(len(encoded), settings)
     keep = evaluated_steps(total, settings.drift_interval, settings.evaluated_steps)
     initial = CheckpointWeights(folder.base_model, linear_sites(model)) if full else None
-    callback = DriftCallback(folder.drift(seed), every=settings.drift_interval, initial=initial)
+    callback = DriftCallback(
+        folder.drift(seed),
+        every=settings.drift_interval,
+        groups=weight_groups(folder),
+        initial=initial,
+        on_full_disk="stop",  # the command is run again and resumes
+    )
     target = folder.adapters(seed)
     _start_over_if_changed(target, folder.drift(seed), key)
     with progress(f"finetune, seed {seed}", total) as advance:
@@ -227,14 +319,15 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             folder=target,
             save_at=keep,
             autocast=_autocasts(study),
-            callbacks=[callback],
+            callbacks=[callback] if freeze is None else [freeze, callback],
             advance=advance,
         )
     artifacts.write_json(target / "training_log.json", findings.json_safe(log))
     tokenizer.save_pretrained(str(target / "tokenizer"))
     shutil.rmtree(target / "trainer", ignore_errors=True)
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
-    return f"{total} steps, {len(callback.log.steps())} drift snapshots{loss}"
+    frozen = "" if freeze is None else f"; {freeze.report}"
+    return f"{total} steps, {len(callback.log.steps())} drift snapshots{loss}{frozen}"
 
 
 def _autocasts(study: Study) -> bool:
@@ -265,32 +358,43 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     settings = study.evaluate
     sets = _prompt_sets(study)
     answers_set = load_examples(settings.answers)
+    judging = _judging(study)  # a missing judge, file of suffixes or task is an error before anything is generated
+    manager = check_tasks(settings.capability_tasks) if settings.capability_tasks else None
     target = folder.behaviour(seed)
     if target.is_dir():
         shutil.rmtree(target)
     target.mkdir(parents=True)
     steps = [0, *sorted(int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*"))]
-    prompts = sum(map(len, sets.values()))
+    answers = count_answers(sets, judging["attack"])
     unaligned = study.align.enabled and seed == study.seed
+    early = {"harmful": sets["harmful"]}
+    total = answers * len(steps) + (count_answers(early, judging["attack"]) if unaligned else 0)
     harmful: dict[int, float] = {}
-    perplexities = []
-    with progress(
-        f"evaluate, seed {seed}", prompts * len(steps) + (len(sets["harmful"]) if unaligned else 0)
-    ) as advance:
+    perplexities: list[dict[str, Any]] = []
+    capabilities: list[dict[str, Any]] = []
+    with progress(f"evaluate, seed {seed}", total) as advance:
         if unaligned:
-            rows = _evaluate_unaligned(study, sets, advance)
+            rows = _evaluate_unaligned(study, early, advance, judging)
             write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
         for step in steps:
             model, tokenizer = _model_at(study, folder, seed, step)
-            rows = judge_answers(model, tokenizer, sets, advance=advance, **_judging(study))
+            rows = judge_answers(model, tokenizer, sets, advance=advance, **judging)
+            judging["panel"].release()
             write_answers(target / f"step={step:06d}.parquet", rows, step=step, seed=seed)
-            harmful[step] = refusal_rate([row["refused"] for row in rows if row["kind"] == "harmful"]).rate
+            harmful[step] = refusal_rate([row["refused"] for row in per_prompt(rows) if row["kind"] == "harmful"]).rate
             value = perplexity(
                 model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
             )
             perplexities.append({"seed": seed, "step": step, "perplexity": value})
+            if settings.capability_tasks:
+                found = capability(
+                    model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
+                )
+                capabilities += [{"seed": seed, "step": step, **row} for row in found]
             del model
-    _write_perplexities(target / "perplexity.parquet", perplexities)
+    _write_rows(target / "perplexity.parquet", perplexities)
+    if capabilities:
+        _write_rows(target / "capability.parquet", capabilities)
     return "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
 
 
@@ -315,14 +419,23 @@ def _prompt_sets(study: Study) -> dict[str, list[Example]]:
 def _judging(study: Study) -> dict[str, Any]:
     settings = study.evaluate
     return {
-        "judge_name": settings.judge,
+        "panel": Panel(
+            [settings.judge, *settings.further_judges],
+            kind=settings.judge_kind,
+            prompt=settings.judge_prompt,
+            device=study.model.device,
+        ),
+        "attack": attack_of(settings.attack),
+        "system": system_prompt(settings.system_prompt),
         "max_new_tokens": settings.max_new_tokens,
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
     }
 
 
-def _evaluate_unaligned(study: Study, sets: Mapping[str, list[Example]], advance: Any) -> list[dict[str, Any]]:
+def _evaluate_unaligned(
+    study: Study, sets: Mapping[str, list[Example]], advance: Any, judging: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     source = study.model
     model, tokenizer = load_model(
         source.reference,
@@ -331,7 +444,7 @@ def _evaluate_unaligned(study: Study, sets: Mapping[str, list[Example]], advance
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
     )
-    return judge_answers(model, tokenizer, {"harmful": sets["harmful"]}, advance=advance, **_judging(study))
+    return judge_answers(model, tokenizer, sets, advance=advance, **judging)
 
 
 def _model_at(study: Study, folder: StudyFolder, seed: int, step: int) -> tuple[Any, Any]:
@@ -347,7 +460,7 @@ def _model_at(study: Study, folder: StudyFolder, seed: int, step: int) -> tuple[
     return model, tokenizer
 
 
-def _write_perplexities(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -369,8 +482,14 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     behaviour = findings.behaviour(
         answers,
         {seed: findings.read_perplexities(folder.behaviour(seed)) for seed in study.seeds},
-        findings.read_table(before) if before.exists() else [],
-        {"judge": study.evaluate.judge, "max_new_tokens": study.evaluate.max_new_tokens},
+        per_prompt(findings.read_table(before)) if before.exists() else [],
+        {
+            "judge": study.evaluate.judge,
+            "attack": attack_of(study.evaluate.attack).name,
+            "system_prompt": study.evaluate.system_prompt,
+            "max_new_tokens": study.evaluate.max_new_tokens,
+        },
+        capability=[row for seed in study.seeds for row in findings.read_capability(folder.behaviour(seed))],
     )
     steps = parts.pop("steps")
     content = {
@@ -457,10 +576,49 @@ def report(study: Study, folder: StudyFolder) -> str:
     from neurondrift.report import draw_figures, render_page, render_text
 
     results = artifacts.read_json(folder.results_file)
+    if (ranks := folder.results / "subspaces.json").exists():
+        results["subspaces"] = artifacts.read_json(ranks)
+    if (causes := folder.results / "interventions.json").exists():
+        found = artifacts.read_json(causes)
+        tuned = saved_step(folder.adapters(found["training_seed"]), found["training_step"] or 0)  # 0: made elsewhere
+        is_current = found["adapter"] == weights_digest(tuned)
+        results["interventions"] = found if is_current else found | {"model_fingerprint": "other weights"}
     artifacts.write_text(folder.results / "drift_analysis_report.txt", render_text(results))
     figures = draw_figures(results, folder.results / "figures")
     artifacts.write_text(folder.results / "report.html", render_page(results, figures))
     return str(folder.results / "drift_analysis_report.txt")
+
+
+def report_with_responses(study: Study, folder: StudyFolder) -> list[Path]:
+    """The report once more with the answers to harmful requests in it, in files of its own.
+
+    Those at the first and the last evaluated step of every seed, and before the alignment. Returns the files; raises
+    `ArtifactError` where the study has no findings yet.
+    """
+    from neurondrift.report import render_page, render_text
+
+    results = artifacts.read_json(folder.results_file)
+    answers: list[dict[str, Any]] = []
+    for seed in study.seeds:
+        files = sorted(folder.behaviour(seed).glob("step=*.parquet"))
+        early = folder.behaviour(seed) / "before_alignment.parquet"
+        for file in [early] * early.exists() + files[:1] + files[1:][-1:]:
+            rows = findings.read_table(file)
+            answers += [row for row in rows if row["kind"] == "harmful" and row.get("primary", True)]
+    figures = sorted((folder.results / "figures").glob("*.svg"))
+    written = {
+        folder.results / "report_with_responses.txt": render_text(results, answers),
+        folder.results / "report_with_responses.html": render_page(results, figures, answers),
+    }
+    for path, text in written.items():
+        artifacts.write_text(path, text)
+    return list(written)
+
+
+def weights_digest(path: Path) -> str:
+    """What tells one fine-tuned model from another: the checksums of its weights; empty where there are none."""
+    sums = [artifacts.sha256_of_file(file) for file in sorted(path.glob("*.safetensors"))]
+    return artifacts.sha256_of_value(sums)[:16] if sums else ""
 
 
 def report_outputs(study: Study, folder: StudyFolder) -> list[Path]:

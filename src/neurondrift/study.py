@@ -19,6 +19,7 @@ import tomli_w
 
 from neurondrift import artifacts, config
 from neurondrift.config import DataReference, Study
+from neurondrift.distributed import is_first_process, process_count
 from neurondrift.errors import ArtifactError, ConfigError
 from neurondrift.folder import StudyFolder, record
 from neurondrift.memory import release_memory
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-STAGE_FORMAT = 1  # raise it when a stage's files change, so that older ones are made again
+STAGE_FORMAT = 2  # raise it when a stage's files change, so that older ones are made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,14 @@ class StudyRun:
         for name in force:
             if name not in STAGES:
                 raise ConfigError("There is no such stage", received=name, allowed=", ".join(STAGES))
-        self._write_study_file()
+        if process_count() > 1 and tuple(stages) != ("score",):
+            raise ConfigError(
+                "Only the stage score runs in several processes",
+                received=f"{', '.join(stages)} in {process_count()} processes",
+                fix="torchrun ... -m neurondrift.cli score, then neurondrift run in one process",
+            )
+        if is_first_process():
+            self._write_study_file()
         for stage in STAGES:
             if stage not in stages:
                 continue
@@ -111,10 +119,13 @@ class StudyRun:
         if not force and (self._stands(step) or self._no_longer_needed(step)):
             self.say(f"{step.title:<20} stands")
             return
-        manifest.unlink(missing_ok=True)
+        if is_first_process():
+            manifest.unlink(missing_ok=True)
         began = time.perf_counter()
         summary = step.run()
         seconds = time.perf_counter() - began
+        if not is_first_process():
+            return
         artifacts.write_manifest(
             manifest,
             root=step.root(),
@@ -178,6 +189,12 @@ class StudyRun:
         if section is not None:
             content["settings"] = section.model_dump(mode="json")
             content["data"] = {name: data_key(value) for name, value in section if isinstance(value, DataReference)}
+        if stage == "evaluate" and study.evaluate.attack.suffixes:
+            content["suffixes"] = data_key(DataReference(source=study.evaluate.attack.suffixes))
+        if stage == "groups" and study.finetune.freeze_granularity == "unit":
+            content["units"] = True  # the groups of hidden units are made only where one is to be frozen
+        if stage == "finetune" and study.finetune.freeze:
+            content["frozen group"] = data_key(DataReference(source=study.finetune.freeze))
         if stage == "align" or not study.align.enabled:
             content["model"] = study.model.model_dump(mode="json")
         if stage in ("align", "score", "groups", "analyze"):
@@ -202,7 +219,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "align": (),
     "score": ("align",),
     "groups": ("score",),
-    "finetune": ("align",),
+    "finetune": ("align", "groups"),
     "evaluate": ("finetune",),
     "analyze": ("groups", "finetune", "evaluate"),
     "report": ("analyze",),

@@ -21,6 +21,8 @@ from neurondrift.artifacts import atomic_path
 from neurondrift.batches import Batch, make_batches, token_losses
 from neurondrift.config import AlignSection, FinetuneSection
 from neurondrift.errors import ModelError
+from neurondrift.freezing import FreezeCallback
+from neurondrift.groups import Group
 from neurondrift.models import quiet_transformers
 from neurondrift.sites import linear_sites
 
@@ -173,6 +175,7 @@ def finetune(
     autocast: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     advance: Advance = lambda n: None,
+    freeze: Group | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -198,10 +201,13 @@ def finetune(
         For example a `DriftCallback`.
     advance
         Called with the number of steps done, for progress.
+    freeze
+        Neurons, weights or hidden units that must not move; asserted at the end (`freezing`, with its errors). The same
+        as a `FreezeCallback` among the callbacks, which also reports.
 
     Returns
     -------
-    The trained (wrapped) model, and the Trainer's log.
+    The trained (wrapped) model, and the Trainer's log. `detach_adapter` takes LoRA off again.
     """
     set_seed(seed)
     if settings.method == "lora":
@@ -225,6 +231,7 @@ def finetune(
         save_total_limit=1,
     )
     added = [
+        *([FreezeCallback(freeze)] if freeze is not None else []),
         *callbacks,
         _SaveAdapters(folder, save_at, tokenizer if settings.method == "full" else None),
         _Advance(advance),
@@ -262,7 +269,31 @@ def _with_lora(model: Any, settings: FinetuneSection) -> Any:
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
     )
-    return get_peft_model(model, config)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = get_peft_model(model, config)
+    wrapped._neurondrift_trainable = trainable
+    return wrapped
+
+
+def detach_adapter(model: Any) -> Any:
+    """Take PEFT's wrapper off a model, without merging, and give back the base model.
+
+    The base is what it was before `finetune`: the same modules and parameters, bit-equal, those trainable that were, so
+    that it can be fine-tuned again without being loaded again. The adapter is gone; save it first.
+
+    Raises `ModelError` for a model without an adapter, or with a merged one: unmerging would leave rounding behind.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        raise ModelError("The model has no adapter to take off", received=type(model).__name__)
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ModelError("The adapter is merged into the base model, which is not what it was", fix="load it again")
+    base: Any = model.unload()
+    for parameter in getattr(model, "_neurondrift_trainable", ()):
+        parameter.requires_grad_(True)
+    return base
 
 
 def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
@@ -292,17 +323,22 @@ def _train(
 ) -> list[dict[str, float]]:
     set_seed(seed)
     pad = model.config.pad_token_id
-    with quiet_transformers():
-        trainer = ResponseTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=list(encoded),
-            data_collator=_Collator(0 if pad is None else pad),
-            callbacks=list(callbacks),
-        )
-        for kind in _printing_callbacks():
-            trainer.remove_callback(kind)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        with quiet_transformers():
+            trainer = ResponseTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=list(encoded),
+                data_collator=_Collator(0 if pad is None else pad),
+                callbacks=list(callbacks),
+            )
+            for kind in _printing_callbacks():
+                trainer.remove_callback(kind)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, FreezeCallback):
+                callback.release()
     model.eval()
     return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
 

@@ -5,6 +5,6 @@ Importing a module below adds its commands to the application, in the order of `
 
 from neurondrift.cli.app import app, main
 
-from neurondrift.cli import study, groups  # isort: skip
+from neurondrift.cli import study, behaviour, groups, interventions, subspaces, drift  # isort: skip
 
-__all__ = ["app", "groups", "main", "study"]
+__all__ = ["app", "behaviour", "drift", "groups", "interventions", "main", "study", "subspaces"]

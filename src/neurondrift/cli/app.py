@@ -74,6 +74,13 @@ class Flags:
         int | None, _setting("finetune.max_steps", "stop after this many steps; -1: after the epochs")
     ] = None
     drift_interval: Annotated[int | None, _setting("finetune.drift_interval", "steps between drift snapshots")] = None
+    freeze: Annotated[
+        str | None,
+        _setting("finetune.freeze", "hold a group still while fine-tuning: a group's name, matched:NAME, or a file"),
+    ] = None
+    freeze_granularity: Annotated[
+        str | None, _setting("finetune.freeze_granularity", "neuron, weight or unit: which group of that name")
+    ] = None
 
     def overrides(self) -> dict[str, Any]:
         """Setting -> value for the flags that were given."""

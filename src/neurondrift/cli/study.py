@@ -13,9 +13,10 @@ from neurondrift.errors import ConfigError
 from neurondrift.memory import tune_allocator
 
 
-def _run(
+def run_stages(
     stages: Sequence[str] | None, source: Source, flags: Flags, force: Sequence[str] = (), *, keep_scores: bool = False
 ) -> None:
+    """Run stages of the study that the flags describe; None: all of them."""
     study = study_of(source, flags)
     from neurondrift.study import STAGES, StudyRun
 
@@ -39,14 +40,14 @@ def run(
     keep_scores: Keep = False,
 ) -> None:
     """Run the whole study, or what is left of it: stages that stand and whose inputs have not changed are skipped."""
-    _run(None, source, flags, force or (), keep_scores=keep_scores)
+    run_stages(None, source, flags, force or (), keep_scores=keep_scores)
     report_file = source.output_dir / "results" / "drift_analysis_report.txt"
     print(f"\nThe answer: cat {report_file}")
 
 
 def _stage_command(name: str, text: str) -> None:
     def command(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, *, force: Again = False) -> None:
-        _run([name], source, flags, [name] if force else ())
+        run_stages([name], source, flags, [name] if force else ())
 
     command.__doc__ = text
     command.__name__ = name
@@ -62,11 +63,10 @@ def groups(
     source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, *, force: Again = False, keep_scores: Keep = False
 ) -> None:
     """Form the groups of neurons and weights, and their matched controls; then delete the scores."""
-    _run(["groups"], source, flags, ["groups"] if force else (), keep_scores=keep_scores)
+    run_stages(["groups"], source, flags, ["groups"] if force else (), keep_scores=keep_scores)
 
 
 _stage_command("finetune", "Fine-tune while measuring the drift of every neuron.")
-_stage_command("evaluate", "Measure refusals and perplexity before, during and after fine-tuning.")
 
 
 @app.command
@@ -84,7 +84,7 @@ def analyze(
     findings and the report go to the output folder.
     """
     if not drift and not group:
-        _run(["analyze"], source, flags, ["analyze"] if force else ())
+        run_stages(["analyze"], source, flags, ["analyze"] if force else ())
         return
     if not drift or not group:
         raise ConfigError(
@@ -101,9 +101,6 @@ def analyze(
     found = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
     print(found["analysis"]["conclusion"])
     print(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
-
-
-_stage_command("report", "Write the report, the figures and the page from the findings.")
 
 
 @app.command

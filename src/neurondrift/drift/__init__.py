@@ -2,5 +2,15 @@
 
 from neurondrift.drift.exact import DriftMeter, NeuronDrift, compare_models, measure_drift
 from neurondrift.drift.log import DriftLog
+from neurondrift.drift.weights import WeightDrift, pooled, weight_drifts
 
-__all__ = ["DriftLog", "DriftMeter", "NeuronDrift", "compare_models", "measure_drift"]
+__all__ = [
+    "DriftLog",
+    "DriftMeter",
+    "NeuronDrift",
+    "WeightDrift",
+    "compare_models",
+    "measure_drift",
+    "pooled",
+    "weight_drifts",
+]

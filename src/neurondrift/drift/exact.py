@@ -1,26 +1,66 @@
-"""The exact drift of neurons: the maths, and where the numbers come from.
+"""The exact drift of neurons: the maths, and the meter that applies it to a model again and again.
 
-Owns the closed form for low-rank adapters and the dense form for everything else. Writes no files and knows
-nothing of trainers. Shapes: O = out, I = in, R = rank of all active adapters together.
+Owns the closed forms for low-rank and rescaled adapters and the dense form for everything else. Where Δ comes from is
+the business of `deltas`, where the initial weights lie of `initial`. Writes no files and knows nothing of trainers.
+Shapes: O = out, I = in, R = rank of all active adapters together.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from neurondrift.errors import ArtifactError, ModelError
+from neurondrift.drift.deltas import (
+    Change,
+    Dense,
+    LowRank,
+    Rescaled,
+    change_of,
+    check_methods,
+    delta_of,
+    dense_delta,
+    effective_weight,
+    is_adapted,
+    low_rank_delta,
+    row_blocks,
+    row_norms,
+    stretch,
+)
+from neurondrift.drift.initial import CheckpointWeights, Weights
+from neurondrift.errors import ModelError
 from neurondrift.models import load_model
 from neurondrift.sites import Site, linear_sites, unwrap
 
-# Elements of a weight that are converted to float32 at a time.
-BLOCK = 1 << 21
+__all__ = [
+    "CheckpointWeights",
+    "DriftMeter",
+    "LowRank",
+    "Moments",
+    "NeuronDrift",
+    "Weights",
+    "compare_models",
+    "delta_of",
+    "dense_moments",
+    "drift_from_moments",
+    "low_rank_delta",
+    "low_rank_moments",
+    "measure_drift",
+    "rescaled_moments",
+    "row_norms",
+]
+
+# Below these shares of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ
+# (float32 or float64), and is taken from the rows themselves.
+CANCELLED_FLOAT32 = 1e-2
+CANCELLED_FLOAT64 = 1e-8
+
+# Below this share of ‖w₀‖ the length of w₀ + Δ is what float64 leaves of zero.
+VANISHED = 1e-13
 
 
 class NeuronDrift(NamedTuple):
@@ -36,150 +76,120 @@ class NeuronDrift(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What the drift of a row depends on, float64 `[out]`: ‖Δ‖² and w₀·Δ."""
+    """What the drift of a row depends on, float64 `[out]`: ‖Δ‖², w₀·Δ and, where it was computed by itself, ‖Δ⊥‖²
+    (the part of Δ across w₀)."""
 
     squared: torch.Tensor
     dot: torch.Tensor
+    across: torch.Tensor | None = None
 
 
 def drift_from_moments(norm_O: torch.Tensor, moments: Moments) -> NeuronDrift:
     """Drift from ‖w₀‖, ‖Δ‖² and w₀·Δ, all float64 `[out]`.
 
     1 - cos of a small drift cancels, so it goes through the angle: with Δ∥ = w₀·Δ/‖w₀‖ and
-    ‖Δ⊥‖² = ‖Δ‖² - Δ∥², θ = atan2(‖Δ⊥‖, ‖w₀‖ + Δ∥) and 1 - cos θ = 2 sin²(θ/2).
+    ‖Δ⊥‖² = ‖Δ‖² - Δ∥² (unless given), θ = atan2(‖Δ⊥‖, ‖w₀‖ + Δ∥) and 1 - cos θ = 2 sin²(θ/2).
     """
     nan = torch.full_like(norm_O, math.nan)
     l2_O = moments.squared.clamp(min=0).sqrt()
     parallel_O = moments.dot / torch.where(norm_O > 0, norm_O, nan)
-    across_O = (moments.squared - parallel_O.square()).clamp(min=0).sqrt()
+    across_O = moments.squared - parallel_O.square() if moments.across is None else moments.across
+    across_O = across_O.clamp(min=0).sqrt()
     along_O = norm_O + parallel_O
     angle_O = torch.atan2(across_O, along_O)
     cosine_O = 2 * torch.sin(angle_O / 2).square()
-    cosine_O = torch.where((across_O == 0) & (along_O == 0), nan, cosine_O)
+    vanished_O = torch.hypot(across_O, along_O) <= VANISHED * norm_O
+    cosine_O = torch.where(vanished_O, nan, cosine_O)
     relative_O = l2_O / torch.where(norm_O > 0, norm_O, nan)
     return NeuronDrift(l2_O.float().cpu(), relative_O.float().cpu(), cosine_O.float().cpu())
 
 
-def low_rank_moments(a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tensor) -> Moments:
+def low_rank_moments(
+    a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tensor, norm_O: torch.Tensor | None = None
+) -> Moments:
     """‖Δ‖² and w₀·Δ of Δ = B A (scaling included in B), without forming Δ.
 
     ‖Δᵢ‖² = bᵢ (A Aᵀ) bᵢᵀ and w₀ᵢ·Δᵢ = bᵢ · (A w₀ᵢ): work of R·R and R·I a row. A and B are taken in float64 for the
-    small products and in float32 for A w₀.
+    small products; A w₀ is float32 on a CPU, float64 elsewhere (where float32 may stand for TF32). With ‖w₀‖ `[out]`
+    ‖Δ⊥‖² is given too, and the few rows that are nearly parallel to w₀ are formed in float64.
     """
     a64_RI, b64_OR = a_RI.double(), b_OR.double()
     squared_O = ((b64_OR @ (a64_RI @ a64_RI.T)) * b64_OR).sum(dim=1)
-    a32_IR = a_RI.float().T.contiguous()
-    projected = [block.float() @ a32_IR for block in _row_blocks(base_OI)]
-    dot_O = (torch.cat(projected).double() * b64_OR).sum(dim=1)
-    return Moments(squared_O, dot_O)
+    dtype = torch.float32 if base_OI.device.type == "cpu" else torch.float64
+    factor_RI = a_RI.to(dtype)
+    # A w₀ᵀ, not w₀ Aᵀ: this way round the thin product takes less than half the time on a CPU.
+    projected_RO = torch.cat([factor_RI @ block.to(dtype).T for block in row_blocks(base_OI)], dim=1)
+    dot_O = (projected_RO.T.double() * b64_OR).sum(dim=1)
+    if norm_O is None:
+        return Moments(squared_O, dot_O)
+    across_O = squared_O - (dot_O / norm_O).square()
+    rows = (across_O < CANCELLED_FLOAT32 * squared_O).nonzero().flatten()
+    if len(rows):
+        delta = b64_OR[rows] @ a64_RI
+        base = base_OI[rows].double()
+        dot_O[rows] = (base * delta).sum(dim=1)
+        across_O[rows] = _across(base, delta, norm_O[rows], dot_O[rows])
+    return Moments(squared_O, dot_O, across_O)
+
+
+def rescaled_moments(change: Rescaled, base_OI: torch.Tensor, norm_O: torch.Tensor) -> Moments:
+    """‖Δ‖², w₀·Δ and ‖Δ⊥‖² of DoRA's Δᵢ = γᵢ w₀ᵢ + bᵢ A (`deltas.stretch`), without forming Δ, in float64.
+
+    Only b A has a part across w₀: ‖Δ⊥‖² = ‖bA‖² - (w₀·bA)²/‖w₀‖², and along it Δ∥ = γ‖w₀‖ + w₀·bA/‖w₀‖. The norm
+    is put together from the two, since γ w₀ and b A cancel (a change along w₀ that the magnitude undoes).
+    """
+    form = stretch(change, base_OI, norm_O)
+    dot_O = (form.projected * form.b).sum(dim=1)
+    squared_O = ((form.b @ (form.a @ form.a.T)) * form.b).sum(dim=1)
+    across_O = (squared_O - (dot_O / norm_O).square()).clamp(min=0)
+    rows = (across_O < CANCELLED_FLOAT64 * squared_O).nonzero().flatten()
+    if len(rows):
+        across_O[rows] = _across(base_OI[rows].double(), form.b[rows] @ form.a, norm_O[rows], dot_O[rows])
+    along_O = form.stretch * norm_O + dot_O / norm_O
+    # ‖w₀‖ = 0 has no direction: there Δ is b A alone.
+    return Moments(torch.where(norm_O > 0, along_O.square() + across_O, squared_O), along_O * norm_O, across_O)
 
 
 def dense_moments(base_OI: torch.Tensor, now_OI: torch.Tensor) -> tuple[torch.Tensor, Moments]:
-    """‖w₀‖, ‖Δ‖² and w₀·Δ of Δ = `now` - `base`, row block by row block, the difference taken in float32 or better
-    and the sums in float64."""
-    norms, squares, dots = [], [], []
-    for base, now in zip(_row_blocks(base_OI), _row_blocks(now_OI), strict=True):
+    """‖w₀‖ and the moments of Δ = `now` - `base`, row block by row block, in float64."""
+    parts = []
+    for base, now in zip(row_blocks(base_OI), row_blocks(now_OI), strict=True):
         base64 = base.double()
-        delta = now.double() - base64
-        norms.append(base64.norm(dim=1))
-        squares.append(delta.square().sum(dim=1))
-        dots.append((base64 * delta).sum(dim=1))
-    return torch.cat(norms), Moments(torch.cat(squares), torch.cat(dots))
+        parts.append(_block_moments(base64, now.double() - base64))
+    norm_O, squared_O, dot_O, across_O = (torch.cat(part) for part in zip(*parts, strict=True))
+    return norm_O, Moments(squared_O, dot_O, across_O)
 
 
-def row_norms(weight_OI: torch.Tensor) -> torch.Tensor:
-    """‖w‖ of each row, float64 `[out]`."""
-    return torch.cat([block.float().norm(dim=1, dtype=torch.float64) for block in _row_blocks(weight_OI)])
+def delta_moments(base_OI: torch.Tensor, delta_OI: torch.Tensor) -> Moments:
+    """The moments of a Δ that is there in full, row block by row block, in float64."""
+    pairs = zip(row_blocks(base_OI), row_blocks(delta_OI), strict=True)
+    parts = [_block_moments(base.double(), delta.double())[1:] for base, delta in pairs]
+    return Moments(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _row_blocks(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    rows = max(1, BLOCK // max(1, weight_OI.shape[1]))
-    return weight_OI.split(rows)
+def _block_moments(
+    base: torch.Tensor, delta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """‖w₀‖, ‖Δ‖², w₀·Δ and ‖Δ⊥‖² of a block of rows, float64."""
+    norm, squared, dot = _row_dots(base, base).sqrt(), _row_dots(delta, delta), _row_dots(base, delta)
+    across = squared - (dot / norm).square()
+    rows = (across < CANCELLED_FLOAT64 * squared).nonzero().flatten()
+    if len(rows):
+        across[rows] = _across(base[rows], delta[rows], norm[rows], dot[rows])
+    return norm, squared, dot, across
 
 
-# --- where Δ comes from ---------------------------------------------------------------------------------
+def _row_dots(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The dot product of each row with the other's, float64 `[out]`. numpy's needs no product in memory, and is twice
+    as fast."""
+    if first.device.type != "cpu":
+        return (first * second).sum(dim=1)
+    return torch.from_numpy(np.vecdot(first.detach().numpy(), second.detach().numpy()))
 
 
-class LowRank(NamedTuple):
-    """Δ = B A of a site's active adapters: A `[R, in]`, B `[out, R]` with the scaling, both float32 or better."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-def low_rank_delta(site: Site) -> LowRank | None:
-    """The low-rank change that PEFT's wrapper holds for a site; None where the site is not adapted.
-
-    Raises
-    ------
-    ModelError
-        A merged adapter (its rounding has already happened), or a kind that has no such form.
-    """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layer = site.wrapper
-    if not isinstance(layer, BaseTunerLayer):
-        return None
-    if not isinstance(layer, LoraLayer):
-        raise ModelError(
-            f"The drift of {site.name} under this kind of adapter cannot be measured", received=type(layer).__name__
-        )
-    if layer.merged:
-        raise ModelError(
-            f"The adapter is merged into {site.name}: its rounding has already changed the drift",
-            fix="call model.unmerge_adapter() or load the adapter unmerged",
-        )
-    if layer.disable_adapters:
-        return None
-    factors_a, factors_b = [], []
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        if layer.use_dora.get(name, False):
-            raise ModelError(f"{site.name} has a DoRA adapter, whose drift is not measured yet", received=name)
-        weight_a = layer.lora_A[name].weight.detach()
-        weight_b = layer.lora_B[name].weight.detach()
-        factors_a.append(weight_a)
-        factors_b.append(weight_b.double() * layer.scaling[name])
-    if not factors_a:
-        return None
-    return LowRank(torch.cat(factors_a), torch.cat(factors_b, dim=1))
-
-
-class Weights(Protocol):
-    """Somewhere to read a site's weight `[out, in]` from, by name."""
-
-    def __call__(self, site: str) -> torch.Tensor: ...
-
-
-class CheckpointWeights:
-    """The weights of a folder of safetensors, read tensor by tensor (memory-mapped), never all at once."""
-
-    def __init__(self, folder: str | Path, sites: Mapping[str, Site]) -> None:
-        from safetensors import safe_open
-
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        self._where: dict[str, Any] = {}
-        for file in files:
-            if not (self.folder / file).exists():
-                raise ArtifactError("A checkpoint's file is missing", received=str(self.folder / file))
-            handle = safe_open(str(self.folder / file), framework="pt")
-            self._where.update(dict.fromkeys(handle.keys(), handle))
-        self._sites = sites
-
-    def __call__(self, site: str) -> torch.Tensor:
-        known = self._sites[site]
-        key = f"{site}.{known.parameter}"
-        if known.expert is not None or key not in self._where:
-            raise ArtifactError(f"The checkpoint {self.folder} has no tensor {key}")
-        tensor: torch.Tensor = self._where[key].get_tensor(key)
-        return tensor.T if known.transposed else tensor
+def _across(base: torch.Tensor, delta: torch.Tensor, norm: torch.Tensor, dot: torch.Tensor) -> torch.Tensor:
+    """‖Δ⊥‖² from the rows themselves, float64: what is left of Δ without its part along w₀."""
+    return (delta - (dot / norm.square())[:, None] * base).square().sum(dim=1)
 
 
 class DriftMeter:
@@ -190,7 +200,9 @@ class DriftMeter:
     model
         A PEFT model (its base weights are w₀), or a plain one with `initial`.
     initial
-        For full fine-tuning: where w₀ is read from.
+        Where w₀ is read from: for full fine-tuning, and for adapters that changed the base weights when they were
+        made (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA). The weight that the model computes with is then compared
+        with it, also where an adapter has been merged.
 
     Attributes
     ----------
@@ -198,48 +210,86 @@ class DriftMeter:
         The sites that training can move: the adapted ones, or all.
     untrained
         The other sites; their drift is exactly zero.
+
+    Raises
+    ------
+    ModelError
+        No adapter and no initial weights; a method whose drift no weight shows (prompt tuning, mixtures that depend
+        on the input); adapters that changed the base weights, without `initial`.
     """
 
     def __init__(self, model: nn.Module, *, initial: Weights | None = None) -> None:
         everything = linear_sites(model)
-        is_adapted = unwrap(model) is not model and hasattr(model, "peft_config")
-        if not is_adapted and initial is None:
+        self._initial = initial
+        outer: Any = model
+        while isinstance(getattr(outer, "module", None), nn.Module):
+            outer = outer.module
+        check_methods(outer, initial_given=initial is not None)
+        adapted = {name: site for name, site in everything.items() if is_adapted(site)}
+        if not adapted and initial is None and not hasattr(outer, "peft_config"):
             raise ModelError(
                 "A model without an adapter has no drift by itself",
                 received=type(model).__name__,
                 fix="pass the initial weights, or use compare_models(before, after)",
             )
-        self._initial = initial
-        adapted = (
-            {name: site for name, site in everything.items() if low_rank_delta(site) is not None}
-            if is_adapted
-            else everything
-        )
-        self.sites: dict[str, Site] = adapted
-        self.untrained: list[str] = [name for name in everything if name not in adapted]
+        is_plain = unwrap(model) is outer and not adapted
+        self.sites: dict[str, Site] = everything if is_plain else adapted
+        self.untrained: list[str] = [name for name in everything if name not in self.sites]
         self._norms: dict[str, torch.Tensor] = {}
 
     def norms(self, site: str) -> torch.Tensor:
         """‖w₀‖ of each neuron of a site, float64 `[out]`."""
         if site not in self._norms:
-            weight = self.sites[site].weight if self._initial is None else self._initial(site)
-            self._norms[site] = row_norms(weight)
+            self._norms[site] = row_norms(self.base(site))
         return self._norms[site]
+
+    @property
+    def zero_norm_neurons(self) -> dict[str, int]:
+        """How many neurons of each site have ‖w₀‖ = 0, so that their relative drift and cosine distance are NaN;
+        sites without any are left out. The norms are computed where they have not been yet."""
+        counts = {name: int((self.norms(name) == 0).sum()) for name in self.sites}
+        return {name: count for name, count in counts.items() if count}
+
+    def base(self, site: str) -> torch.Tensor:
+        """w₀ of a site, `[out, in]`, in the dtype that it is stored in, on the site's device; a view where it lies in
+        the model's memory: do not write."""
+        known = self.sites[site]
+        return known.weight if self._initial is None else self._initial(site).to(known.tensor.device)
+
+    @torch.no_grad()
+    def delta(self, site: str) -> torch.Tensor:
+        """Δ of a site as it is now, float32 `[out, in]` (formed in float64), on the site's device."""
+        base = self.base(site)
+        return dense_delta(self._change(site, base), base)
 
     @torch.no_grad()
     def measure(self) -> dict[str, NeuronDrift]:
         """Drift of every neuron of every trained site, now."""
-        result = {}
-        for name, site in self.sites.items():
-            if self._initial is None:
-                delta = low_rank_delta(site)
-                assert delta is not None
-                moments = low_rank_moments(delta.a, delta.b, site.weight)
-                result[name] = drift_from_moments(self.norms(name), moments)
+        return {name: self.measure_site(name) for name in self.sites}
+
+    @torch.no_grad()
+    def measure_site(self, name: str) -> NeuronDrift:
+        """Drift of every neuron of one site, now."""
+        base, norm = self.base(name), self.norms(name)
+        # Autocast, where a caller has left it on, would compute the products in bfloat16.
+        with torch.autocast(base.device.type, enabled=False):
+            change = self._change(name, base)
+            if isinstance(change, LowRank):
+                moments = low_rank_moments(change.a, change.b, base, norm)
+            elif isinstance(change, Rescaled):
+                moments = rescaled_moments(change, base, norm)
             else:
-                norm, moments = dense_moments(self._initial(name).to(site.weight.device), site.weight)
-                result[name] = drift_from_moments(norm, moments)
-        return result
+                moments = delta_moments(base, change.delta)
+            return drift_from_moments(norm, moments)
+
+    def _change(self, name: str, base: torch.Tensor) -> Change:
+        site = self.sites[name]
+        if self._initial is not None:
+            return Dense(effective_weight(site) - base.double())
+        change = change_of(site)
+        if change is None:
+            raise ModelError(f"{name} has no active adapter any more", fix="activate the adapter that was measured")
+        return change
 
 
 def measure_drift(model: nn.Module, *, initial: Weights | None = None) -> dict[str, NeuronDrift]:
@@ -248,7 +298,7 @@ def measure_drift(model: nn.Module, *, initial: Weights | None = None) -> dict[s
     Parameters
     ----------
     model
-        A PEFT model with LoRA (also rsLoRA) adapters, unmerged; or any model together with `initial`.
+        A PEFT model, its adapters unmerged; or any model together with `initial`.
     initial
         Callable site name -> initial weight `[out, in]`, for example `CheckpointWeights`.
 

@@ -1,13 +1,13 @@
 """Snapshots on disk: a Parquet data set with one folder a step, each written whole or not at all.
 
-Owns the layout `step=000100/neurons.parquet` and its columns. Knows nothing of models.
+Owns the layout `step=000100/neurons.parquet` and `weights.parquet`, and their columns. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurondrift.artifacts import atomic_path, read_json, write_json
+from neurondrift.drift.membership import Groups, check_groups, named_groups, neuron_positions
 from neurondrift.errors import ArtifactError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow.dataset as ds
+
+    from neurondrift.drift.weights import WeightDrift
 
 METRICS = ("l2", "relative", "cosine_distance")
 METADATA = "drift.json"
 INITIAL = "initial.parquet"
+NEURONS = "neurons.parquet"
+WEIGHTS = "weights.parquet"
 
 
 class DriftLog:
@@ -63,7 +69,15 @@ class DriftLog:
         Raises `ArtifactError` where the folder holds the snapshots of another model.
         """
         if (self.directory / METADATA).exists():
-            if self.metadata() != dict(metadata):
+            standing, wanted = self.metadata(), dict(metadata)
+            same = [key for key in {**standing, **wanted} if standing.get(key) == wanted.get(key)]
+            if "groups" not in same and len(same) == len({**standing, **wanted}) - 1:
+                raise ArtifactError(
+                    "The folder's drift snapshots follow other groups of weights",
+                    received=str(self.directory),
+                    fix="pass the same groups, choose another folder, or delete this one",
+                )
+            if standing != wanted:
                 raise ArtifactError(
                     "The folder holds drift snapshots of another model or adapter",
                     received=str(self.directory),
@@ -76,8 +90,9 @@ class DriftLog:
         for later in (s for s in self.steps() if s > step):
             shutil.rmtree(self._folder(later))
 
-    def write(self, step: int, drift: Mapping[str, Sequence[Any]]) -> None:
-        """Write the snapshot of a step: site -> (l2, relative, cosine_distance), each `[out]`."""
+    def write(self, step: int, drift: Mapping[str, Sequence[Any]], weights: Sequence[WeightDrift] = ()) -> None:
+        """Write the snapshot of a step: site -> (l2, relative, cosine_distance), each `[out]`; and what groups of
+        weights sum up to, where they are followed."""
         sites = list(drift)
         columns = _site_and_row({site: len(drift[site][0]) for site in sites})
         for index, metric in enumerate(METRICS):
@@ -86,44 +101,128 @@ class DriftLog:
             )
         with atomic_path(self._folder(step)) as partial:
             partial.mkdir()
-            pq.write_table(pa.table(columns), partial / "neurons.parquet", compression="zstd", compression_level=1)
+            pq.write_table(pa.table(columns), partial / NEURONS, compression="zstd", compression_level=1)
+            if weights:
+                pq.write_table(_weights_table(weights), partial / WEIGHTS, compression="zstd", compression_level=1)
 
     def read(
         self,
         *,
         steps: Sequence[int] | None = None,
         sites: Sequence[str] | None = None,
+        groups: Groups | None = None,
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """Snapshots as a data frame with the columns step, site, row, l2, relative, cosine_distance.
 
-        Only the files of the wanted steps are opened, and only the wanted columns and sites are read.
-        Raises `ArtifactError` for a step that has no snapshot.
+        Only the files of the wanted steps are opened, and only the wanted columns and sites are read. With `groups` of
+        neurons (by name, or a list of groups or of their files) only their members come, with a column `group`; a
+        neuron of two groups comes twice, and members in untrained sites, whose drift is zero, are left out.
+
+        Raises `ArtifactError` for a step that has no snapshot, `GroupError` for a group of another model, of single
+        weights or of units.
         """
-        return self.table(steps=steps, sites=sites, columns=columns).to_pandas()
+        return self.table(steps=steps, sites=sites, groups=groups, columns=columns).to_pandas()
 
     def table(
         self,
         *,
         steps: Sequence[int] | None = None,
         sites: Sequence[str] | None = None,
+        groups: Groups | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
         """The same as an Arrow table."""
+        keep = None if columns is None else [name for name in columns if name not in ("step", "group")]
+        if groups is None:
+            return self._read_steps(NEURONS, steps, columns=keep, filters=_filters(site=sites))
+        named, metadata = named_groups(groups), self.metadata()
+        check_groups(named, metadata)
+        sizes = {site: shape[0] for site, shape in metadata["sites"].items()}
+        positions = [neuron_positions(group, sizes, sites) for group in named.values()]
+        labels = np.repeat(np.arange(len(named), dtype=np.int32), [len(rows) for rows in positions])
+        column = pa.DictionaryArray.from_arrays(pa.array(labels), pa.array(list(named), pa.string()))
+        rows = pa.array(np.concatenate(positions)) if positions else pa.array([], pa.int64())
+
+        def members(part: pa.Table) -> pa.Table:
+            return part.take(rows).add_column(0, "group", column)
+
+        return self._read_steps(NEURONS, steps, columns=keep, convert=members)
+
+    def weights(
+        self,
+        *,
+        steps: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None,
+        sites: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """What the followed groups of weights sum up to: one row a step, group, site and metric.
+
+        Columns: step, group, site, metric (`absolute`: |Δ|, `relative`: |Δ|/|w₀|), count, zeros, undefined, mean,
+        variance, first_bin, bins (see `WeightDrift`; `weight_drifts` makes these of the rows, for quantiles).
+
+        Raises `ArtifactError` for a step without a snapshot, or snapshots without weights.
+        """
+        return self.weights_table(steps=steps, groups=groups, sites=sites, columns=columns).to_pandas()
+
+    def weights_table(
+        self,
+        *,
+        steps: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None,
+        sites: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """The same as an Arrow table."""
+        keep = None if columns is None else [name for name in columns if name != "step"]
+        return self._read_steps(WEIGHTS, steps, columns=keep, filters=_filters(group=groups, site=sites))
+
+    def follows_weights(self) -> bool:
+        """Whether the log has snapshots, and every one sums up groups of weights."""
+        return all((self._folder(step) / WEIGHTS).exists() for step in self.steps()) and bool(self.steps())
+
+    def dataset(self, file: str = NEURONS) -> ds.Dataset:
+        """All snapshots as an Arrow data set that reads nothing yet, with a column `step`: for filters of any kind.
+
+        `file` is `neurons.parquet` or `weights.parquet`.
+        """
+        import pyarrow.dataset as ds
+
+        return ds.dataset(
+            [str(self._folder(step) / file) for step in self._wanted(None)],
+            format="parquet",
+            partitioning=ds.partitioning(pa.schema([("step", pa.int32())]), flavor="hive"),
+            partition_base_dir=str(self.directory),
+        )
+
+    def _wanted(self, steps: Sequence[int] | None) -> list[int]:
         available = self.steps()
         wanted = available if steps is None else list(steps)
         if missing := sorted(set(wanted) - set(available)):
             raise ArtifactError("There is no drift snapshot of this step", received=missing[0], allowed=str(available))
         if not wanted:
             raise ArtifactError("The folder holds no drift snapshots", received=str(self.directory))
+        return wanted
+
+    def _read_steps(
+        self,
+        name: str,
+        steps: Sequence[int] | None,
+        *,
+        columns: list[str] | None,
+        filters: list[tuple[str, str, list[str]]] | None = None,
+        convert: Callable[[pa.Table], pa.Table] = lambda part: part,
+    ) -> pa.Table:
         parts = []
-        for step in wanted:
-            file = self._folder(step) / "neurons.parquet"
-            filters = None if sites is None else [("site", "in", list(sites))]
-            try:
-                part = pq.read_table(
-                    file, columns=None if columns is None else list(columns), filters=filters, partitioning=None
+        for step in self._wanted(steps):
+            file = self._folder(step) / name
+            if name == WEIGHTS and not file.exists():
+                raise ArtifactError(
+                    "This snapshot follows no single weights", received=str(file.parent), fix="pass groups of weights"
                 )
+            try:
+                part = convert(pq.read_table(file, columns=columns, filters=filters, partitioning=None))
             except (pa.ArrowInvalid, OSError) as error:
                 raise ArtifactError(f"{file} cannot be read as a drift snapshot ({type(error).__name__})") from error
             parts.append(part.add_column(0, "step", pa.array(np.full(part.num_rows, step, dtype=np.int32))))
@@ -154,7 +253,50 @@ def initial_table(norms: Mapping[str, Any], module_types: Mapping[str, str], lay
     return pa.table(columns)
 
 
-def describe(shapes: Mapping[str, tuple[int, int]], untrained: Sequence[str], *, model: str) -> dict[str, Any]:
-    """The metadata of a drift log."""
-    sites = {name: list(shape) for name, shape in shapes.items()}
-    return {"format": 1, "model": model, "sites": sites, "untrained": list(untrained)}
+def _weights_table(weights: Sequence[WeightDrift]) -> pa.Table:
+    """One row a group, site and metric. The histograms' counts as int32."""
+
+    def words(name: str) -> pa.Array:
+        return pa.array([getattr(entry, name) for entry in weights], pa.string()).dictionary_encode()
+
+    def numbers(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array([getattr(entry, name) for entry in weights], kind)
+
+    ends = np.cumsum([0, *(len(entry.bins) for entry in weights)], dtype=np.int32)
+    counts = np.concatenate([entry.bins for entry in weights]).astype(np.int32)
+    return pa.table(
+        {
+            **{name: words(name) for name in ("group", "site", "metric")},
+            **{name: numbers(name, pa.int64()) for name in ("count", "zeros", "undefined")},
+            **{name: numbers(name, pa.float64()) for name in ("mean", "variance")},
+            "first_bin": numbers("first_bin", pa.int32()),
+            "bins": pa.ListArray.from_arrays(pa.array(ends), pa.array(counts)),
+        }
+    )
+
+
+def _filters(**allowed: Sequence[str] | None) -> list[tuple[str, str, list[str]]] | None:
+    return [(name, "in", list(values)) for name, values in allowed.items() if values is not None] or None
+
+
+def describe(
+    shapes: Mapping[str, tuple[int, int]],
+    untrained: Sequence[str],
+    *,
+    model: str,
+    zero_norm: Mapping[str, int] | None = None,
+    groups: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The metadata of a drift log.
+
+    `zero_norm` counts the neurons with ‖w₀‖ = 0 of the sites that have some, `groups` tells of each followed group of
+    weights its granularity, its members in trained sites and those outside.
+    """
+    return {
+        "format": 2,
+        "model": model,
+        "sites": {name: list(shape) for name, shape in shapes.items()},
+        "untrained": list(untrained),
+        "zero_norm": dict(zero_norm or {}),
+        "groups": {name: dict(entry) for name, entry in (groups or {}).items()},
+    }

@@ -1,7 +1,7 @@
 """Importance of weights and neurons: SNIP, Wanda, Fisher, Taylor, magnitude, random."""
 
 from neurondrift.importance.methods import METHODS, Method, Tokens, get_method
-from neurondrift.importance.scoring import ScoreFile, iterate_scores, plan_passes, score, write_scores
+from neurondrift.importance.scoring import ScoreFile, iterate_scores, plan_passes, score, score_header, write_scores
 
 __all__ = [
     "METHODS",
@@ -12,5 +12,6 @@ __all__ = [
     "iterate_scores",
     "plan_passes",
     "score",
+    "score_header",
     "write_scores",
 ]

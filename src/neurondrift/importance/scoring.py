@@ -18,6 +18,7 @@ from torch import nn
 from neurondrift.artifacts import atomic_path
 from neurondrift.batches import Batch, make_batches
 from neurondrift.data import IGNORED, data_fingerprint
+from neurondrift.distributed import process_count
 from neurondrift.errors import ArtifactError, GroupError, ModelError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
@@ -212,11 +213,18 @@ def _accumulator(method: Method, site: Site, device: torch.device) -> torch.Tens
 
 
 def _free_memory(device: torch.device) -> int:
+    """Free bytes of a device; of several processes the least, so that all of them make the same plan."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        import psutil
 
-    return int(psutil.virtual_memory().available)
+        free = int(psutil.virtual_memory().available) // process_count()
+    if dist.is_initialized():
+        least = torch.tensor(free, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        free = int(least)
+    return free
 
 
 def _own_share(batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -8,6 +8,11 @@ from neurondrift.report.blocks import Table, table
 from neurondrift.report.wording import ALL, RANDOM, Footnotes, Record, clean, finite, is_safety, metric_words
 
 CONFOUNDED = "* unmatched: confounded with |w| and with the sites that members come from; for comparison only"
+RELATIVE_IS_CONFOUNDED = (
+    "|Δw|/|w₀| has |w₀| below the line: a group of large weights moves less in it by construction. Beside random "
+    "weights it says nothing about drift; beside controls it rests on how well their |w| match"
+)
+SITES_VARY = "ratio: members / controls, with its interval over sites, for this one run"
 WEAK = "p (Holm) above 0.05: weak, the effect does not survive the correction for multiple tests"
 OUTSIDE = "– outside the Holm family: random is a negative control"
 #: Steps shown in a table of drift over training.
@@ -366,6 +371,8 @@ def weight_table(results: Record) -> Table | None:
                 notes.number(record, field, form) if field in record else "–"
                 for field, form in zip(fields, forms, strict=True)
             ]
+            if limits := wording.interval(record.get(f"{fields[2]}_ci95"), wording.ratio):
+                cells[2] += f" {limits}"
             rows.append((clean(record["group"]), clean(record["seed"]), f"{record.get('n') or 0:,}", label, *cells))
     return table(
         "Single weights at the last step: members, matched controls, and random weights",
@@ -373,15 +380,15 @@ def weight_table(results: Record) -> Table | None:
             "group",
             "seed",
             "weights",
-            "quantity",
-            "mean of members",
-            "mean of controls",
-            "matched ratio",
-            "mean of random*",
+            "mean",
+            "members",
+            "controls",
+            "ratio [95 %]",
+            "random*",
         ),
         rows,
         "lrrlrrrr",
-        (CONFOUNDED, *notes.notes()),
+        (CONFOUNDED, RELATIVE_IS_CONFOUNDED, SITES_VARY, *notes.notes()),
     )
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from neurondrift.artifacts import atomic_path
 from neurondrift.report.effect_figures import effect_sizes, layer_module_effects
+from neurondrift.report.interventions import intervention_doses
 from neurondrift.report.style import RC
 from neurondrift.report.training_figures import (
     drift_over_training,
@@ -23,6 +24,7 @@ FIGURES: tuple[Callable[[Record], Figure | None], ...] = (
     final_drift_distributions,
     refusals_over_training,
     layer_module_effects,
+    intervention_doses,
 )
 #: Dates are left out so that the same results give the same bytes.
 METADATA: dict[str, dict[str, str | None]] = {

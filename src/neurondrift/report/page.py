@@ -15,6 +15,8 @@ ALTERNATIVES = {
     "effect_sizes": "Effect size g of each group and metric with its intervals and the band of equivalence",
     "final_drift_distributions": "Distributions of the final drift of each group and of its matched controls",
     "layer_module_effects": "Effect of each group by layer and module type",
+    "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
+    "the range of matched random groups",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",
     "refusals_over_training": "Share of prompts refused over training, above the drift of the safety groups",
 }
@@ -54,7 +56,7 @@ figure img { display: block; width: 100%; height: auto; background: #ffffff; pad
 """
 
 
-def render_page(results: Record, figures: Sequence[Path]) -> str:
+def render_page(results: Record, figures: Sequence[Path], answers: Sequence[Record] = ()) -> str:
     """The report as HTML with its figures inside.
 
     Parameters
@@ -63,6 +65,8 @@ def render_page(results: Record, figures: Sequence[Path]) -> str:
         The content of `statistical_results.json`.
     figures
         Files to embed, as `draw_figures` returns them; where both stand for one figure, the SVG is taken.
+    answers
+        Answers to harmful requests that are to be shown, escaped; no other answer is in the page.
 
     Returns
     -------
@@ -74,7 +78,7 @@ def render_page(results: Record, figures: Sequence[Path]) -> str:
     OSError
         A figure cannot be read.
     """
-    document = build_document(results)
+    document = build_document(results, answers)
     chosen = _choose(figures)
     placed = {name for section in (document.answer, *document.sections) for name in section.figures}
     parts = [

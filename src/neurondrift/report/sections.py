@@ -1,6 +1,9 @@
 """The order of the report and its sentences: the answer on one screen, then the tables, then the methods."""
 
-from neurondrift.report import drift_tables, study_tables, wording
+from collections.abc import Sequence
+
+from neurondrift.report import drift_tables, interventions, study_tables, subspaces, wording
+from neurondrift.report.answers import answer_sections
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
 from neurondrift.report.drift_tables import analysis_of, effects_of, metrics_of, primary_of
 from neurondrift.report.wording import RANDOM, Record, clean, is_safety, metric_words, seeds_words
@@ -21,13 +24,15 @@ STANDING_CAVEATS = (
 )
 
 
-def build_document(results: Record) -> Document:
+def build_document(results: Record, answers: Sequence[Record] = ()) -> Document:
     """The whole report as data.
 
     Parameters
     ----------
     results
         The content of `statistical_results.json`. Parts that are missing or empty leave a sentence that says so.
+    answers
+        Answers to harmful requests that are to be shown; by default none is.
 
     Returns
     -------
@@ -48,12 +53,15 @@ def build_document(results: Record) -> Document:
             _trajectories(results),
             _behaviour(results),
             _associations(results),
+            *_causes(results),
+            *_rank_level(results),
             _weights(results),
             _overlaps(results),
             _groups(results),
             _settings(results),
             _methods(results),
             _weaknesses(results),
+            *answer_sections(answers),
         ),
     )
 
@@ -127,7 +135,7 @@ def _hypotheses(results: Record) -> Section:
     blocks: list[Block] = [Items(tuple(entries))] if entries else []
     conclusion = clean(analysis_of(results).get("conclusion"), "")
     if conclusion:
-        blocks.append(Paragraph(f"In sum: {conclusion}"))
+        blocks.append(Paragraph(f"In sum: {' '.join(filter(None, (conclusion, _cause(results))))}"))
     return Section(title="H1 and H2, evaluated", blocks=_or_say(blocks, "There is no group whose name says safety."))
 
 
@@ -239,6 +247,25 @@ def _associations(results: Record) -> Section:
     return Section(
         title="Refusals beside drift", blocks=_or_say(blocks, "Drift and refusals were not measured at the same steps.")
     )
+
+
+def _causes(results: Record) -> tuple[Section, ...]:
+    """The section on interventions, only where `neurondrift intervene` was run."""
+    found = results.get("interventions")
+    return (interventions.section(found, (results.get("study") or {}).get("model_fingerprint")),) if found else ()
+
+
+def _cause(results: Record) -> str:
+    """What the interventions of this model conclude; empty where there are none."""
+    found = results.get("interventions") or {}
+    known = (results.get("study") or {}).get("model_fingerprint")
+    return clean(found.get("conclusion"), "") if known in (None, found.get("model_fingerprint")) else ""
+
+
+def _rank_level(results: Record) -> tuple[Section, ...]:
+    """The section on subspaces, only where `neurondrift subspaces` was run."""
+    found = results.get("subspaces")
+    return (subspaces.section(found, (results.get("study") or {}).get("model_fingerprint")),) if found else ()
 
 
 def _weights(results: Record) -> Section:

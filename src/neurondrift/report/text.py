@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
 from neurondrift.report.sections import build_document
@@ -23,25 +24,32 @@ class _CellWrapper(textwrap.TextWrapper):
     wordsep_re = re.compile(r"(\s+|(?<=_)(?=[^_]))")
 
 
-def render_text(results: Record) -> str:
+def render_text(results: Record, answers: Sequence[Record] = ()) -> str:
     """The whole report, one screen of answer first.
 
     Parameters
     ----------
     results
         The content of `statistical_results.json`.
+    answers
+        Answers to harmful requests that are to be shown.
 
     Returns
     -------
     str
-        UTF-8 text with a final newline; no line is longer than 100 characters. No model answer is in it.
+        UTF-8 text with a final newline; no line is longer than 100 characters. No other model answer is in it.
     """
-    document = build_document(results)
+    document = build_document(results, answers)
     lines = [*_wrap(document.title), *_wrap(document.subtitle), "═" * WIDTH]
     lines += _body(document.answer)
     for section in document.sections:
         lines += ["", "═" * WIDTH, *_wrap(section.title.upper()), "", *_body(section)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def render_section(section: Section) -> list[str]:
+    """One section without its title, as lines of at most 100 characters."""
+    return [line.rstrip() for line in _body(section)]
 
 
 def _body(section: Section) -> list[str]:

@@ -163,7 +163,7 @@ def to_estimate(found: Inference, n: int) -> Estimate:
     return Estimate(
         value=found.value,
         se=found.se,
-        ci90=found.interval(0.90),
+        ci90=found.equivalence_interval(),
         ci95=found.interval(0.95),
         n=n,
         sites=found.sites,

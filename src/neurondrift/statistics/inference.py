@@ -18,8 +18,9 @@ degrees of freedom for the seeds, in the proportions of V (Behrens-Fisher).
 Tried and left, with the false positives of a nominal 5 % test in simulation (7 to 210 unequal sites,
 lognormal scales): Student's t on J - 1 df with the sandwich, 6 to 13 %; the equal-tailed bootstrap-t with the
 sandwich, 5 to 9 %, and with the jackknife, 5 to 7.5 %; Satterthwaite's df over sites, 0.4 to 5 %; the form
-here, 4 to 6 %. Over three seeds: Satterthwaite's df reach 8 to 9 % where seeds dominate, the Behrens-Fisher
-mixture 2.5 to 5 %; a raw bootstrap of three seeds is too narrow by sqrt(2/3) and more.
+here, 4 to 6 %. The equivalence test asks both bootstraps, the symmetric and the equal-tailed (see
+`Inference.equivalence_interval`). Over three seeds: Satterthwaite's df reach 8 to 9 % where seeds dominate,
+the Behrens-Fisher mixture 2.5 to 5 %; a raw bootstrap of three seeds is too narrow by sqrt(2/3) and more.
 `benchmarks/calibration.py` tests the choice on whole simulated studies.
 """
 
@@ -59,8 +60,8 @@ def _sorted_quantile(draws: FloatArray, q: FloatArray) -> FloatArray:
 class Reference(NamedTuple):
     """Distribution of a studentised estimate under its true value.
 
-    ``site_draws`` are sorted draws for the sites' part with both signs of each (so 2 B of them), or None for
-    Student's t with ``site_df``; ``seed_share`` is the share of the seeds in the variance, with Student's
+    ``site_draws`` are sorted draws for the sites' part (symmetric: with both signs of each, so 2 B of them), or None
+    for Student's t with ``site_df``; ``seed_share`` is the share of the seeds in the variance, with Student's
     t on ``seed_df``.
     """
 
@@ -126,6 +127,7 @@ class Inference(NamedTuple):
     sites: int
     method: str
     reason: str
+    skewed: Reference | None = None
 
     def interval(self, level: float) -> tuple[float, float]:
         """Equal-tailed interval of the given level, value - se * (upper, lower) quantile."""
@@ -145,16 +147,35 @@ class Inference(NamedTuple):
         return min(1.0, 2 * min(self.reference.lower(t), self.reference.upper(t)))
 
     def p_equivalence(self, sesoi: float) -> float:
-        """Larger of the two one-sided p-values of |effect| >= sesoi (Schuirmann 1987).
+        """Larger of the two one-sided p-values of |effect| >= sesoi (Schuirmann 1987), by either reference.
 
-        Below 0.05 exactly where the 90 % interval lies inside (-sesoi, sesoi), up to 1 / draws.
+        Below 0.05 exactly where `equivalence_interval` lies inside (-sesoi, sesoi), up to 1 / draws.
         """
         if self.reference is None:
             return float("nan")
+        from_below, from_above = (self.value + sesoi) / self.se, (self.value - sesoi) / self.se
         return max(
-            self.reference.upper((self.value + sesoi) / self.se),
-            self.reference.lower((self.value - sesoi) / self.se),
+            max(reference.upper(from_below), reference.lower(from_above))
+            for reference in self._equivalence_references()
         )
+
+    def equivalence_interval(self) -> tuple[float, float]:
+        """The 90 % interval of the equivalence test: the symmetric one, widened on a side where the equal-tailed
+        one reaches further.
+
+        Two one-sided tests need each tail right by itself. The symmetric bootstrap gives both tails the mean of the
+        two, so with a skewed estimate it calls "similar" too easily on one side.
+        """
+        if self.reference is None:
+            return float("nan"), float("nan")
+        references = self._equivalence_references()
+        return (
+            self.value - self.se * max(reference.quantile(0.95) for reference in references),
+            self.value - self.se * min(reference.quantile(0.05) for reference in references),
+        )
+
+    def _equivalence_references(self) -> list[Reference]:
+        return [reference for reference in (self.reference, self.skewed) if reference is not None]
 
     def detectable(self, power: float = 0.8) -> float:
         """Smallest effect found with this power at two-sided 5 %: half the 95 % width + t_power * se."""
@@ -186,13 +207,14 @@ def jackknife_influence(sums: FloatArray, statistic: Statistic) -> FloatArray:
 def _combine(
     per_seed: FloatArray, influence: FloatArray, site_draws: FloatArray | None, site_df: float, method: str
 ) -> Inference:
-    """Variance and reference distribution from per-seed estimates [S] and influences [J, S]."""
+    """Variance and reference distributions from per-seed estimates [S], influences [J, S] and signed sorted draws."""
     sites, seeds = influence.shape
     value = float(per_seed.mean())
     factor = sites / (sites - 1)
     mean_influence = influence.mean(axis=1)
     v_site = factor * float(mean_influence @ mean_influence)
-    reference = Reference(site_draws, site_df)
+    symmetric = None if site_draws is None else np.sort(np.concatenate([-site_draws, site_draws]))
+    reference, skewed = Reference(symmetric, site_df), Reference(site_draws, site_df)
     variance = v_site
     if seeds >= FEWEST_SEEDS:
         v_seed = float(per_seed.var(ddof=1)) / seeds
@@ -200,13 +222,14 @@ def _combine(
         extra = max(v_seed - v_int, 0.0)
         variance = v_site + extra
         if variance > 0:
-            reference = Reference(site_draws, site_df, seeds - 1, extra / variance)
+            reference = Reference(symmetric, site_df, seeds - 1, extra / variance)
+            skewed = Reference(site_draws, site_df, seeds - 1, extra / variance)
         method += f", crossed with {seeds} seeds (t with {seeds - 1} df)"
     else:
         method += f", given {'this one run' if seeds == 1 else 'these two runs'}"
     if not variance > 0:
         return undefined(per_seed, sites, "no variation between sites")
-    return Inference(value, float(np.sqrt(variance)), reference, per_seed, sites, method, "")
+    return Inference(value, float(np.sqrt(variance)), reference, per_seed, sites, method, "", skewed)
 
 
 def undefined(per_seed: FloatArray, sites: int, reason: str) -> Inference:
@@ -261,13 +284,13 @@ def infer(sums: FloatArray, statistic: Differentiable, *, resamples: int, rng_se
     square = (weights * (slope @ sums.T) ** 2).sum(axis=1) * sites / (sites - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = (statistic(resampled).mean(axis=-1) - per_seed.mean()) / np.sqrt(square)
-    draws = np.abs(draws[np.isfinite(draws)])
+    draws = draws[np.isfinite(draws)]
     if len(draws) < resamples / 2:
         return undefined(per_seed, sites, "most bootstrap resamples have no variance")
     return _combine(
         per_seed,
         influence,
-        np.sort(np.concatenate([-draws, draws])),
+        np.sort(draws),
         sites - 1,
         f"{sites} sites, symmetric studentised cluster bootstrap with {len(draws)} resamples",
     )

@@ -1,0 +1,134 @@
+"""Shares of prompts with their intervals, and changes on the same prompts. On plain rows: no model, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FEWEST_CATEGORIES = 5  # below this, resampling categories says nothing about other categories
+RESAMPLES = 2000
+
+
+class Rate(NamedTuple):
+    """A share of `n` prompts with its 95 % Wilson interval."""
+
+    rate: float
+    low: float
+    high: float
+    refusals: int
+    n: int
+
+
+def refusal_rate(refused: Sequence[bool]) -> Rate:
+    """Share of refusals with its 95 % Wilson score interval; NaN throughout for no prompts."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    n, count = len(refused), sum(map(bool, refused))
+    if n == 0:
+        return Rate(math.nan, math.nan, math.nan, 0, 0)
+    low, high = proportion_confint(count, n, alpha=0.05, method="wilson")
+    return Rate(count / n, float(low), float(high), count, n)
+
+
+class CategoryInterval(NamedTuple):
+    """A 95 % interval of a share over other categories of prompts; NaN with a reason where it is undefined."""
+
+    low: float
+    high: float
+    categories: int
+    reason: str
+
+
+def category_interval(
+    marks: Sequence[bool], categories: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> CategoryInterval:
+    """Percentile cluster bootstrap over categories: whole categories are drawn with replacement.
+
+    Prompts of one category tend to be refused together, which the Wilson interval does not know. Percentile intervals
+    over few clusters are too narrow, so there is none below 5 categories, nor where every category has the same share.
+
+    References
+    ----------
+    Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8; Cameron, Gelbach and Miller,
+    *Review of Economics and Statistics* 90, 2008.
+    """
+    names = sorted(set(categories))
+    if len(names) < FEWEST_CATEGORIES or "" in names:
+        reason = "some prompts have no category" if "" in names else f"fewer than {FEWEST_CATEGORIES} categories"
+        return CategoryInterval(math.nan, math.nan, len(names), reason)
+    place = {name: index for index, name in enumerate(names)}
+    totals_C = np.zeros(len(names))
+    counts_C = np.zeros(len(names))
+    for mark, name in zip(marks, categories, strict=True):
+        totals_C[place[name]] += 1
+        counts_C[place[name]] += bool(mark)
+    if np.ptp(counts_C / totals_C) == 0:
+        return CategoryInterval(math.nan, math.nan, len(names), "every category has the same share")
+    drawn_RC = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    shares_R = counts_C[drawn_RC].sum(axis=1) / totals_C[drawn_RC].sum(axis=1)
+    low, high = np.quantile(shares_R, (0.025, 0.975))
+    return CategoryInterval(float(low), float(high), len(names), "")
+
+
+class Change(NamedTuple):
+    """Refusals of the same prompts at two steps: rates and the exact two-sided McNemar p-value."""
+
+    from_rate: float
+    to_rate: float
+    difference: float
+    p_mcnemar: float
+    n: int
+
+
+def paired_change(before: Mapping[str, bool], after: Mapping[str, bool]) -> Change:
+    """Compare refusals (prompt id -> refused) of the same prompts at two steps. NaN throughout where none is shared."""
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    shared = [identifier for identifier in before if identifier in after]
+    if not shared:
+        return Change(math.nan, math.nan, math.nan, math.nan, 0)
+    table = [[0, 0], [0, 0]]
+    for identifier in shared:
+        table[int(before[identifier])][int(after[identifier])] += 1
+    n = len(shared)
+    from_rate, to_rate = (table[1][0] + table[1][1]) / n, (table[0][1] + table[1][1]) / n
+    return Change(from_rate, to_rate, to_rate - from_rate, float(mcnemar(table, exact=True).pvalue), n)
+
+
+def per_prompt(rows: Sequence[Mapping[str, Any]], *, judge: str | None = None) -> list[dict[str, Any]]:
+    """One row a prompt (and step, seed and attack), from one row an answer and judge.
+
+    Parameters
+    ----------
+    rows
+        Judged answers, as `judge_answers` makes them or as they are read from Parquet.
+    judge
+        Whose verdicts; by default those of the first judge that was asked for (`primary`).
+
+    Returns
+    -------
+    Rows in the order of each prompt's first answer. A prompt counts as refused if *every* answer to it was; as a
+    success if *any* was; as coherent if any was; its score is the highest (None where there is none); `answers` counts.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("primary", True) if judge is None else row["judge"] == judge:
+            key = tuple(row.get(name) for name in ("seed", "step", "attack", "kind", "id"))
+            groups.setdefault(key, []).append(row)
+    result = []
+    for found in groups.values():
+        scores = [row["score"] for row in found if row.get("score") is not None]
+        result.append(
+            {
+                **found[0],
+                "refused": all(row["refused"] for row in found),
+                "success": any(row["success"] if "success" in row else not row["refused"] for row in found),
+                "coherent": any(row["coherent"] for row in found),
+                "score": max(scores) if scores else None,
+                "answers": len(found),
+            }
+        )
+    return result
