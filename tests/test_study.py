@@ -328,18 +328,19 @@ def test_scoring_in_two_processes(tmp_path):
             [*torchrun, "-m", "neurondrift.cli", *arguments], capture_output=True, text=True, check=False
         )
 
+    unaligned = tmp_path / "unaligned.toml"
+    unaligned.write_text('preset = "smoke"\n[align]\nenabled = false\n')
     scores = {}
     for way in ("one", "two"):
         folder = tmp_path / way
-        assert command("align", "--preset", "smoke", "--output-dir", str(folder)).returncode == 0
-        done = (command if way == "one" else launched)("score", "--preset", "smoke", "--output-dir", str(folder))
+        done = (command if way == "one" else launched)("score", "--config", str(unaligned), "--output-dir", str(folder))
         assert done.returncode == 0, done.stderr[-2000:]
-        scores[way] = ScoreFile(StudyFolder(folder, smoke()).score_file("safety"))
+        scores[way] = ScoreFile(StudyFolder(folder, config.resolve(file=unaligned)).score_file("safety"))
     assert done.stdout.count("million weights") == 1
     assert scores["one"].header["data"] == scores["two"].header["data"]
     for name, values in scores["one"].items():
         np.testing.assert_allclose(scores["two"][name], values, rtol=1e-4, atol=1e-6 * values.max())
-    refused = launched("run", "--preset", "smoke", "--output-dir", str(tmp_path / "two"))
+    refused = launched("run", "--config", str(unaligned), "--output-dir", str(tmp_path / "two"))
     assert "Only the stage score runs in several processes" in refused.stderr
     clean(tmp_path / "one"), clean(tmp_path / "two")
 

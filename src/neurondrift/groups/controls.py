@@ -188,6 +188,10 @@ def _tilted(
 def _nearest_unused(values: npt.NDArray[Any], candidates: Indices, used: Indices, targets: npt.NDArray[Any]) -> Indices:
     """For each target value the unused candidate whose value is nearest, each candidate at most once."""
     free = np.setdiff1d(candidates, used, assume_unique=True)
+    # Only what is not smaller than every target, and as many below as there are targets, can be picked.
+    reach = int((values[free] >= targets.min()).sum()) + len(targets)
+    if reach < len(free):
+        free = np.sort(free[np.argpartition(values[free], len(free) - reach)[len(free) - reach :]])
     free = free[np.argsort(values[free], kind="stable")]
     sorted_values = values[free]
     count = len(free)

@@ -1,0 +1,50 @@
+"""The stage align: teach the model to refuse before the study proper."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from neurondrift import artifacts, findings
+from neurondrift.config import Study
+from neurondrift.data import encode, load_examples
+from neurondrift.folder import StudyFolder
+from neurondrift.models import load_model, quiet_transformers
+from neurondrift.progress import progress
+from neurondrift.stages.base import autocasts
+from neurondrift.training import align as align_model
+
+
+def align(study: Study, folder: StudyFolder) -> str:
+    """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
+    settings, source = study.align, study.model
+    model, tokenizer = load_model(
+        source.reference,
+        dtype="float32",
+        device=source.device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    references = [settings.refusals, settings.ordinary, settings.borderline]
+    examples = [example for reference in references if reference is not None for example in load_examples(reference)]
+    encoded = encode(examples, tokenizer, max_length=settings.max_length)
+    with progress("align", settings.max_steps) as advance, tempfile.TemporaryDirectory() as scratch:
+        log = align_model(
+            model,
+            encoded,
+            settings,
+            seed=study.seed,
+            autocast=autocasts(study),
+            scratch=Path(scratch),
+            advance=advance,
+        )
+    with artifacts.atomic_path(folder.aligned) as partial, quiet_transformers():
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        artifacts.write_json(partial / "training_log.json", findings.json_safe(log))
+    loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
+    return f"{settings.max_steps} steps on {len(examples)} examples{loss}"
+
+
+def align_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [folder.aligned]

@@ -1,0 +1,28 @@
+"""What several stages need: the model that a study scores and fine-tunes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from neurondrift.config import Study
+from neurondrift.folder import StudyFolder
+from neurondrift.models import load_model, resolve_device, resolve_dtype
+
+
+def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) -> tuple[Any, Any]:
+    """The model that is scored and fine-tuned (aligned, where the study aligns), and its tokenizer."""
+    settings = study.model
+    return load_model(
+        folder.base_model,
+        dtype=dtype or settings.dtype,
+        device=settings.device,
+        revision=None if study.align.enabled else settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def autocasts(study: Study) -> bool:
+    """Whether training computes in bfloat16 over float32 weights."""
+    return resolve_dtype(study.model.dtype, resolve_device(study.model.device)) == torch.bfloat16

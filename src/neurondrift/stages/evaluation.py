@@ -1,0 +1,137 @@
+"""The stage evaluate: refusals, perplexity and capability before, during and after fine-tuning."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neurondrift import artifacts
+from neurondrift.behaviour.attacks import attack_of, system_prompt
+from neurondrift.behaviour.capability import capability, check_tasks, perplexity
+from neurondrift.behaviour.evaluate import count_answers, judge_answers, write_answers
+from neurondrift.behaviour.panel import Panel
+from neurondrift.behaviour.rates import per_prompt, refusal_rate
+from neurondrift.config import DataReference, Study
+from neurondrift.data import Example, load_examples
+from neurondrift.folder import StudyFolder
+from neurondrift.models import attach_adapter, load_model
+from neurondrift.progress import progress
+from neurondrift.stages.base import load_base
+from neurondrift.training import saved_step
+
+
+def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
+    """Refusals and perplexity before, during and after fine-tuning."""
+    settings = study.evaluate
+    sets = _prompt_sets(study)
+    answers_set = load_examples(settings.answers)
+    judging = _judging(study)  # a missing judge, file of suffixes or task is an error before anything is generated
+    manager = check_tasks(settings.capability_tasks) if settings.capability_tasks else None
+    target = folder.behaviour(seed)
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    steps = [0, *sorted(int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*"))]
+    answers = count_answers(sets, judging["attack"])
+    unaligned = study.align.enabled and seed == study.seed
+    early = {"harmful": sets["harmful"]}
+    total = answers * len(steps) + (count_answers(early, judging["attack"]) if unaligned else 0)
+    harmful: dict[int, float] = {}
+    perplexities: list[dict[str, Any]] = []
+    capabilities: list[dict[str, Any]] = []
+    with progress(f"evaluate, seed {seed}", total) as advance:
+        if unaligned:
+            rows = _evaluate_unaligned(study, early, advance, judging)
+            write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
+        for step in steps:
+            model, tokenizer = _model_at(study, folder, seed, step)
+            rows = judge_answers(model, tokenizer, sets, advance=advance, **judging)
+            judging["panel"].release()
+            write_answers(target / f"step={step:06d}.parquet", rows, step=step, seed=seed)
+            harmful[step] = refusal_rate([row["refused"] for row in per_prompt(rows) if row["kind"] == "harmful"]).rate
+            value = perplexity(
+                model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
+            )
+            perplexities.append({"seed": seed, "step": step, "perplexity": value})
+            if settings.capability_tasks:
+                found = capability(
+                    model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
+                )
+                capabilities += [{"seed": seed, "step": step, **row} for row in found]
+            del model
+    _write_rows(target / "perplexity.parquet", perplexities)
+    if capabilities:
+        _write_rows(target / "capability.parquet", capabilities)
+    return "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
+
+
+def evaluate_outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
+    return [folder.behaviour(seed)]
+
+
+def _prompt_sets(study: Study) -> dict[str, list[Example]]:
+    settings = study.evaluate
+    references: dict[str, DataReference | None] = {
+        "harmful": settings.harmful,
+        "ordinary": settings.ordinary,
+        "borderline": settings.borderline,
+    }
+    return {
+        kind: load_examples(reference, require_response=False)
+        for kind, reference in references.items()
+        if reference is not None
+    }
+
+
+def _judging(study: Study) -> dict[str, Any]:
+    settings = study.evaluate
+    return {
+        "panel": Panel(
+            [settings.judge, *settings.further_judges],
+            kind=settings.judge_kind,
+            prompt=settings.judge_prompt,
+            device=study.model.device,
+        ),
+        "attack": attack_of(settings.attack),
+        "system": system_prompt(settings.system_prompt),
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "max_length": settings.max_length,
+    }
+
+
+def _evaluate_unaligned(
+    study: Study, sets: Mapping[str, list[Example]], advance: Any, judging: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    source = study.model
+    model, tokenizer = load_model(
+        source.reference,
+        dtype=source.dtype,
+        device=source.device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    return judge_answers(model, tokenizer, sets, advance=advance, **judging)
+
+
+def _model_at(study: Study, folder: StudyFolder, seed: int, step: int) -> tuple[Any, Any]:
+    """The model at a training step: the base, the base with that step's adapter, or that step's full model."""
+    if step and study.finetune.method == "full":
+        model, _ = load_model(
+            saved_step(folder.adapters(seed), step), dtype=study.model.dtype, device=study.model.device
+        )
+        return model, load_base(study, folder)[1]
+    model, tokenizer = load_base(study, folder)
+    if step:
+        model = attach_adapter(model, saved_step(folder.adapters(seed), step)).eval()
+    return model, tokenizer
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with artifacts.atomic_path(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)

@@ -1,0 +1,166 @@
+"""The stage groups: the groups of a study, their matched controls, and how they are read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neurondrift import findings
+from neurondrift.config import Study
+from neurondrift.drift.exact import row_norms
+from neurondrift.folder import GROUP_NAMES, StudyFolder
+from neurondrift.groups import (
+    Granularity,
+    Group,
+    load_group,
+    matched,
+    random_group,
+    select_top,
+    set_difference,
+    unit_scores,
+)
+from neurondrift.groups.order import importance_of, write_importance
+from neurondrift.importance.scoring import (
+    ScoreFile,
+    check_compatible,
+)
+from neurondrift.sites import Site, linear_sites, mlp_units
+from neurondrift.stages.base import load_base
+
+GRANULARITIES: tuple[Granularity, ...] = ("neuron", "weight")
+
+
+def groups(study: Study, folder: StudyFolder) -> str:
+    """Safety by top share and by set difference, utility, random; each with a matched control; neurons and weights."""
+    settings = study.groups
+    safety, utility = (ScoreFile(folder.score_file(purpose)) for purpose in ("safety", "utility"))
+    check_compatible(safety, utility)
+    model, _ = load_base(study, folder)
+    sites = linear_sites(model)
+    shapes = {name: site.shape for name, site in sites.items()}
+    folder.groups.mkdir(parents=True, exist_ok=True)
+    counts = []
+    for granularity in GRANULARITIES:
+        made: dict[str, Group] = {
+            "safety_top": select_top(safety, fraction=settings.top_fraction, granularity=granularity),
+            "safety_set_difference": set_difference(
+                safety, utility, p=settings.set_difference_p, q=settings.set_difference_q, granularity=granularity
+            ),
+            "utility_top": select_top(utility, fraction=settings.top_fraction, granularity=granularity),
+            "random": random_group(
+                shapes,
+                fraction=settings.top_fraction,
+                seed=study.seed,
+                granularity=granularity,
+                provenance={"model": safety.header["model"]},
+            ),
+        }
+        assert tuple(made) == GROUP_NAMES
+        magnitudes = _Magnitudes(sites, granularity)
+        bins = settings.bins if granularity == "neuron" else settings.weight_bins
+
+        def save(
+            name: str,
+            granularity: Granularity = granularity,
+            made: Mapping[str, Group] = made,
+            magnitudes: _Magnitudes = magnitudes,
+            bins: int = bins,
+        ) -> None:
+            (control,) = matched(made[name], magnitudes, seed=study.seed, bins=bins)
+            made[name].save(folder.group_file(name, granularity))
+            control.save(folder.group_file(name, granularity, matched=True))
+            if granularity == "neuron":
+                made[name].save(folder.group_file(name, granularity, suffix="json"))
+                order = importance_of(made[name], utility if name == "utility_top" else safety)
+                write_importance(folder.importance_file(name, granularity), made[name], order)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(save, made))
+        counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
+    if study.finetune.freeze_granularity == "unit":
+        chosen = _unit_groups(study, folder, safety, utility, sites)
+        counts.append(f"{len(chosen['safety_set_difference']):,} units by set difference")
+    return "; ".join(counts)
+
+
+class _Magnitudes(Mapping[str, Any]):
+    """|w| of each site's neurons or weights, computed when it is asked for: one site at a time is in memory."""
+
+    def __init__(self, sites: Mapping[str, Site], granularity: Granularity) -> None:
+        self._sites, self._granularity = sites, granularity
+
+    def __getitem__(self, name: str) -> Any:
+        weight = self._sites[name].weight
+        return row_norms(weight).cpu().numpy() if self._granularity == "neuron" else weight.float().abs().cpu().numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def _unit_groups(
+    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, sites: Mapping[str, Site]
+) -> dict[str, Group]:
+    """The same groups of MLP hidden units, matched on the norm of all weights of a unit: made where they are to be
+    frozen."""
+    settings, units = study.groups, mlp_units(dict(sites))
+    about: dict[str, Any] = {name: safety.header[name] for name in ("model", "method", "data") if name in safety.header}
+    of_safety, of_utility = unit_scores(safety, units), unit_scores(utility, units)
+    magnitudes = {}
+    for name, unit in units.items():
+        names = {unit.down, *(up for up, _ in unit.ups)}
+        squares = {site: sites[site].weight.float().square().cpu().numpy() for site in names}
+        magnitudes[name] = np.sqrt(unit_scores(squares, {name: unit})[name])
+    made = {
+        "safety_top": select_top(of_safety, fraction=settings.top_fraction, granularity="unit", provenance=about),
+        "safety_set_difference": set_difference(
+            of_safety,
+            of_utility,
+            p=settings.set_difference_p,
+            q=settings.set_difference_q,
+            granularity="unit",
+            provenance={**about, "utility_data": utility.header.get("data")},
+        ),
+        "utility_top": select_top(
+            of_utility,
+            fraction=settings.top_fraction,
+            granularity="unit",
+            provenance={**about, "data": utility.header.get("data")},
+        ),
+        "random": random_group(
+            {name: (unit.count, 1) for name, unit in units.items()},
+            fraction=settings.top_fraction,
+            seed=study.seed,
+            granularity="unit",
+            provenance={"model": safety.header["model"]},
+        ),
+    }
+    for name, group in made.items():
+        (control,) = matched(group, magnitudes, seed=study.seed, bins=settings.bins)
+        group.save(folder.group_file(name, "unit"))
+        control.save(folder.group_file(name, "unit", matched=True))
+    return made
+
+
+def groups_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [folder.groups]
+
+
+def neuron_groups(folder: StudyFolder) -> dict[str, Group]:
+    """The groups of neurons that a study made, by name."""
+    return {name: load_group(folder.group_file(name, "neuron")) for name in GROUP_NAMES}
+
+
+def weight_groups(folder: StudyFolder) -> dict[str, Group]:
+    """The groups of weights that a study made, each followed by its matched control, `NAME.matched`."""
+    files = {f"{name}{mark}": (name, bool(mark)) for name in GROUP_NAMES for mark in ("", findings.MATCHED)}
+    return {
+        label: load_group(folder.group_file(name, "weight", matched=matched))
+        for label, (name, matched) in files.items()
+    }
