@@ -15,15 +15,16 @@ On a GPU: `--llama2-7b` builds random weights of Llama-2-7B's shape and times bo
 
 import argparse
 import gc
-import resource
+import threading
 import time
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 import neurondrift as nd
 from neurondrift.batches import make_batches, token_losses
-from neurondrift.memory import tune_allocator
+from neurondrift.memory import release_memory, tune_allocator
 
 
 def plain_forward_backward(model, batches) -> float:
@@ -76,9 +77,21 @@ def _wait(model) -> None:
         torch.cuda.synchronize()
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def growth_of_memory(work) -> float:
+    """GB by which this process grows at most while `work()` runs, looked at every 5 ms."""
+    process, stop, most = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def look() -> None:
+        while not stop.wait(0.005):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    work()
+    stop.set()
+    watcher.join()
+    return (most[0] - before) / 1e9
 
 
 def relative(one, two) -> float:
@@ -101,14 +114,12 @@ def on_the_demo_model(options) -> None:
     )
     batches = make_batches(encoded, batch_size=8, pad_token_id=tokenizer.pad_token_id)
     nd.score(model, encoded[:16])  # kernels are prepared once for each shape
-    before = peak_gb()
     ours, plain, full = [], [], []
     for _ in range(options.repeats):
         began = time.perf_counter()
         scores = nd.score(model, encoded)
         _wait(model)
         ours.append(time.perf_counter() - began)
-        peak = peak_gb()
         del scores
         gc.collect()
         plain.append(plain_forward_backward(model, batches))
@@ -124,9 +135,14 @@ def on_the_demo_model(options) -> None:
         (f"one pass per layer (from {len(part)} examples, 3 layers)", per_layer),
     ):
         print(f"| {name} | {seconds:.1f} | {seconds / mine:.2f} |")
-    print(
-        f"\npeak memory {peak:.2f} GB (before scoring {before:.2f}); model {model_gb:.2f} + accumulators {4 * weights / 1e9:.2f} GB"
-    )
+    for size in (8, 2):
+        gc.collect()
+        release_memory()
+        grown = growth_of_memory(lambda size=size: nd.score(model, encoded[:32], batch_size=size))
+        print(
+            f"\nbatch size {size}: memory grows by {grown:.2f} GB while scoring; accumulators {4 * weights / 1e9:.2f} GB, "
+            f"model {model_gb:.2f} GB; model + accumulators + 20 % would allow {0.2 * model_gb + 1.2 * 4 * weights / 1e9:.2f}"
+        )
 
 
 def exactness(options) -> None:

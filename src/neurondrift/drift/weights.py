@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,8 +28,6 @@ Metric = Literal["absolute", "relative"]
 
 #: A float32 without its lowest 17 bits: 8 bits of exponent, 6 of mantissa.
 SHIFT = 17
-#: Sites that are summed up at a time; numpy and torch let go of the interpreter.
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -184,26 +181,17 @@ class WeightMeter:
         kept += [magnitude for parts in self._magnitudes.values() for magnitude in parts]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
+    @torch.no_grad()
     def measure(self, meter: DriftMeter) -> list[WeightDrift]:
         """|Δ| and |Δ|/|w₀| of every group in every site where it has members, now."""
-        sites = list(self._indices)
-        if torch.distributed.is_initialized():  # sharded weights are gathered by all processes in the same order
-            parts = [self._of_site(site, meter) for site in sites]
-        else:
-            with ThreadPoolExecutor(THREADS) as pool:
-                parts = list(pool.map(lambda site: self._of_site(site, meter), sites))
-        return [one for part in parts for one in part]
-
-    @torch.no_grad()
-    def _of_site(self, site: str, meter: DriftMeter) -> list[WeightDrift]:
-        groups = self._indices[site]
-        if site not in self._magnitudes:
-            base = meter.base(site).reshape(-1)
-            self._magnitudes[site] = [base.index_select(0, flat.to(base.device)).abs_() for _, flat in groups]
-        delta = meter.delta(site).reshape(-1)
         found: list[WeightDrift] = []
-        for (name, flat), magnitude in zip(groups, self._magnitudes[site], strict=True):
-            found += _drift_of(delta, flat, magnitude, group=name, site=site)
+        for site, groups in self._indices.items():
+            if site not in self._magnitudes:
+                base = meter.base(site).reshape(-1)
+                self._magnitudes[site] = [base.index_select(0, flat.to(base.device)).abs_() for _, flat in groups]
+            delta = meter.delta(site).reshape(-1)
+            for (name, flat), magnitude in zip(groups, self._magnitudes[site], strict=True):
+                found += _drift_of(delta, flat, magnitude, group=name, site=site)
         return found
 
 

@@ -18,8 +18,9 @@ TILE = 256
 def write_parquet(path: Path, group: Group) -> None:
     """Write a group as Parquet, its shapes and provenance in the metadata. See `Group.save`.
 
-    Weights are ordered by tiles of 256 columns and within a tile by row: of a column's four bytes only the lowest then
-    varies, and rows rise slowly (benchmarks/groups.py has the sizes).
+    Weights are ordered by half tiles: first all sites' tiles of 256 columns with the columns 0 to 127 of each, then with
+    128 to 255; within a half tile by row. Of a column's four bytes only the lowest then varies, in 7 bits over long
+    stretches, and rows rise slowly (benchmarks/groups.py has the sizes).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -32,7 +33,7 @@ def write_parquet(path: Path, group: Group) -> None:
     )
     if group.granularity == "weight":
         columns = np.concatenate([group.columns(site).astype(np.int32) for site in sites]) if sites else rows
-        order = np.lexsort((columns, rows, columns // TILE, codes))
+        order = np.lexsort((columns, rows, columns // TILE, codes, columns % TILE // (TILE // 2)))
         codes, rows, columns = codes[order], rows[order], columns[order]
         col_column, col_encoding = pa.array(columns), "BYTE_STREAM_SPLIT"
     else:
