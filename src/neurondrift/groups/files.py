@@ -18,9 +18,9 @@ TILE = 256
 def write_parquet(path: Path, group: Group) -> None:
     """Write a group as Parquet, its shapes and provenance in the metadata. See `Group.save`.
 
-    Weights are ordered by half tiles: first all sites' tiles of 256 columns with the columns 0 to 127 of each, then with
-    128 to 255; within a half tile by row. Of a column's four bytes only the lowest then varies, in 7 bits over long
-    stretches, and rows rise slowly (benchmarks/groups.py has the sizes).
+    Weights are ordered by half tiles: of all sites' tiles of 256 columns first the columns 0 to 127, then the others;
+    within a half tile by row. Of a column's four bytes only the lowest then varies, in 7 bits over long stretches,
+    and rows rise slowly (benchmarks/groups.py has the sizes).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
