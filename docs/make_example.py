@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 ROOT = Path(__file__).parents[1]
 NAMES = {
     "safety_top": "safety, SNIP top 1 %",
@@ -50,11 +52,13 @@ def causes(folder: Path) -> str:
     if not file.exists():
         return ""
     found = json.loads(file.read_text())
+    runs = pq.read_table(file.with_suffix(".parquet"), columns=["key", "seconds"]).to_pylist()
+    minutes = sum({run["key"]: run["seconds"] for run in runs}.values()) / 60
     before, after = (found["references"][name] for name in ("before", "after"))
     lines = [
         f"`neurondrift intervene` on the demo (seed {found['training_seed']}, {before['harmful']['n']} harmful prompts: "
         f"{before['harmful']['rate']:.2f} refused before fine-tuning, {after['harmful']['rate']:.2f} after it), in "
-        f"{found['seconds'] / 60:.0f} minutes:",
+        f"{minutes:.0f} minutes, doses included:",
         "",
         "| group | intervention | refused | matched random groups: mean (range) | effect (95 %) | p | ordinary refused | perplexity (random) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -63,11 +67,12 @@ def causes(folder: Path) -> str:
         if effect["dose"] != 1:
             continue
         harmful, ordinary, answers = (effect["measures"][kind] for kind in ("harmful", "ordinary", "answers"))
+        low_high = "undefined" if None in (harmful["ci95"] or [None]) else "{:+.2f} to {:+.2f}".format(*harmful["ci95"])
         lines.append(
             f"| {NAMES.get(effect['group'], effect['group'])} | {effect['intervention']} | {harmful['value']:.2f} | "
             f"{harmful['null_mean']:.2f} ({harmful['null_low']:.2f} to {harmful['null_high']:.2f}), K = {effect['draws']} | "
-            f"{harmful['effect']:+.2f} ({harmful['ci95'][0]:+.2f} to {harmful['ci95'][1]:+.2f}) | {harmful['p']:.2f} | "
-            f"{ordinary['value']:.2f} | {answers['perplexity']:.1f} ({answers['null_perplexity']:.1f}) |"
+            f"{harmful['effect'] + 0.0:+.2f} ({low_high}) | {harmful['p']:.2f} | "
+            f"{ordinary['value']:.2f} | {answers['perplexity']:,.1f} ({answers['null_perplexity']:,.1f}) |"
         )
     return "\n".join([*lines, "", found["conclusion"]])
 

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "neurondrift"
 # A module may import modules of lower layers, and of its own package.
 LAYERS = [
     ["errors"],
-    ["artifacts", "config", "distributed", "memory", "progress"],
+    ["artifacts", "config", "distributed", "memory", "progress", "threads"],
     ["folder", "sites"],
     ["data", "groups"],
     ["members"],

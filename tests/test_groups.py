@@ -287,3 +287,18 @@ def test_units_are_the_rows_and_the_column_of_one_hidden_unit(family):
         assert torch.allclose(mlp(hidden), expected_output, atol=1e-6)
     with pytest.raises(GroupError, match="Only a group of hidden units"):
         weights_of_units(weights, units, shapes)
+
+
+def test_a_matched_control_has_the_same_mean_where_members_lie_beyond_all_candidates():
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.standard_normal((60, 100)))  # a heavy tail, of which the group takes most
+    shapes = {"a": values.shape}
+    chosen = np.sort(np.argsort(values.reshape(-1) * np.exp(0.8 * rng.standard_normal(values.size)))[-300:])
+    group = Group(granularity="weight", members={"a": chosen.astype(np.int64)}, shapes=shapes)
+    (control,) = matched(group, {"a": values}, seed=0, bins=20)
+    own, other = values.reshape(-1)[chosen], values.reshape(-1)[control.members["a"]]
+    assert len(own) == len(other) and not np.intersect1d(chosen, control.members["a"]).size
+    assert control.provenance["borrowed"] > 0
+    spread = np.sqrt((own.var() + other.var()) / 2)
+    assert abs(own.mean() - other.mean()) / spread < 0.05
+    assert control.provenance["imbalance"] == pytest.approx(abs(own.mean() - other.mean()) / spread, abs=1e-4)

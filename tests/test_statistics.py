@@ -581,3 +581,25 @@ def test_association_refuses_series_that_do_not_fit():
             total_drift=np.zeros((1, 2)),
             n_prompts=1,
         )
+
+
+def test_the_equivalence_interval_reaches_as_far_as_either_bootstrap():
+    rng = np.random.default_rng(3)
+    sums = np.column_stack([np.ones(40), np.exp(1.5 * rng.standard_normal(40))])
+
+    class Mean:
+        def __call__(self, totals):
+            return totals[..., 1:] / totals[..., :1]
+
+        def gradient(self, totals):
+            first = 1 / totals[..., 0]
+            return np.stack([-totals[..., 1] * first**2, first], axis=-1)[..., None]
+
+    found = infer(sums, Mean(), resamples=1000, rng_seed=0)
+    low, high = found.equivalence_interval()
+    symmetric = found.interval(0.90)
+    assert low <= symmetric[0] and high >= symmetric[1]
+    assert high > symmetric[1] + 0.05 * found.se  # a mean of skewed values: the upper side is the longer one
+    for band in (0.5, 1.0, 3.0):  # the p-value and the interval are one test
+        inside = -band < low and high < band
+        assert (found.p_equivalence(band) < 0.05) == inside

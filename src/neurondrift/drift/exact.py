@@ -35,6 +35,7 @@ from neurondrift.drift.initial import CheckpointWeights, Weights
 from neurondrift.errors import ModelError
 from neurondrift.models import load_model
 from neurondrift.sites import Site, linear_sites, unwrap
+from neurondrift.threads import threads_for
 
 __all__ = [
     "CheckpointWeights",
@@ -273,7 +274,8 @@ class DriftMeter:
     @torch.no_grad()
     def measure(self) -> dict[str, NeuronDrift]:
         """Drift of every neuron of every trained site, now."""
-        parts = [self._moments(name) for name in self.sites]
+        with threads_for(math.prod(site.shape) for site in self.sites.values()):
+            parts = [self._moments(name) for name in self.sites]
         sizes = [len(norm) for norm, _ in parts]
         # The last step for all sites at once: a dozen operations on a few rows each cost more than their arithmetic.
         norm_N = torch.cat([norm.cpu() for norm, _ in parts])

@@ -149,7 +149,13 @@ def _sentence(effect: Mapping[str, Any], *, lost: float) -> str:
     value, null = measure["value"], measure["null_mean"]
     by_null = f"matched random groups {{}}; p = {measure['p']:.2g}, {effect['draws']} draws"
     if effect["intervention"] == "prune":
-        return f"Pruning {group} before fine-tuning leaves refusals at {value:.2f} ({by_null.format(f'{null:.2f}')})."
+        text = f"Pruning {group} before fine-tuning leaves refusals at {value:.2f} ({by_null.format(f'{null:.2f}')})"
+        answers = effect["measures"].get("answers") or {}
+        after, by_chance = answers.get("perplexity"), answers.get("null_perplexity")
+        if after is None or by_chance is None:
+            return f"{text}."
+        # A model that can no longer write does not refuse either: how much else broke belongs into the same sentence.
+        return f"{text}, and the perplexity of ordinary answers at {after:,.0f} (random groups {by_chance:,.0f})."
     if lost <= 0:
         started = {"rewind": "Undoing only", "transplant": "Transplanting only", "freeze": "Holding only"}
         tail = "the change of " if effect["intervention"] != "freeze" else ""
@@ -157,12 +163,16 @@ def _sentence(effect: Mapping[str, Any], *, lost: float) -> str:
             f"{started[effect['intervention']]} {tail}{group} gives refusals of {value:.2f} "
             f"({by_null.format(f'{null:.2f}')})."
         )
-    shares = f"{share['group']:.2f}", by_null.format(f"{share['null']:.2f}")
+    shares = _share(share["group"]), by_null.format(_share(share["null"]))
     return {
         "rewind": f"Undoing only the change of {group} brings {shares[0]} of the lost refusals back ({shares[1]}).",
         "transplant": f"Its change alone, put into the model from before, loses {shares[0]} of them ({shares[1]}).",
         "freeze": f"Holding it during training keeps {shares[0]} of them ({shares[1]}).",
     }[effect["intervention"]]
+
+
+def _share(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # never "-0.00"
 
 
 def _verdict(group: str, own: Mapping[str, Mapping[str, Any]], *, lost: float) -> str:
