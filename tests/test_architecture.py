@@ -21,7 +21,7 @@ LAYERS = [
     ["models"],
     ["batches"],
     ["importance", "drift", "behaviour", "statistics"],
-    ["training", "findings", "verify", "report"],
+    ["training", "findings", "magnitudes", "verify", "report"],
     ["stages"],
     ["study", "stability", "interventions", "rank_level"],
     ["cli"],

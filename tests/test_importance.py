@@ -200,7 +200,7 @@ def test_passes_over_subsets_of_sites_give_the_same_scores(monkeypatch):
     assert [name for part in plan.passes for name in part] == list(sites)
     assert plan_passes(METHODS["snip"], sites, free={device: 2 * total}).passes == [list(sites)]
     assert not plan_passes(METHODS["snip"], sites, free={device: 0}).on_device
-    monkeypatch.setattr("neurondrift.importance.scoring._free_memory", lambda device: total // 2)
+    monkeypatch.setattr("neurondrift.importance.scoring.free_memory", lambda device: total // 2)
     assert all(torch.equal(reference[name], values) for name, values in score(model, rows).items())
     in_main_memory = score(model, rows, accumulate_on="cpu")
     assert all(torch.equal(reference[name], values) for name, values in in_main_memory.items())

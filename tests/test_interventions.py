@@ -346,7 +346,8 @@ def test_doses_lie_within_each_other_and_take_the_most_important_of_each_site(tm
 
 
 def test_a_group_that_its_controls_cannot_match_names_the_site():
-    from neurondrift.interventions.null import Draws, magnitudes_of, plan
+    from neurondrift.interventions.null import Draws, plan
+    from neurondrift.magnitudes import magnitudes_of
 
     model = adapted("llama")
     group = everything(model, "neuron")

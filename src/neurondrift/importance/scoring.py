@@ -121,15 +121,13 @@ def iterate_scores(
     """As `score`, site by site: what has been handed out need not stay in memory."""
     chosen = get_method(method)
     sites = linear_sites(model) if sites is None else sites
-    for name, site in sites.items():
-        if site.tensor.is_meta:
-            raise ModelError(f"The weight of {name} is offloaded", fix="load the model with a device_map that fits")
+    check_loaded(sites)
     generator = torch.Generator().manual_seed(seed)
     if chosen.needs == "nothing":
         for name, site in sites.items():
             yield name, chosen.finish(torch.zeros(0), site.weight, 0, 0, generator).cpu()
         return
-    pad = _pad_token_id(model)
+    pad = pad_token_id_of(model)
     batches = make_batches(encoded, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
@@ -149,6 +147,13 @@ def iterate_scores(
             with torch.no_grad():
                 result = chosen.finish(total, site.weight, len(encoded), response_tokens, generator)
             yield name, result.cpu()
+
+
+def check_loaded(sites: Mapping[str, Site]) -> None:
+    """Raise `ModelError` where a site's weight is offloaded."""
+    for name, site in sites.items():
+        if site.tensor.is_meta:
+            raise ModelError(f"The weight of {name} is offloaded", fix="load the model with a device_map that fits")
 
 
 class Plan(NamedTuple):
@@ -178,7 +183,7 @@ def plan_passes(
     if accumulate_on == "device":
         return Plan([list(sites)], True)
     devices = {site.tensor.device for site in sites.values()}
-    free = {device: _free_memory(device) for device in devices} if free is None else free
+    free = {device: free_memory(device) for device in devices} if free is None else free
     passes: list[list[str]] = [[]]
     used = dict.fromkeys(devices, 0)
     for name, site in sites.items():
@@ -212,7 +217,7 @@ def _accumulator(method: Method, site: Site, device: torch.device) -> torch.Tens
     return torch.zeros(_accumulator_shape(method, site), dtype=torch.float32, device=device)
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Free bytes of a device; of several processes the least, so that all of them make the same plan."""
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
@@ -241,7 +246,7 @@ def _summed(accumulator: torch.Tensor) -> torch.Tensor:
     return accumulator
 
 
-def _pad_token_id(model: nn.Module) -> int:
+def pad_token_id_of(model: nn.Module) -> int:
     config: Any = model.config
     pad = getattr(config, "pad_token_id", None)
     return int(pad) if pad is not None else 0

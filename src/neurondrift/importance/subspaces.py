@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from neurondrift.batches import Batch, make_batches
-from neurondrift.errors import ConfigError, DataError, ModelError
+from neurondrift.errors import ConfigError, DataError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
-from neurondrift.importance.scoring import RESERVE, _free_memory, _pad_token_id
+from neurondrift.importance.scoring import RESERVE, check_loaded, free_memory, pad_token_id_of
 from neurondrift.sites import Site, linear_sites
 
 logger = logging.getLogger(__name__)
@@ -161,10 +161,10 @@ def iterate_bases(
     """As `bases`, site by site: the moments of a site are dropped when its directions are known."""
     sites = linear_sites(model) if sites is None else sites
     check_rank(rank, sites)
-    for name, site in sites.items():
-        if site.tensor.is_meta:
-            raise ModelError(f"The weight of {name} is offloaded", fix="load the model with a device_map that fits")
-    batches = make_batches(encoded, batch_size=batch_size, pad_token_id=_pad_token_id(model), padding_side=padding_side)
+    check_loaded(sites)
+    batches = make_batches(
+        encoded, batch_size=batch_size, pad_token_id=pad_token_id_of(model), padding_side=padding_side
+    )
     given = factors or {}
     for names in plan_moments(sites):
         moments = {name: _Moments(site=sites[name], factor=given.get(name)) for name in names}
@@ -265,7 +265,7 @@ def check_rank(rank: int, sites: Mapping[str, Site], *, setting: str = "rank") -
 def plan_moments(sites: Mapping[str, Site], *, free: Mapping[torch.device, int] | None = None) -> list[list[str]]:
     """The sites of each pass over the data, so that their float64 moments fit in 75 % of the free memory."""
     devices = {_device_of(site) for site in sites.values()}
-    free = {device: _free_memory(device) for device in devices} if free is None else free
+    free = {device: free_memory(device) for device in devices} if free is None else free
     passes: list[list[str]] = [[]]
     used = dict.fromkeys(devices, 0)
     for name, site in sites.items():

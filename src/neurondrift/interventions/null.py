@@ -22,12 +22,11 @@ from neurondrift.artifacts import atomic_path, sha256_of_value
 from neurondrift.batches import make_batches, token_losses
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.data import Example, encode
-from neurondrift.drift.exact import row_norms
 from neurondrift.errors import ConfigError, GroupError
-from neurondrift.groups import Granularity, Group, matched
+from neurondrift.groups import Group, matched
 from neurondrift.groups.order import Importance, digest, dose_of
 from neurondrift.interventions.effects import Applied, PruneMode, prune, rewind, transplant
-from neurondrift.sites import linear_sites, mlp_units
+from neurondrift.sites import linear_sites
 
 logger = logging.getLogger(__name__)
 
@@ -160,23 +159,6 @@ def plan(
             trials.append(Trial(intervention, name, dose, None, part, whole))
             trials += [Trial(intervention, name, dose, k, controls[k], whole) for k in range(count)]
     return trials
-
-
-def magnitudes_of(model: nn.Module, granularity: Granularity) -> dict[str, Any]:
-    """|w| of what a group can hold: ‖row‖ of neurons, |w| of weights, ‖rows and column‖ of hidden units; of w₀."""
-    sites = linear_sites(model)
-    with torch.no_grad():
-        if granularity == "weight":
-            return {name: site.weight.float().abs().cpu().numpy() for name, site in sites.items()}
-        if granularity == "neuron":
-            return {name: row_norms(site.weight).cpu().numpy() for name, site in sites.items()}
-        result = {}
-        for name, unit in mlp_units(sites).items():
-            square = row_norms(sites[unit.down].weight.T).square()
-            for site, offset in unit.ups:
-                square = square + row_norms(sites[site].weight[offset : offset + unit.count]).square()
-            result[name] = square.sqrt().cpu().numpy()
-        return result
 
 
 # --- one run --------------------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ from neurondrift.interventions.null import (
     RunLog,
     Subject,
     Trial,
-    magnitudes_of,
     plan,
     run_trials,
 )
+from neurondrift.magnitudes import magnitudes_of
 from neurondrift.models import attach_adapter, load_model, resolve_device, resolve_dtype
 from neurondrift.progress import progress
 from neurondrift.sites import Site, fingerprint, linear_sites, mlp_units
-from neurondrift.stages import load_base, weights_digest
+from neurondrift.stages import load_base, load_named, weights_digest
 from neurondrift.statistics.null import smallest_p
 from neurondrift.training import detach_adapter, finetune, saved_step
 
@@ -159,15 +159,7 @@ def last_step(folder: StudyFolder, seed: int) -> int:
 
 def _subject(study: Study, folder: StudyFolder, options: Options, seed: int) -> tuple[Subject, str]:
     if options.adapter is not None:
-        settings = study.model
-        model, tokenizer = load_model(
-            settings.reference,
-            dtype=settings.dtype,
-            device=settings.device,
-            revision=settings.revision,
-            adapter=options.adapter,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        model, tokenizer = load_named(study, adapter=options.adapter)
         return Subject(before=model, after=model, tokenizer=tokenizer), _digest(options.adapter)
     if seed not in study.seeds:
         raise ConfigError("The study has no such training seed", received=seed, allowed=str(study.seeds))

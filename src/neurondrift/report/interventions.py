@@ -56,6 +56,12 @@ def _whole(found: Record) -> list[Record]:
     return [effect for effect in found["effects"] if effect["dose"] == 1]
 
 
+def _refused(notes: Footnotes, measure: Record) -> tuple[str, str]:
+    """The share refused under the intervention, and the mean and range of the random groups."""
+    null = notes.number(measure, "null_mean", wording.share)
+    return notes.number(measure, "value", wording.share), f"{null} {_band(measure, wording.share)}"
+
+
 def refusal_table(found: Record) -> Table:
     """Refusals of harmful requests under each intervention on a whole group, beside its random groups."""
     notes, rows = Footnotes(), []
@@ -65,8 +71,7 @@ def refusal_table(found: Record) -> Table:
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
-                notes.number(measure, "value", wording.share),
-                f"{notes.number(measure, 'null_mean', wording.share)} {_band(measure, wording.share)}",
+                *_refused(notes, measure),
                 notes.number(measure, "effect", wording.effect),
                 notes.interval(measure, "ci95", wording.effect),
                 notes.number(measure, "p", wording.probability),
@@ -100,8 +105,7 @@ def side_table(found: Record) -> Table:
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
-                notes.number(ordinary, "value", wording.share),
-                f"{notes.number(ordinary, 'null_mean', wording.share)} {_band(ordinary, wording.share)}",
+                *_refused(notes, ordinary),
                 notes.number(ordinary, "p", wording.probability),
                 notes.number(answers, "perplexity", wording.drift),
                 notes.number(answers, "null_perplexity", wording.drift),
@@ -137,8 +141,7 @@ def dose_table(found: Record) -> Table | None:
                 clean(effect["intervention"]),
                 f"{100 * effect['dose']:g} %",
                 f"{effect['members']:,}",
-                notes.number(measure, "value", wording.share),
-                f"{notes.number(measure, 'null_mean', wording.share)} {_band(measure, wording.share)}",
+                *_refused(notes, measure),
                 notes.number(measure, "p", wording.probability),
                 clean(effect["draws"]),
             )

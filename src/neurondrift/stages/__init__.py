@@ -6,7 +6,7 @@ stage runs.
 
 from neurondrift.stages.alignment import align, align_outputs
 from neurondrift.stages.analysis import analyze, analyze_files, analyze_outputs
-from neurondrift.stages.base import load_base
+from neurondrift.stages.base import load_base, load_named
 from neurondrift.stages.evaluation import evaluate, evaluate_outputs
 from neurondrift.stages.finetuning import finetune, finetune_outputs
 from neurondrift.stages.grouping import groups, groups_outputs
@@ -26,6 +26,7 @@ __all__ = [
     "groups",
     "groups_outputs",
     "load_base",
+    "load_named",
     "report",
     "report_outputs",
     "report_with_responses",

@@ -9,22 +9,16 @@ from neurondrift import artifacts, findings
 from neurondrift.config import Study
 from neurondrift.data import encode, load_examples
 from neurondrift.folder import StudyFolder
-from neurondrift.models import load_model, quiet_transformers
+from neurondrift.models import quiet_transformers
 from neurondrift.progress import progress
-from neurondrift.stages.base import autocasts
+from neurondrift.stages.base import autocasts, load_named
 from neurondrift.training import align as align_model
 
 
 def align(study: Study, folder: StudyFolder) -> str:
     """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
-    settings, source = study.align, study.model
-    model, tokenizer = load_model(
-        source.reference,
-        dtype="float32",
-        device=source.device,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
+    settings = study.align
+    model, tokenizer = load_named(study, dtype="float32")
     references = [settings.refusals, settings.ordinary, settings.borderline]
     examples = [example for reference in references if reference is not None for example in load_examples(reference)]
     encoded = encode(examples, tokenizer, max_length=settings.max_length)

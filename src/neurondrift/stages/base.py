@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,28 @@ from neurondrift.folder import StudyFolder
 from neurondrift.models import load_model, resolve_device, resolve_dtype
 
 
+def load_named(study: Study, *, dtype: str | None = None, adapter: Path | None = None) -> tuple[Any, Any]:
+    """The model that the study's section `model` names, as it is before any alignment, and its tokenizer."""
+    settings = study.model
+    return load_model(
+        settings.reference,
+        dtype=dtype or settings.dtype,
+        device=settings.device,
+        revision=settings.revision,
+        adapter=adapter,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
 def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) -> tuple[Any, Any]:
     """The model that is scored and fine-tuned (aligned, where the study aligns), and its tokenizer."""
+    if not study.align.enabled:
+        return load_named(study, dtype=dtype)
     settings = study.model
     return load_model(
         folder.base_model,
         dtype=dtype or settings.dtype,
         device=settings.device,
-        revision=None if study.align.enabled else settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
 

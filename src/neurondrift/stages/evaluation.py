@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from neurondrift.data import Example, load_examples
 from neurondrift.folder import StudyFolder
 from neurondrift.models import attach_adapter, load_model
 from neurondrift.progress import progress
-from neurondrift.stages.base import load_base
+from neurondrift.stages.base import load_base, load_named
 from neurondrift.training import saved_step
 
 
@@ -43,7 +42,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     capabilities: list[dict[str, Any]] = []
     with progress(f"evaluate, seed {seed}", total) as advance:
         if unaligned:
-            rows = _evaluate_unaligned(study, early, advance, judging)
+            rows = judge_answers(*load_named(study), early, advance=advance, **judging)
             write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
         for step in steps:
             model, tokenizer = _model_at(study, folder, seed, step)
@@ -100,20 +99,6 @@ def _judging(study: Study) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "max_length": settings.max_length,
     }
-
-
-def _evaluate_unaligned(
-    study: Study, sets: Mapping[str, list[Example]], advance: Any, judging: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    source = study.model
-    model, tokenizer = load_model(
-        source.reference,
-        dtype=source.dtype,
-        device=source.device,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
-    return judge_answers(model, tokenizer, sets, advance=advance, **judging)
 
 
 def _model_at(study: Study, folder: StudyFolder, seed: int, step: int) -> tuple[Any, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from neurondrift import findings
 from neurondrift.config import Study
-from neurondrift.drift.exact import row_norms
 from neurondrift.folder import GROUP_NAMES, StudyFolder
 from neurondrift.groups import (
     Granularity,
@@ -28,7 +25,8 @@ from neurondrift.importance.scoring import (
     ScoreFile,
     check_compatible,
 )
-from neurondrift.sites import Site, linear_sites, mlp_units
+from neurondrift.magnitudes import magnitudes_of
+from neurondrift.sites import linear_sites, mlp_units
 from neurondrift.stages.base import load_base
 
 GRANULARITIES: tuple[Granularity, ...] = ("neuron", "weight")
@@ -60,14 +58,14 @@ def groups(study: Study, folder: StudyFolder) -> str:
             ),
         }
         assert tuple(made) == GROUP_NAMES
-        magnitudes = _Magnitudes(sites, granularity)
+        magnitudes = magnitudes_of(model, granularity)
         bins = settings.bins if granularity == "neuron" else settings.weight_bins
 
         def save(
             name: str,
             granularity: Granularity = granularity,
             made: Mapping[str, Group] = made,
-            magnitudes: _Magnitudes = magnitudes,
+            magnitudes: Mapping[str, Any] = magnitudes,
             bins: int = bins,
         ) -> None:
             (control,) = matched(made[name], magnitudes, seed=study.seed, bins=bins)
@@ -82,41 +80,20 @@ def groups(study: Study, folder: StudyFolder) -> str:
             list(pool.map(save, made))
         counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
     if study.finetune.freeze_granularity == "unit":
-        chosen = _unit_groups(study, folder, safety, utility, sites)
+        chosen = _unit_groups(study, folder, safety, utility, model)
         counts.append(f"{len(chosen['safety_set_difference']):,} units by set difference")
     return "; ".join(counts)
 
 
-class _Magnitudes(Mapping[str, Any]):
-    """|w| of each site's neurons or weights, computed when it is asked for: one site at a time is in memory."""
-
-    def __init__(self, sites: Mapping[str, Site], granularity: Granularity) -> None:
-        self._sites, self._granularity = sites, granularity
-
-    def __getitem__(self, name: str) -> Any:
-        weight = self._sites[name].weight
-        return row_norms(weight).cpu().numpy() if self._granularity == "neuron" else weight.float().abs().cpu().numpy()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-
 def _unit_groups(
-    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, sites: Mapping[str, Site]
+    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, model: Any
 ) -> dict[str, Group]:
     """The same groups of MLP hidden units, matched on the norm of all weights of a unit: made where they are to be
     frozen."""
-    settings, units = study.groups, mlp_units(dict(sites))
+    settings, units = study.groups, mlp_units(linear_sites(model))
     about: dict[str, Any] = {name: safety.header[name] for name in ("model", "method", "data") if name in safety.header}
     of_safety, of_utility = unit_scores(safety, units), unit_scores(utility, units)
-    magnitudes = {}
-    for name, unit in units.items():
-        names = {unit.down, *(up for up, _ in unit.ups)}
-        squares = {site: sites[site].weight.float().square().cpu().numpy() for site in names}
-        magnitudes[name] = np.sqrt(unit_scores(squares, {name: unit})[name])
+    magnitudes = magnitudes_of(model, "unit")
     made = {
         "safety_top": select_top(of_safety, fraction=settings.top_fraction, granularity="unit", provenance=about),
         "safety_set_difference": set_difference(
