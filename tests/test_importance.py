@@ -115,13 +115,24 @@ def test_padding_within_rows_is_dropped():
         assert torch.equal(one, two)
 
 
-def test_activation_checkpointing_gives_the_same_scores():
-    model, rows = build("llama"), examples()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_gives_the_same_scores(family):
+    model, rows = build(family), examples()
     reference = score(model, rows)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    for one, two in zip(reference.values(), score(model, rows).values(), strict=True):
+    for one, two in zip(reference.values(), score(model, rows, checkpoint_activations=True).values(), strict=True):
         assert relative_error(two, one) < 1e-6
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["by the argument", "by the model"])
+def test_activation_checkpointing_computes_every_block_again(asked):
+    model, rows = build("llama"), examples(3)
+    if not asked:
+        model.gradient_checkpointing_enable()
+    forwards = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: forwards.append(module))
+    score(model, rows, batch_size=3, checkpoint_activations=asked)
+    assert len(forwards) == 2
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_leaves_the_model_as_it_was():

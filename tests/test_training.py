@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, build, examples
 
+from neurondrift import batches
 from neurondrift.batches import make_batches, response_losses, token_losses
 from neurondrift.config import AlignSection, FinetuneSection
 from neurondrift.errors import ModelError
@@ -44,6 +45,23 @@ def test_gradients_equal_those_of_full_logits():
     two(input_ids=batch.input_ids, labels=batch.labels, attention_mask=batch.attention_mask).loss.backward()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_cross_entropy_in_parts_equals_torch(dtype, tolerance, rows_at_once, monkeypatch):
+    monkeypatch.setattr(batches, "LOGITS_AT_ONCE", rows_at_once * 50)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(7, 50, generator=generator)).to(dtype).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    targets, weights = torch.randint(50, (7,), generator=generator), torch.rand(7, generator=generator)
+    found = batches._CrossEntropy.apply(logits, targets)
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-5)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert logits.grad.dtype == dtype
+    assert (logits.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
 @pytest.mark.parametrize(

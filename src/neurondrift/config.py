@@ -84,6 +84,7 @@ class ScoreSection(Section):
     utility: DataReference = DataReference(source="builtin:ordinary-align", limit=128)
     batch_size: Count = 8
     max_length: Annotated[int, Field(ge=8)] = 512
+    checkpoint_activations: bool = Field(False, description="less memory for about a third more time")
 
 
 class GroupsSection(Section):

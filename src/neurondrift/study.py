@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 STAGE_FORMAT = 2  # raise it when a stage's files change, so that older ones are made again
+# Settings that change how much memory a stage takes, and not its result.
+MEMORY_ONLY = {"checkpoint_activations"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ class StudyRun:
         study, section = self.study, getattr(self.study, stage, None)
         content: dict[str, Any] = {"stage": stage, "format": STAGE_FORMAT, "seed": seed}
         if section is not None:
-            content["settings"] = section.model_dump(mode="json")
+            content["settings"] = section.model_dump(mode="json", exclude=MEMORY_ONLY)
             content["data"] = {name: data_key(value) for name, value in section if isinstance(value, DataReference)}
         if stage == "evaluate" and study.evaluate.attack.suffixes:
             content["suffixes"] = data_key(DataReference(source=study.evaluate.attack.suffixes))

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from neurondrift.batches import Batch, response_losses
+from neurondrift.batches import Batch, attention_for, response_losses
 from neurondrift.data import IGNORED
 from neurondrift.errors import DataError, ModelError
 from neurondrift.importance.methods import Tokens
@@ -33,6 +35,7 @@ def run(
     record: Record,
     *,
     backward: bool,
+    checkpoint_activations: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
     """Send every batch through the model once and `record` what each site sees of each example.
@@ -49,6 +52,8 @@ def run(
         Called once per site and example, with the example's tokens only (no padding).
     backward
         Whether gradients are needed.
+    checkpoint_activations
+        Keep only the inputs of each block, and compute the rest again in the backward pass.
     on_batch
         Called after each batch, for progress.
 
@@ -57,16 +62,17 @@ def run(
     DataError
         A loss that is not finite; the example is named.
     ModelError
-        A site that is used more than once in a forward pass, or by nothing.
+        A site that is used more than once in a forward pass, or by nothing; no blocks to checkpoint.
     """
     embeddings = unwrap(model).get_input_embeddings()
     device = embeddings.weight.device
     taps = _Taps(record=record, backward=backward)
-    with _frozen_in_evaluation_mode(model), taps.attached(sites):
+    blocks = _checkpointed_blocks(model) if backward and checkpoint_activations else contextlib.nullcontext()
+    with _frozen_in_evaluation_mode(model), taps.attached(sites), blocks:
         for batch in batches:
             batch = batch.to(device)
             taps.start(batch)
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), attention_for(batch):
                 # A leaf that requires a gradient makes autograd run, although no parameter does.
                 handle = (
                     embeddings.register_forward_hook(lambda m, a, out: out.requires_grad_(True)) if backward else None
@@ -76,15 +82,45 @@ def run(
                 finally:
                     if handle is not None:
                         handle.remove()
-            for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
-                if not math.isfinite(loss):
-                    raise DataError(
-                        f"The loss of example {name} is {loss}", fix="use dtype float32, or drop the example"
-                    )
-            if backward:
-                losses_B.sum().backward()
+                for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
+                    if not math.isfinite(loss):
+                        raise DataError(
+                            f"The loss of example {name} is {loss}", fix="use dtype float32, or drop the example"
+                        )
+                if backward:
+                    losses_B.sum().backward()
             taps.check(sites)
             on_batch(batch)
+
+
+@contextlib.contextmanager
+def _checkpointed_blocks(model: nn.Module) -> Iterator[None]:
+    """Every decoder block recomputes its activations in the backward pass.
+
+    Not by transformers' own switch, which has no effect outside training mode, where dropout would be.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ModelError(
+            "This model has no blocks whose activations could be checkpointed", received=type(unwrap(model)).__name__
+        )
+    before = [block.__dict__.get("forward") for block in blocks]
+
+    def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    try:
+        for block in blocks:
+            block.forward = recomputing(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ def score(study: Study, folder: StudyFolder) -> str:
                     batch_size=settings.batch_size,
                     sites=sites,
                     seed=study.seed,
+                    checkpoint_activations=settings.checkpoint_activations,
                     on_batch=_advancing(advance),
                 )
                 if not is_first_process():
