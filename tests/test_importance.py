@@ -127,7 +127,7 @@ def test_activation_checkpointing_gives_the_same_scores(family):
 def test_activation_checkpointing_computes_every_block_again(asked):
     model, rows = build("llama"), examples(3)
     if not asked:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     forwards = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: forwards.append(module))
     score(model, rows, batch_size=3, checkpoint_activations=asked)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, build, examples
+from peft import LoraConfig, get_peft_model
 
 from neurondrift import batches
 from neurondrift.batches import make_batches, response_losses, token_losses
@@ -45,6 +46,26 @@ def test_gradients_equal_those_of_full_logits():
     two(input_ids=batch.input_ids, labels=batch.labels, attention_mask=batch.attention_mask).loss.backward()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "LoRA"])
+def test_gradients_under_gradient_checkpointing_are_the_same(adapted):
+    rows, gradients = examples(), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build("llama")
+        if adapted:
+            model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable()
+        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
+        token_losses(model, batch).losses.mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for one, two in zip(*gradients, strict=True):
+        assert (one - two).norm() <= 1e-5 * one.norm()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

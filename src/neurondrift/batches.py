@@ -131,7 +131,7 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
 
     handle = head.register_forward_pre_hook(keep_predicting_positions)
     # A recomputation in the backward pass must find the attention that the forward pass had.
-    recomputes = bool(getattr(model, "is_activation_checkpointing", False))
+    recomputes = bool(getattr(unwrap(model), "is_activation_checkpointing", False))
     try:
         with contextlib.nullcontext() if recomputes else attention_for(batch):
             output = model(

@@ -22,7 +22,7 @@ from neurondrift.distributed import process_count
 from neurondrift.errors import ArtifactError, GroupError, ModelError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
-from neurondrift.sites import Site, fingerprint, linear_sites
+from neurondrift.sites import Site, fingerprint, linear_sites, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ def iterate_scores(
     pad = pad_token_id_of(model)
     batches = make_batches(encoded, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    checkpoint_activations |= bool(getattr(unwrap(model), "is_activation_checkpointing", False))
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
     for names in plan.passes:
         part = {name: sites[name] for name in names}
@@ -153,7 +154,8 @@ def iterate_scores(
             _own_share(batches),
             record,
             backward=chosen.needs == "backward",
-            checkpoint_activations=checkpoint_activations or getattr(model, "is_activation_checkpointing", False),
+            checkpoint_activations=checkpoint_activations
+            or getattr(unwrap(model), "is_activation_checkpointing", False),
             on_batch=on_batch,
         )
         for name, site in part.items():
