@@ -142,7 +142,7 @@ def _top_eigen(matrix_SS: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
     if matrix_SS.device.type == "cpu":  # LAPACK stops at the wanted part: a third of the time of all
         wanted = [size - count, size - 1]
         values, vectors = scipy.linalg.eigh(matrix_SS.numpy(), subset_by_index=wanted, check_finite=False)
-        return torch.from_numpy(values[::-1].copy()), torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1])), trace
+        return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy()), trace
     all_values, all_vectors = torch.linalg.eigh(matrix_SS)
     return all_values.flip(0)[:count], all_vectors.flip(1)[:, :count], trace
 
