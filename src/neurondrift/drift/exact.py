@@ -8,13 +8,11 @@ Shapes: O = out, I = in, R = rank of all active adapters together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from neurondrift.drift.deltas import (
@@ -37,7 +35,7 @@ from neurondrift.drift.initial import CheckpointWeights, Weights
 from neurondrift.errors import ModelError
 from neurondrift.models import load_model
 from neurondrift.sites import Site, linear_sites, unwrap
-from neurondrift.threads import side_by_side
+from neurondrift.threads import threads_for
 
 __all__ = [
     "CheckpointWeights",
@@ -56,8 +54,6 @@ __all__ = [
     "rescaled_moments",
     "row_norms",
 ]
-
-Result = TypeVar("Result")
 
 # Below these shares of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ
 # (float32 or float64), and is taken from the rows themselves.
@@ -275,18 +271,11 @@ class DriftMeter:
         base = self.base(site)
         return dense_delta(self._change(site, base), base)
 
-    def of_sites(self, function: Callable[[str], Result], sites: Sequence[str]) -> list[Result]:
-        """`function` of each of these sites, by name and in order; small ones on a CPU side by side."""
-        chosen = [self.sites[site] for site in sites]
-        # Gathering takes part in every process in the same order, and a caller's `initial` may be of one thread.
-        at_once = self._initial is None and not dist.is_initialized()
-        at_once = at_once and all(site.tensor.device.type == "cpu" for site in chosen)
-        return side_by_side(function, sites, elements=[math.prod(site.shape) for site in chosen], at_once=at_once)
-
     @torch.no_grad()
     def measure(self) -> dict[str, NeuronDrift]:
         """Drift of every neuron of every trained site, now."""
-        parts = self.of_sites(self._moments, list(self.sites))
+        with threads_for(math.prod(site.shape) for site in self.sites.values()):
+            parts = [self._moments(name) for name in self.sites]
         sizes = [len(norm) for norm, _ in parts]
         # The last step for all sites at once: a dozen operations on a few rows each cost more than their arithmetic.
         norm_N = torch.cat([norm.cpu() for norm, _ in parts])

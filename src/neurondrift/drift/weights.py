@@ -20,6 +20,7 @@ import torch
 from neurondrift.drift.exact import DriftMeter
 from neurondrift.groups import Group, weights_of_units
 from neurondrift.sites import Site, mlp_units
+from neurondrift.threads import threads_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,20 +185,16 @@ class WeightMeter:
     @torch.no_grad()
     def measure(self, meter: DriftMeter) -> list[WeightDrift]:
         """|Δ| and |Δ|/|w₀| of every group in every site where it has members, now."""
-        parts = meter.of_sites(lambda site: self._measure_site(meter, site), list(self._indices))
-        return [drift for of_site in parts for drift in of_site]
-
-    def _measure_site(self, meter: DriftMeter, site: str) -> list[WeightDrift]:
-        groups = self._indices[site]
-        if site not in self._magnitudes:
-            base = meter.base(site).reshape(-1)
-            self._magnitudes[site] = [base.index_select(0, flat.to(base.device)).abs_() for _, flat in groups]
-        delta = meter.delta(site).reshape(-1)
-        return [
-            drift
-            for (name, flat), magnitude in zip(groups, self._magnitudes[site], strict=True)
-            for drift in _drift_of(delta, flat, magnitude, group=name, site=site)
-        ]
+        found: list[WeightDrift] = []
+        with threads_for(math.prod(meter.sites[site].shape) for site in self._indices):
+            for site, groups in self._indices.items():
+                if site not in self._magnitudes:
+                    base = meter.base(site).reshape(-1)
+                    self._magnitudes[site] = [base.index_select(0, flat.to(base.device)).abs_() for _, flat in groups]
+                delta = meter.delta(site).reshape(-1)
+                for (name, flat), magnitude in zip(groups, self._magnitudes[site], strict=True):
+                    found += _drift_of(delta, flat, magnitude, group=name, site=site)
+        return found
 
 
 def _drift_of(

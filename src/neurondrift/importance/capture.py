@@ -72,7 +72,7 @@ def run(
         for batch in batches:
             batch = batch.to(device)
             taps.start(batch)
-            with torch.set_grad_enabled(backward), attention_for(batch):
+            with torch.set_grad_enabled(backward), attention_for(model, batch):
                 # A leaf that requires a gradient makes autograd run, although no parameter does.
                 handle = (
                     embeddings.register_forward_hook(lambda m, a, out: out.requires_grad_(True)) if backward else None
