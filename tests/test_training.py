@@ -68,7 +68,7 @@ def test_gradients_under_gradient_checkpointing_are_the_same(adapted):
         assert (one - two).norm() <= 1e-5 * one.norm()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_cross_entropy_in_parts_equals_torch(dtype, tolerance, rows_at_once, monkeypatch):
     monkeypatch.setattr(batches, "LOGITS_AT_ONCE", rows_at_once * 50)
@@ -76,7 +76,9 @@ def test_cross_entropy_in_parts_equals_torch(dtype, tolerance, rows_at_once, mon
     logits = (4 * torch.randn(7, 50, generator=generator)).to(dtype).requires_grad_()
     exact = logits.detach().double().requires_grad_()
     targets, weights = torch.randint(50, (7,), generator=generator), torch.rand(7, generator=generator)
+    before = logits.detach().clone()
     found = batches._CrossEntropy.apply(logits, targets)
+    assert torch.equal(logits, before)
     expected = F.cross_entropy(exact, targets, reduction="none")
     assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-5)
     (found * weights).sum().backward()

@@ -151,7 +151,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of each row in float32, `[N, V]` and `[N]` -> `[N]`, some rows at a time.
 
     `F.cross_entropy` of converted logits holds four matrices `[N, V]`, most of them in float32, and one of them can be
-    larger than all activations; this holds the logits and their gradient, in the dtype of the logits.
+    larger than all activations; this holds the logits, their gradient and its weighted copy, in the logits' dtype.
     """
 
     @staticmethod
@@ -159,11 +159,9 @@ class _CrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=logits_NV.device)
         wanted = ctx.needs_input_grad[0]
         gradients_NV = torch.empty_like(logits_NV) if wanted else None
-        rows = max(1, LOGITS_AT_ONCE // logits_NV.shape[1])
-        for first in range(0, len(targets_N), rows):
-            part = slice(first, first + rows)
+        for part in _parts(logits_NV):
             targets = targets_N[part, None]
-            logits = logits_NV[part].float()
+            logits = logits_NV[part].to(torch.float32, copy=True)  # worked on in place
             totals = logits.logsumexp(dim=1, keepdim=True)
             losses_N[part] = (totals - logits.gather(1, targets))[:, 0]
             if gradients_NV is not None:
@@ -178,7 +176,16 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, weights_N: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradients_NV,) = ctx.saved_tensors
-        return gradients_NV * weights_N[:, None].to(gradients_NV.dtype), None
+        weighted_NV = torch.empty_like(gradients_NV)
+        for part in _parts(gradients_NV):
+            weighted_NV[part] = gradients_NV[part] * weights_N[part, None]  # in float32, rounded once
+        return weighted_NV, None
+
+
+def _parts(logits_NV: torch.Tensor) -> Iterator[slice]:
+    """Rows that are taken together."""
+    rows = max(1, LOGITS_AT_ONCE // logits_NV.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(logits_NV), rows))
 
 
 LOGITS_AT_ONCE = 1 << 22  # elements of the logits that are in float32 at a time
