@@ -21,6 +21,9 @@ from neurondrift.data import IGNORED
 from neurondrift.errors import DataError, ModelError
 from neurondrift.sites import unwrap
 
+LOGITS_AT_ONCE = 1 << 22  # elements of the logits that are in float32 at a time
+SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -131,9 +134,8 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
 
     handle = head.register_forward_pre_hook(keep_predicting_positions)
     # A recomputation in the backward pass must find the attention that the forward pass had.
-    recomputes = bool(getattr(unwrap(model), "is_activation_checkpointing", False))
     try:
-        with contextlib.nullcontext() if recomputes else attention_for(model, batch):
+        with contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch):
             output = model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -188,8 +190,9 @@ def _parts(logits_NV: torch.Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, len(logits_NV), rows))
 
 
-LOGITS_AT_ONCE = 1 << 22  # elements of the logits that are in float32 at a time
-SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers' activation checkpointing is switched on."""
+    return bool(getattr(unwrap(model), "is_activation_checkpointing", False))
 
 
 @contextlib.contextmanager

@@ -338,10 +338,8 @@ def dense_delta(change: Change, base_OI: torch.Tensor) -> torch.Tensor:
     if isinstance(change, Dense):
         return change.delta.float()
     if isinstance(change, LowRank):
-        a64_RI, delta_OI = change.a.double(), torch.empty(base_OI.shape, dtype=torch.float32, device=base_OI.device)
-        for rows, part in zip(change.b.double().split(_rows(base_OI)), row_blocks(delta_OI), strict=True):
-            part.copy_(rows @ a64_RI)
-        return delta_OI
+        a64_RI = change.a.double()
+        return torch.cat([(rows @ a64_RI).float() for rows in change.b.double().split(_rows(base_OI))])
     form = stretch(change, base_OI, row_norms(base_OI))
     blocks = zip(row_blocks(base_OI), form.b.split(_rows(base_OI)), form.stretch.split(_rows(base_OI)), strict=True)
     return torch.cat([(gamma[:, None] * base.double() + b @ form.a).float() for base, b, gamma in blocks])

@@ -105,14 +105,6 @@ def drift_from_moments(norm_O: torch.Tensor, moments: Moments) -> NeuronDrift:
     return NeuronDrift(l2_O.float().cpu(), relative_O.float().cpu(), cosine_O.float().cpu())
 
 
-def _complete(norm_O: torch.Tensor, moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Moments with ‖Δ⊥‖²; NaN where ‖w₀‖ = 0."""
-    squared_O, dot_O, across_O = moments
-    if across_O is None:
-        across_O = squared_O - (dot_O / norm_O).square()
-    return squared_O, dot_O, across_O
-
-
 def low_rank_moments(
     a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tensor, norm_O: torch.Tensor | None = None
 ) -> Moments:
@@ -279,7 +271,7 @@ class DriftMeter:
         sizes = [len(norm) for norm, _ in parts]
         # The last step for all sites at once: a dozen operations on a few rows each cost more than their arithmetic.
         norm_N = torch.cat([norm.cpu() for norm, _ in parts])
-        columns = zip(*(_complete(*part) for part in parts), strict=True)
+        columns = zip(*(of_site for _, of_site in parts), strict=True)  # all with ‖Δ⊥‖²
         moments = Moments(*(torch.cat([of_site.cpu() for of_site in column]) for column in columns))
         metrics = [values.split(sizes) for values in drift_from_moments(norm_N, moments)]
         return {name: NeuronDrift(*of_site) for name, *of_site in zip(self.sites, *metrics, strict=True)}

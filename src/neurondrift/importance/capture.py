@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from neurondrift.batches import Batch, attention_for, response_losses
+from neurondrift.batches import Batch, attention_for, is_checkpointing, response_losses
 from neurondrift.data import IGNORED
 from neurondrift.errors import DataError, ModelError
 from neurondrift.importance.methods import Tokens
@@ -53,7 +53,8 @@ def run(
     backward
         Whether gradients are needed.
     checkpoint_activations
-        Keep only the inputs of each block, and compute the rest again in the backward pass.
+        Keep only the inputs of each block, and compute the rest again in the backward pass. Also where the model has
+        its own activation checkpointing switched on.
     on_batch
         Called after each batch, for progress.
 
@@ -67,7 +68,8 @@ def run(
     embeddings = unwrap(model).get_input_embeddings()
     device = embeddings.weight.device
     taps = _Taps(record=record, backward=backward)
-    blocks = _checkpointed_blocks(model) if backward and checkpoint_activations else contextlib.nullcontext()
+    recomputes = backward and (checkpoint_activations or is_checkpointing(model))
+    blocks = _checkpointed_blocks(model) if recomputes else contextlib.nullcontext()
     with _frozen_in_evaluation_mode(model), taps.attached(sites), blocks:
         for batch in batches:
             batch = batch.to(device)

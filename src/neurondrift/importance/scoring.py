@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from neurondrift.distributed import process_count
 from neurondrift.errors import ArtifactError, GroupError, ModelError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
-from neurondrift.sites import Site, fingerprint, linear_sites, unwrap
+from neurondrift.sites import Site, fingerprint, linear_sites
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,6 @@ def iterate_scores(
     pad = pad_token_id_of(model)
     batches = make_batches(encoded, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    checkpoint_activations |= bool(getattr(unwrap(model), "is_activation_checkpointing", False))
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
     for names in plan.passes:
         part = {name: sites[name] for name in names}
@@ -154,8 +154,7 @@ def iterate_scores(
             _own_share(batches),
             record,
             backward=chosen.needs == "backward",
-            checkpoint_activations=checkpoint_activations
-            or getattr(unwrap(model), "is_activation_checkpointing", False),
+            checkpoint_activations=checkpoint_activations,
             on_batch=on_batch,
         )
         for name, site in part.items():
@@ -198,17 +197,8 @@ def plan_passes(
         return Plan([list(sites)], False)
     if accumulate_on == "device":
         return Plan([list(sites)], True)
-    devices = {site.tensor.device for site in sites.values()}
-    free = {device: free_memory(device) for device in devices} if free is None else free
-    passes: list[list[str]] = [[]]
-    used = dict.fromkeys(devices, 0)
-    for name, site in sites.items():
-        device = site.tensor.device
-        if used[device] + sizes[name] > free[device] * (1 - RESERVE) and passes[-1]:
-            passes.append([])
-            used = dict.fromkeys(devices, 0)
-        passes[-1].append(name)
-        used[device] += sizes[name]
+    devices = {name: site.tensor.device for name, site in sites.items()}
+    passes = split_into_passes(sizes, devices, free=free)
     plan = Plan(passes, True) if len(passes) <= MOST_PASSES else Plan([list(sites)], False)
     where = "with the model" if plan.on_device else "in main memory"
     logger.info(
@@ -218,6 +208,24 @@ def plan_passes(
         len(plan.passes),
     )
     return plan
+
+
+def split_into_passes(
+    sizes: Mapping[str, int], devices: Mapping[str, torch.device], *, free: Mapping[torch.device, int] | None = None
+) -> list[list[str]]:
+    """Sites in their order, cut into passes so that what each pass keeps (bytes and device of each site) fits in 75 %
+    of the free memory of every device; a site that fits nowhere is a pass of its own."""
+    free = {device: free_memory(device) for device in set(devices.values())} if free is None else free
+    passes: list[list[str]] = [[]]
+    used: Counter[torch.device] = Counter()
+    for name, size in sizes.items():
+        device = devices[name]
+        if used[device] + size > free[device] * (1 - RESERVE) and passes[-1]:
+            passes.append([])
+            used.clear()
+        passes[-1].append(name)
+        used[device] += size
+    return passes
 
 
 def _accumulator_shape(method: Method, site: Site) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from neurondrift.batches import Batch, make_batches
 from neurondrift.errors import ConfigError, DataError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
-from neurondrift.importance.scoring import RESERVE, check_loaded, free_memory, pad_token_id_of
+from neurondrift.importance.scoring import check_loaded, pad_token_id_of, split_into_passes
 from neurondrift.sites import Site, linear_sites
 
 logger = logging.getLogger(__name__)
@@ -263,19 +263,9 @@ def check_rank(rank: int, sites: Mapping[str, Site], *, setting: str = "rank") -
 
 def plan_moments(sites: Mapping[str, Site], *, free: Mapping[torch.device, int] | None = None) -> list[list[str]]:
     """The sites of each pass over the data, so that their float64 moments fit in 75 % of the free memory."""
-    devices = {_device_of(site) for site in sites.values()}
-    free = {device: free_memory(device) for device in devices} if free is None else free
-    passes: list[list[str]] = [[]]
-    used = dict.fromkeys(devices, 0)
-    for name, site in sites.items():
-        device, size = _device_of(site), moment_bytes(site)
-        if used[device] + size > free[device] * (1 - RESERVE) and passes[-1]:
-            passes.append([])
-            used = dict.fromkeys(devices, 0)
-        passes[-1].append(name)
-        used[device] += size
-    total = sum(moment_bytes(site) for site in sites.values())
-    logger.info("subspaces: %.2f GB of moments, %d pass(es) over the data", total / 1e9, len(passes))
+    sizes = {name: moment_bytes(site) for name, site in sites.items()}
+    passes = split_into_passes(sizes, {name: _device_of(site) for name, site in sites.items()}, free=free)
+    logger.info("subspaces: %.2f GB of moments, %d pass(es) over the data", sum(sizes.values()) / 1e9, len(passes))
     return passes
 
 

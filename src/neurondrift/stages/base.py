@@ -14,27 +14,24 @@ from neurondrift.models import load_model, resolve_device, resolve_dtype
 
 def load_named(study: Study, *, dtype: str | None = None, adapter: Path | None = None) -> tuple[Any, Any]:
     """The model that the study's section `model` names, as it is before any alignment, and its tokenizer."""
-    settings = study.model
-    return load_model(
-        settings.reference,
-        dtype=dtype or settings.dtype,
-        device=settings.device,
-        revision=settings.revision,
-        adapter=adapter,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    return _load(study, study.model.reference, dtype, revision=study.model.revision, adapter=adapter)
 
 
 def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) -> tuple[Any, Any]:
     """The model that is scored and fine-tuned (aligned, where the study aligns), and its tokenizer."""
     if not study.align.enabled:
         return load_named(study, dtype=dtype)
+    return _load(study, folder.base_model, dtype)
+
+
+def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -> tuple[Any, Any]:
     settings = study.model
     return load_model(
-        folder.base_model,
+        reference,
         dtype=dtype or settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        **more,
     )
 
 
