@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +114,34 @@ def of_study(folder: Path) -> None:
         print(f"| {name} | {len(group):,} | {size:,} | {size / information_limit(group):.2f} |")
     model, _ = nd.load_model(folder / "finetuned_models" / "aligned")
     norms = magnitudes_of(model, "neuron")
-    print("\n| group of neurons | sites whose matched control is off by more than 0.05 SD |\n| --- | ---: |")
+    print(
+        "\n| matched control of (neurons) | sites off by more than 0.05 SD | cannot be balanced | others: greatest SMD |",
+        end="",
+    )
+    print(" mean Jaccard of two draws | of these, sites that can be balanced | seconds a draw |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for file in sorted((folder / "neuron_groups").glob("*.neurons.parquet")):
-        if ".matched." in file.name:
-            continue
-        group = nd.load_group(file)
-        (control,) = nd.matched(group, norms, seed=0)
-        off = [imbalance(norms[site], own, control.members[site]) > 0.05 for site, own in group.members.items()]
-        print(f"| {file.name.removesuffix('.neurons.parquet')} | {np.mean(off):.0%} |")
+        if ".matched." not in file.name:
+            of_neurons(file.name.removesuffix(".neurons.parquet"), nd.load_group(file), norms)
+
+
+def of_neurons(name: str, group, norms, draws: int = 20) -> None:
+    """Print how well `draws` matched controls of neurons balance |w|, and how much they overlap."""
+    began = time.perf_counter()
+    controls = nd.matched(group, norms, seed=0, draws=draws)
+    seconds = (time.perf_counter() - began) / draws
+    off, overlap = [], []
+    for site, own in group.members.items():
+        off.append([imbalance(norms[site], own, control.members[site]) for control in controls])
+        pairs = combinations([set(control.members[site].tolist()) for control in controls], 2)
+        overlap.append(np.mean([len(one & other) / len(one | other) for one, other in pairs]))
+    worst = np.max(off, axis=1)
+    impossible = controls[0].provenance["unbalanceable_sites"]
+    within, sites = worst <= 0.05, len(worst)
+    print(
+        f"| {name} | {np.mean(np.array(off) > 0.05):.1%} | {impossible / sites:.1%} | {np.sort(worst)[sites - impossible - 1]:.3f} |"
+        f" {np.mean(overlap):.2f} | {np.mean(np.array(overlap)[within]):.2f} | {seconds:.2f} |"
+    )
 
 
 def main() -> None:

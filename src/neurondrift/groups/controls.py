@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from neurondrift.errors import GroupError
+from neurondrift.groups.balance import LIMIT, any_subset, at_the_ends, imbalance, shuffled, swapped, tilted
 from neurondrift.groups.group import Group, Indices
 
-# Standardised mean difference of |w| beyond which the draw of a site is tilted.
-IMBALANCE = 0.02
+# A site with at most so many pairs of a member and a candidate is small: it draws again, then swaps.
+PAIRS = 2**18
+# Stratified draws of a small site, and starts of its swaps, before they are given up.
+TRIES = 16
+# All choices of candidates are looked at instead where there are at most so many.
+SUBSETS = 20_000
+# Standardised mean difference of |w| beyond which any other site is tilted: what so many members miss is no chance.
+GOAL_OF_LARGE = 0.02
 
 
 def matched(
@@ -44,11 +52,15 @@ def matched(
     Returns
     -------
     list of Group
-        `provenance["borrowed"]` counts the members whose stratum had too few candidates, so that the
-        nearest |w| outside it was taken. A site in which |w| stays unbalanced by more than 0.02 SD is drawn
-        anew, with a tilt towards larger (smaller) |w| that makes the means agree at the price of the exact counts;
-        `provenance["imbalance"]` is the greatest standardised mean difference of a site of at least 30 members
-        that is left (None: no such site).
+        A site in which |w| stays unbalanced (standardised mean difference beyond 0.05) is drawn anew, at the price of
+        the exact counts of its strata: see `docs/methods.md`, Groups. `provenance` says what became of it:
+
+        - `borrowed`: members whose stratum had too few candidates, for which the nearest |w| outside it is drawn;
+        - `imbalance`: the greatest standardised mean difference left in a site of at least 30 members (None: no such);
+        - `unbalanced_sites`: sites of any size that are left beyond 0.05. A site of one member has no such difference
+          and never counts;
+        - `unbalanceable_sites`: those of them in which no choice of candidates at all is within 0.05. Their control is
+          the one whose mean |w| is nearest, and so the same in every draw.
 
     Raises
     ------
@@ -58,16 +70,20 @@ def matched(
     results = []
     for draw in range(draws):
         generator = np.random.default_rng([seed, draw])
-        members, borrowed, worst = {}, 0, None
+        members, borrowed, worst, unbalanced, unbalanceable = {}, 0, None, 0, 0
         for site, own in group.members.items():
             values = np.abs(np.asarray(magnitudes[site])).reshape(-1)
             eligible = np.ones(len(values), dtype=bool)
             for other in (group, *exclude):
                 eligible[other.members.get(site, [])] = False
-            picked, short = _matched_in_site(values, own, eligible, bins, generator, site)
-            members[site], borrowed = picked, borrowed + short
-            if len(own) >= 30:
-                worst = max(worst or 0.0, abs(imbalance(values[own], values[picked])))
+            control = _matched_in_site(values, own, eligible, bins, generator, site)
+            members[site] = control.members
+            off = abs(imbalance(values[own], values[control.members]))
+            borrowed += control.borrowed
+            unbalanced += off > LIMIT
+            unbalanceable += not control.balanceable
+            if len(own) >= 30 and math.isfinite(off):
+                worst = max(worst or 0.0, off)
         noted = {
             "rule": "matched",
             "of": dict(group.provenance),
@@ -76,9 +92,20 @@ def matched(
             "bins": bins,
             "borrowed": borrowed,
             "imbalance": None if worst is None else round(worst, 4),
+            "unbalanced_sites": unbalanced,
+            "unbalanceable_sites": unbalanceable,
         }
         results.append(group.with_members(members, noted))
     return results
+
+
+class SiteControl(NamedTuple):
+    """The control's members in one site, sorted; how many of the group's its strata had no candidate for; whether any
+    choice of candidates is balanced."""
+
+    members: Indices
+    borrowed: int
+    balanceable: bool
 
 
 def _matched_in_site(
@@ -88,8 +115,8 @@ def _matched_in_site(
     bins: int,
     generator: np.random.Generator,
     site: str,
-) -> tuple[Indices, int]:
-    """The control's members of one site, and how many of them are borrowed from another stratum."""
+) -> SiteControl:
+    """A stratified draw; where it is unbalanced, another that is as random as the limit allows."""
     candidates = np.flatnonzero(eligible)
     if len(candidates) < len(own):
         raise GroupError(
@@ -97,22 +124,79 @@ def _matched_in_site(
             received=f"{len(own)} members, {len(candidates)} others",
             fix="take a smaller fraction",
         )
+    strata = _strata(values, own, candidates, bins)
+    small = len(own) * len(candidates) <= PAIRS
+
+    def off(picked: Indices) -> float:
+        return abs(imbalance(values[own], values[picked]))
+
+    def result(picked: Indices, balanceable: bool = True) -> SiteControl:
+        return SiteControl(np.sort(picked).astype(np.int64), len(strata.missing), balanceable)
+
+    picked = strata.draw(values, candidates, generator)
+    if off(picked) <= (LIMIT if small else GOAL_OF_LARGE):
+        return result(picked)
+    if not small:
+        picked = tilted(values, own, picked, strata.pools, strata.wanted, GOAL_OF_LARGE, generator)
+        if off(picked) <= LIMIT:
+            return result(picked)
+    ends = at_the_ends(values, own, candidates)
+    if not ends.balanceable:
+        return result(ends.nearest, balanceable=False)
+    if not small:
+        anywhere = tilted(values, own, picked, [candidates], np.array([len(own)]), GOAL_OF_LARGE, generator)
+        return result(min(anywhere, ends.nearest, key=off))
+    for _ in range(TRIES):
+        picked = strata.draw(values, candidates, generator)
+        if off(picked) <= LIMIT:
+            return result(picked)
+    if math.comb(len(candidates), len(own)) <= SUBSETS:
+        picked = any_subset(values, own, candidates, generator)
+        return result(picked, balanceable=off(picked) <= LIMIT)
+    best = ends.nearest
+    for _ in range(TRIES):
+        best = min(best, swapped(values, own, candidates, picked, generator), key=off)
+        if off(best) <= LIMIT:
+            return result(shuffled(values, own, candidates, best, generator))
+        picked = generator.choice(candidates, len(own), replace=False)
+    return result(best)
+
+
+class Strata(NamedTuple):
+    """The |w| bins of one site: their candidates, how many to draw in each, and the |w| of the members that are left
+    without one."""
+
+    pools: list[Indices]
+    wanted: npt.NDArray[np.int64]
+    missing: npt.NDArray[Any]
+
+    def draw(self, values: npt.NDArray[Any], candidates: Indices, generator: np.random.Generator) -> Indices:
+        """At random in every bin; for each member left without a candidate the nearest |w| that is not drawn yet."""
+        drawn = [
+            pool[generator.choice(len(pool), size=min(int(count), len(pool)), replace=False, shuffle=False)]
+            for pool, count in zip(self.pools, self.wanted, strict=True)
+        ]
+        picked = np.concatenate(drawn)
+        if len(self.missing):
+            picked = np.concatenate([picked, _nearest_unused(values, candidates, picked, self.missing)])
+        return picked
+
+
+def _strata(values: npt.NDArray[Any], own: Indices, candidates: Indices, bins: int) -> Strata:
+    low, high = values[own].min(), values[own].max()
+    if len(own) == 1:  # no quantiles: one bin around the member, so that not every draw is the nearest |w|
+        reach = LIMIT * values.std(dtype=np.float64)
+        bins, low, high = 1, low - reach, high + reach
     inner = np.quantile(values[own], np.linspace(0, 1, bins + 1)[1:-1]) if bins > 1 else np.empty(0)
     bin_of_own = np.searchsorted(inner, values[own], side="right")
     wanted = np.bincount(bin_of_own, minlength=bins)
-    pools = _by_bin(values, candidates, inner, values[own].min(), values[own].max())
-    drawn = [
-        pool[generator.choice(len(pool), size=min(int(count), len(pool)), replace=False, shuffle=False)]
-        for pool, count in zip(pools, wanted, strict=True)
+    pools = _by_bin(values, candidates, inner, low, high)
+    missing = [
+        np.sort(values[own[bin_of_own == b]])[: wanted[b] - len(pools[b])]
+        for b in range(bins)
+        if len(pools[b]) < wanted[b]
     ]
-    picked, borrowed = np.concatenate(drawn), 0
-    if short := [b for b in range(bins) if len(drawn[b]) < wanted[b]]:
-        missing = [np.sort(values[own[bin_of_own == b]])[: wanted[b] - len(drawn[b])] for b in short]
-        nearest = _nearest_unused(values, candidates, picked, np.concatenate(missing))
-        picked, borrowed = np.concatenate([picked, nearest]), len(nearest)
-    if abs(imbalance(values[own], values[picked])) > IMBALANCE:
-        picked = _tilted(values, own, picked, pools, wanted, generator)
-    return np.sort(picked).astype(np.int64), borrowed
+    return Strata(pools, wanted, np.concatenate(missing) if missing else np.empty(0))
 
 
 def _by_bin(
@@ -124,65 +208,6 @@ def _by_bin(
     order = np.argsort(bin_of_within, kind="stable")
     bounds = np.searchsorted(bin_of_within[order], np.arange(1, len(inner) + 1))
     return np.split(within[order], bounds)
-
-
-def imbalance(own: npt.NDArray[Any], control: npt.NDArray[Any]) -> float:
-    """Standardised mean difference: difference of the means over the root of the mean variance; 0 where that is 0."""
-    if len(own) < 2 or len(control) < 2:
-        return 0.0
-    spread = float(np.sqrt((own.var(dtype=np.float64) + control.var(dtype=np.float64)) / 2))
-    return float(own.mean(dtype=np.float64) - control.mean(dtype=np.float64)) / spread if spread > 0 else 0.0
-
-
-def _tilted(
-    values: npt.NDArray[Any],
-    own: Indices,
-    drawn: Indices,
-    pools: list[Indices],
-    wanted: npt.NDArray[np.int64],
-    generator: np.random.Generator,
-) -> Indices:
-    """A draw that favours large (or small) |w| just enough for the means to agree; `drawn` where none is better.
-
-    Where members lie beyond every candidate, equal counts alone leave the control too small. Candidates are then
-    drawn without replacement with probability ∝ (share of their stratum) · exp(tilt · |w|), as the largest of
-    log-probability + Gumbel noise (Kool et al. 2019); the tilt is found by bisection at fixed noise.
-    """
-    pool = np.concatenate(pools)
-    if len(pool) <= len(own):
-        return drawn
-    sizes = np.array([len(part) for part in pools])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        chance = np.repeat(np.log(wanted / sizes), sizes) + generator.gumbel(size=len(pool))
-    spread = float(values[own].std()) or 1.0
-    scaled = (values[pool] - values[own].mean()) / spread
-
-    def draw(tilt: float) -> Indices:
-        key = tilt * scaled + chance
-        return pool[np.argpartition(key, len(pool) - len(own))[len(pool) - len(own) :]]
-
-    def left(picked: Indices) -> float:
-        return imbalance(values[own], values[picked])
-
-    best = drawn
-    sign = 1.0 if left(drawn) > 0 else -1.0
-    low, high = 0.0, 0.25
-    for _ in range(16):
-        picked = draw(sign * high)
-        if abs(left(picked)) < abs(left(best)):
-            best = picked
-        if abs(left(best)) <= IMBALANCE or left(picked) * sign <= 0:
-            break
-        low, high = high, high * 2
-    for _ in range(12):
-        if abs(left(best)) <= IMBALANCE:
-            break
-        middle = (low + high) / 2
-        picked = draw(sign * middle)
-        low, high = (middle, high) if left(picked) * sign > 0 else (low, middle)
-        if abs(left(picked)) < abs(left(best)):
-            best = picked
-    return best
 
 
 def _nearest_unused(values: npt.NDArray[Any], candidates: Indices, used: Indices, targets: npt.NDArray[Any]) -> Indices:
