@@ -1,11 +1,12 @@
 """What the interventions cost on a finished study, and what they show.
 
-    python benchmarks/interventions.py STUDY [--draws 20] [--dose-draws 3] [--freeze-draws 2] [--doses 0.1,0.25,0.5,1]
+    python benchmarks/interventions.py STUDY [--draws 20] [--dose-draws 3] [--freeze-draws 20] [--stop-early freeze]
+        [--doses 0.1,0.25,0.5,1]
 
 STUDY is the folder of a finished study, such as that of `neurondrift run --preset demo`. The runs go to a copy of it,
 so that nothing is resumed and the study is left as it is. Prints the table of `neurondrift intervene`, the seconds of
-each intervention and the whole. Target: all four interventions on both safety groups with 20 matched random groups
-(freeze, which trains again, with fewer) in at most 20 minutes on two cores.
+each intervention and the whole. Target: all four interventions on both safety groups with 20 matched random groups (the
+null of freeze, which trains again, stopped once it is settled) in at most 20 minutes on two cores.
 """
 
 import argparse
@@ -14,12 +15,13 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from neurondrift import config
 from neurondrift.folder import StudyFolder
-from neurondrift.interventions.null import Draws, RunLog
+from neurondrift.interventions.null import Draws, RunLog, StopEarly
 from neurondrift.interventions.study import Options, intervene
 from neurondrift.memory import tune_allocator
 from neurondrift.report.interventions import table_lines
@@ -32,7 +34,8 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--dose-draws", type=int, default=3)
-    parser.add_argument("--freeze-draws", type=int, default=2)
+    parser.add_argument("--freeze-draws", type=int, default=20)
+    parser.add_argument("--stop-early", choices=get_args(StopEarly), default="freeze")
     parser.add_argument("--doses", help="shares, such as 0.1,0.25,0.5,1; default: those of the command")
     parser.add_argument("--intervention", action="append", help="may be repeated; default: all")
     given = parser.parse_args()
@@ -49,7 +52,12 @@ def main() -> None:
             study,
             folder,
             Options(
-                draws=Draws(whole=given.draws, dose=given.dose_draws, freeze=given.freeze_draws),
+                draws=Draws(
+                    whole=given.draws,
+                    dose=given.dose_draws,
+                    freeze=given.freeze_draws,
+                    stop_early=given.stop_early,
+                ),
                 doses=tuple(map(float, given.doses.split(","))) if given.doses else None,
                 interventions=tuple(given.intervention or ()),
             ),

@@ -291,6 +291,51 @@ def test_the_comparison_is_its_definition_and_its_interval_covers():
     assert np.isnan(share_of_change(0.9, 0.8, start=0.7, end=0.7)).all()
 
 
+def drawn_until_settled(group, null):
+    """The p-value and the number of draws of a null that may stop early."""
+    from neurondrift.statistics.null import empirical_p, is_settled
+
+    planned = len(null)
+    made = next((k for k in range(planned) if is_settled(group, null[:k], planned=planned)), planned)
+    return empirical_p(group, null[:made]), made
+
+
+@pytest.mark.parametrize("planned", [19, 20, 39, 99])
+@pytest.mark.parametrize("prompts", [4, 32])
+def test_a_null_that_stops_early_finds_nothing_that_the_whole_null_does_not(planned, prompts):
+    from neurondrift.statistics.null import empirical_p
+
+    generator = np.random.default_rng(planned)
+    chance = generator.beta(8, 3, size=(600, 1))  # groups and draws are exchangeable, and tied as shares of prompts are
+    outcomes = generator.binomial(prompts, chance, size=(600, 1 + planned)) / prompts
+    whole = np.array([empirical_p(row[0], row[1:]) for row in outcomes])
+    stopped, made = np.array([drawn_until_settled(row[0], row[1:]) for row in outcomes]).T
+    assert (stopped[made < planned] > 0.1).all()
+    assert (stopped[made == planned] == whole[made == planned]).all()
+    for level in (0.05, 0.1):
+        assert not ((stopped <= level) & (whole > level)).any()
+        assert (stopped <= level).mean() <= (whole <= level).mean() <= level + 3 * np.sqrt(level / 600)
+    assert made.min() >= 2
+    assert made.mean() < planned / 2
+    strong = [drawn_until_settled(0.25, row[1:] * 0.1 + 0.9) for row in outcomes]
+    assert strong == [(1 / (1 + planned), planned)] * 600
+
+
+def test_when_a_null_is_settled():
+    from neurondrift.statistics.null import empirical_p, is_settled
+
+    assert not is_settled(0.5, [], planned=20)
+    assert not is_settled(0.5, [0.5], planned=20)
+    assert is_settled(0.5, [0.5, 0.5], planned=20) and not is_settled(0.5, [0.5, 0.5], planned=29)
+    assert is_settled(0.6, [0.5, 0.7], planned=20)
+    assert not is_settled(0.9, [0.5, 0.6, 0.5, 0.6], planned=20)
+    for planned in range(1, 200):  # the least p-value that a stopped null can have: h as extreme, one draw left
+        needed = next(h for h in range(1, 300) if is_settled(0.0, [0.0] * h, planned=planned))
+        assert needed >= 2 and (1 + needed) / (1 + planned) > 0.1
+        assert needed == 2 or needed / (1 + planned) <= 0.1 + 1e-9
+    assert empirical_p(0.0, [0.0, 0.0]) == 1
+
+
 def test_what_is_undefined_says_why():
     from neurondrift.errors import DataError
     from neurondrift.statistics.null import compare_with_null
@@ -454,6 +499,84 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
     assert found["training_step"] == 3
     assert found["adapter"] == weights_digest(folder.adapters(0) / "step=000003")
+
+
+def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    from neurondrift.interventions import Applied, null
+    from neurondrift.interventions.findings import conclusion, summarise
+    from neurondrift.magnitudes import magnitudes_of
+    from neurondrift.report.interventions import intervention_doses, section
+    from neurondrift.report.text import render_section
+
+    model, made = adapted("llama"), []
+    groups = {"safety_top": some(model, "neuron", fraction=0.1)}
+    refusals = {"before": 9, "after": 5, "rewind": 9, "transplant": 7}  # of 10 prompts
+
+    def acted(subject, trial, mode):
+        made.append(trial)
+        return nullcontext((model, Applied(1, 1, 0)))
+
+    def measure(of, tokenizer, bench, *, whole):
+        trial = made[-1]
+        count = 5 if trial.intervention == "rewind" and trial.draw is not None else refusals[trial.intervention]
+        blank = {"refused": None, "loss": None, "tokens": None}
+        rows = [blank | {"kind": "harmful", "id": str(i), "refused": i < count} for i in range(10)]
+        rows.append(blank | {"kind": "ordinary", "id": "o", "refused": False})
+        return [*rows, blank | {"kind": "answers", "id": "a", "loss": 1.0, "tokens": 3}]
+
+    monkeypatch.setattr(null, "acted", acted)
+    monkeypatch.setattr(null, "measure", measure)
+    subject = null.Subject(before=model, after=model, tokenizer=None)
+    bench = null.Bench(sets={}, answers=[])
+
+    def run(stop_early):
+        made.clear()
+        told = []
+        draws = null.Draws(stop_early=stop_early)
+        trials = null.plan(
+            groups,
+            interventions=["rewind", "transplant"],
+            doses=[1.0],
+            draws=draws,
+            magnitudes=magnitudes_of(model, "neuron"),
+            bins=2,
+            seed=0,
+            importance={},
+        )
+        log = null.RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
+        results = null.run_trials(
+            trials, subject, bench, log, inputs="", stops=draws.stops, done=lambda *event: told.append(event)
+        )
+        assert [trial for trial, _, _ in told] == trials
+        assert [trial for trial, _, fresh in told if fresh] == made
+        found = summarise(results, null.planned_draws(trials), resamples=50)
+        return found, {effect["intervention"]: effect for effect in found["effects"]}
+
+    found, effects = run("all")
+    assert len(made) == 2 + 21 + 3
+    assert made[2].draw is None and [trial.draw for trial in made[23:]] == [None, 0, 1]  # the group before its draws
+    transplant, rewind = effects["transplant"], effects["rewind"]
+    assert (transplant["draws"], transplant["draws_planned"], transplant["stopped_early"]) == (2, 20, True)
+    assert (rewind["draws"], rewind["draws_planned"], rewind["stopped_early"]) == (20, 20, False)
+    assert rewind["measures"]["harmful"]["p"] == rewind["measures"]["harmful"]["p_floor"] == 1 / 21
+    assert transplant["measures"]["harmful"]["p_floor"] == 1 / 21  # it could have been reached
+    assert transplant["measures"]["answers"]["p_floor"] == 1 / 3
+    assert "p = 1, stopped after 2 of 20 draws" in found["conclusion"]
+    shown = {"model_fingerprint": "m", **found}
+    text = "\n".join(render_section(section(shown)))
+    assert "2 of 20" in text and "not adjusted for stopping" in text
+    drawn = intervention_doses({"interventions": shown})
+    assert [t.get_text() for ax in drawn.axes for t in ax.texts if "draws" in t.get_text()] == ["2 of 20 draws"]
+
+    assert run("all") == (found, effects) and not made
+    whole, effects = run("freeze")  # neither is freeze: the stopped null goes on
+    assert [(trial.intervention, trial.draw) for trial in made] == [("transplant", k) for k in range(2, 20)]
+    assert not any(effect["stopped_early"] for effect in effects.values())
+    assert "not adjusted" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
+    assert run("all")[0] == found and not made  # more runs lie there, and change nothing
+    assert "no evidence" in conclusion([transplant], found["references"])
 
 
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):

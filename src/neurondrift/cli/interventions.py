@@ -26,7 +26,11 @@ def intervene(
     ] = None,
     draws: Annotated[int, Parameter(help="matched random groups for each group")] = 20,
     dose_draws: Annotated[int, Parameter(help="the same at each smaller dose")] = 3,
-    freeze_draws: Annotated[int, Parameter(help="the same for freeze, which trains again for each")] = 2,
+    freeze_draws: Annotated[int, Parameter(help="the same for freeze, which trains again for each")] = 20,
+    stop_early: Annotated[
+        Literal["freeze", "all", "none"],
+        Parameter(help="whose draws stop once p can hardly be small any more (two or more as extreme as the group)"),
+    ] = "freeze",
     doses: Annotated[
         str | None, Parameter(help="shares of the group by importance, such as 0.1,0.5,1 (default 0.1,0.25,0.5,1)")
     ] = None,
@@ -65,7 +69,7 @@ def intervene(
         Options(
             groups=tuple(group or ()),
             interventions=tuple(intervention or ()),
-            draws=Draws(whole=draws, dose=dose_draws, freeze=freeze_draws),
+            draws=Draws(whole=draws, dose=dose_draws, freeze=freeze_draws, stop_early=stop_early),
             doses=shares,
             granularity=granularity,
             mode=mode,

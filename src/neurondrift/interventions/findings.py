@@ -13,22 +13,24 @@ import numpy as np
 
 from neurondrift.behaviour.evaluate import refusal_rate
 from neurondrift.errors import ArtifactError
-from neurondrift.interventions.null import REFERENCES, Label, Rows
-from neurondrift.statistics.null import compare_with_null, share_of_change
+from neurondrift.interventions.null import REFERENCES, Cell, Label, Rows
+from neurondrift.statistics.null import ALPHA, compare_with_null, share_of_change
 
 SCHEMA_VERSION = 1
-#: A p-value at or below this is called evidence; with K draws it can be reached from K = 19 on.
-ALPHA = 0.05
 MEASURES = {"harmful": "refused", "ordinary": "refused", "answers": "loss"}
 
 
-def summarise(results: Mapping[Label, Rows], *, resamples: int = 2000, rng_seed: int = 0) -> dict[str, Any]:
+def summarise(
+    results: Mapping[Label, Rows], planned: Mapping[Cell, int], *, resamples: int = 2000, rng_seed: int = 0
+) -> dict[str, Any]:
     """References, effects and conclusion.
 
     Parameters
     ----------
     results
         From `run_trials`; it holds both references.
+    planned
+        From `planned_draws`: a null with fewer results was stopped early.
     resamples, rng_seed
         Of the bootstrap over prompts and draws.
 
@@ -41,7 +43,7 @@ def summarise(results: Mapping[Label, Rows], *, resamples: int = 2000, rng_seed:
     """
     references = {name: _reference(results[name, "", 1.0, None]) for name in REFERENCES}
     cells = list(dict.fromkeys(label[:3] for label in results if label[0] not in REFERENCES))
-    effects = [_effect(results, cell, references, resamples, rng_seed) for cell in cells]
+    effects = [_effect(results, cell, planned[cell], references, resamples, rng_seed) for cell in cells]
     tests = sum(len(effect["measures"]) for effect in effects if effect["dose"] == 1)
     return {
         "references": references,
@@ -73,7 +75,8 @@ def _outcome(rows: Rows, kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[An
 
 def _effect(
     results: Mapping[Label, Rows],
-    cell: tuple[str, str, float],
+    cell: Cell,
+    planned: int,
     references: Mapping[str, Any],
     resamples: int,
     rng_seed: int,
@@ -89,7 +92,15 @@ def _effect(
             if [row["id"] for row in rows if row["kind"] == kind] != ids:
                 raise ArtifactError("The runs asked different prompts", fix="delete results/interventions.parquet")
         draws = [_outcome(rows, kind)[0] for rows in null]
-        found = compare_with_null(values, draws, weights_P=weights, resamples=resamples, rng_seed=rng_seed)
+        found = compare_with_null(
+            values,
+            draws,
+            # Refusals of harmful requests decided whether to stop; the other measures have the draws that were made.
+            planned=planned if kind == "harmful" else None,
+            weights_P=weights,
+            resamples=resamples,
+            rng_seed=rng_seed,
+        )
         measures[kind] = found._asdict() | {"ci95": list(found.ci95)}
         if kind == "answers":
             measures[kind]["perplexity"] = math.exp(found.value)
@@ -103,6 +114,8 @@ def _effect(
         "acted_on": own[0]["acted_on"],
         "outside": own[0]["outside"],
         "draws": len(null),
+        "draws_planned": planned,
+        "stopped_early": len(null) < planned,
         "measures": measures,
     }
     before, after = (references[name]["harmful"]["rate"] for name in REFERENCES)
@@ -147,7 +160,7 @@ def _loss_sentence(before: float, after: float, n: int) -> str:
 def _sentence(effect: Mapping[str, Any], *, lost: float) -> str:
     group, measure, share = effect["group"], effect["measures"]["harmful"], effect["share"]
     value, null = measure["value"], measure["null_mean"]
-    by_null = f"matched random groups {{}}; p = {measure['p']:.2g}, {effect['draws']} draws"
+    by_null = f"matched random groups {{}}; p = {measure['p']:.2g}, {_draws(effect)}"
     if effect["intervention"] == "prune":
         text = f"Pruning {group} before fine-tuning leaves refusals at {value:.2f} ({by_null.format(f'{null:.2f}')})"
         answers = effect["measures"].get("answers") or {}
@@ -169,6 +182,11 @@ def _sentence(effect: Mapping[str, Any], *, lost: float) -> str:
         "transplant": f"Its change alone, put into the model from before, loses {shares[0]} of them ({shares[1]}).",
         "freeze": f"Holding it during training keeps {shares[0]} of them ({shares[1]}).",
     }[effect["intervention"]]
+
+
+def _draws(effect: Mapping[str, Any]) -> str:
+    made, planned = effect["draws"], effect.get("draws_planned", effect["draws"])
+    return f"{made} draws" if made == planned else f"stopped after {made} of {planned} draws"
 
 
 def _share(value: float) -> str:

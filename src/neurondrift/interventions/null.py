@@ -1,13 +1,14 @@
 """Interventions on a group and on matched random groups: which runs there are, and what each one gives.
 
 Owns the plan, the measurement of one run, and the file of finished runs, from which an interrupted command goes on.
-Knows a model, prompts and groups; nothing of studies, and computes no statistic.
+Knows a model, prompts and groups; nothing of studies. The one statistic that it asks for is whether a null is settled.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from neurondrift.groups import Group, matched
 from neurondrift.groups.order import Importance, digest, dose_of
 from neurondrift.interventions.effects import Applied, PruneMode, prune, rewind, transplant
 from neurondrift.sites import linear_sites
+from neurondrift.statistics.null import is_settled
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,9 @@ Intervention = Literal["prune", "rewind", "transplant", "freeze"]
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 REFERENCES = ("before", "after")
 Rows = list[dict[str, Any]]
-Label = tuple[str, str, float, int | None]  # intervention, group, dose, draw
+Cell = tuple[str, str, float]  # intervention, group, dose
+Label = tuple[str, str, float, int | None]  # the same and the draw
+StopEarly = Literal["freeze", "all", "none"]
 
 FORMAT = 1  # raise it when a run's outcome is measured in another way: older runs are then made again
 
@@ -84,14 +88,27 @@ class Trial(NamedTuple):
     group: Group | None
     whole: bool
 
+    @property
+    def cell(self) -> Cell:
+        """What the group and its draws have in common."""
+        return self.intervention, self.name, self.dose
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How many matched random groups: at the whole group, at each smaller dose, and of `freeze`, which trains again."""
+    """How many matched random groups: at the whole group, at each smaller dose, and of `freeze`, which trains again.
+
+    `stop_early`: the interventions whose null stops once it is settled (`statistics.null.is_settled`).
+    """
 
     whole: int = 20
     dose: int = 3
-    freeze: int = 2
+    freeze: int = 20
+    stop_early: StopEarly = "freeze"
+
+    def stops(self, intervention: str) -> bool:
+        """Whether the null of an intervention may stop before its last draw."""
+        return self.stop_early == "all" or self.stop_early == intervention
 
 
 # --- the plan -------------------------------------------------------------------------------------------
@@ -159,6 +176,11 @@ def plan(
             trials.append(Trial(intervention, name, dose, None, part, whole))
             trials += [Trial(intervention, name, dose, k, controls[k], whole) for k in range(count)]
     return trials
+
+
+def planned_draws(trials: Sequence[Trial]) -> Counter[Cell]:
+    """How many draws the plan has for each intervention, group and dose."""
+    return Counter(trial.cell for trial in trials if trial.draw is not None)
 
 
 # --- one run --------------------------------------------------------------------------------------------
@@ -328,16 +350,26 @@ def run_trials(
     *,
     inputs: str,
     mode: PruneMode = "zero",
-    done: Callable[[Trial, Rows, bool], None] = lambda trial, rows, fresh: None,
+    stops: Callable[[str], bool] = lambda intervention: False,
+    done: Callable[[Trial, Rows | None, bool], None] = lambda trial, rows, fresh: None,
 ) -> dict[Label, Rows]:
     """Make the runs that `log` does not hold yet; the rows of every trial by intervention, group, dose and draw.
 
-    `done` is told of each trial, with whether it was made now. Two trials with the same members are one run.
+    Two trials with the same members are one run. Where `stops(intervention)`, the draws after the one that settles a
+    null are left out, also those that `log` holds: what is found depends on the settings, not on what was run before.
+    `log` keeps them, for settings that ask for them. `done` is told of each trial: its rows, None where it was left
+    out, and whether it was made now.
     """
     keys = [key_of(trial, inputs, mode) for trial in trials]
     log.keep_only(keys)
     results: dict[Label, Rows] = {}
+    planned = planned_draws(trials)
+    refused: dict[Cell, list[float]] = {}  # of the group, then of its draws
     for trial, key in zip(trials, keys, strict=True):
+        known = refused.setdefault(trial.cell, [])
+        if stops(trial.intervention) and known and is_settled(known[0], known[1:], planned=planned[trial.cell]):
+            done(trial, None, False)
+            continue
         fresh = key not in log.runs
         if fresh:
             began = time.perf_counter()
@@ -354,6 +386,7 @@ def run_trials(
                 "seconds": round(time.perf_counter() - began, 2),
             }
             log.add(key, [about | row for row in rows])
-        results[trial.intervention, trial.name, trial.dose, trial.draw] = log.runs[key]
+        results[*trial.cell, trial.draw] = log.runs[key]
+        known.append(float(np.mean([row["refused"] for row in log.runs[key] if row["kind"] == "harmful"])))
         done(trial, log.runs[key], fresh)
     return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ from neurondrift.interventions.null import (
     Subject,
     Trial,
     plan,
+    planned_draws,
     run_trials,
 )
 from neurondrift.magnitudes import magnitudes_of
@@ -38,7 +40,7 @@ from neurondrift.models import attach_adapter, load_model, resolve_device, resol
 from neurondrift.progress import progress
 from neurondrift.sites import Site, fingerprint, linear_sites, mlp_units
 from neurondrift.stages import load_base, load_named, weights_digest
-from neurondrift.statistics.null import smallest_p
+from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.training import detach_adapter, finetune, saved_step
 
 Say = Callable[[str], None]
@@ -114,7 +116,7 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
     )
     log = RunLog(folder.results / "interventions.parquet")
     say(_announce(trials, bench, options.draws))
-    results = _run(trials, subject, bench, log, inputs, options.mode, say)
+    results = _run(trials, subject, bench, log, inputs, options, say)
     found = {
         "schema_version": SCHEMA_VERSION,
         "model_fingerprint": base,
@@ -133,7 +135,7 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
             "prompts": {kind: len(examples) for kind, examples in bench.sets.items()} | {"answers": len(bench.answers)},
             **bench.judging,
         },
-        **summarise(results, resamples=study.analyze.resamples, rng_seed=study.seed),
+        **summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": record()["versions"],
     }
@@ -329,30 +331,42 @@ def _bench(study: Study, options: Options) -> Bench:
 
 def _announce(trials: Sequence[Trial], bench: Bench, draws: Draws) -> str:
     names = dict.fromkeys(trial.intervention for trial in trials if trial.group is not None)
-    text = f"{len(trials)} runs: {', '.join(names)}; {draws.whole} matched random groups a group"
+    stopping = [name for name in names if draws.stops(name)]
+    least = "at most " if stopping else ""
+    text = f"{least}{len(trials)} runs: {', '.join(names)}; {draws.whole} matched random groups a group"
     if any(trial.dose < 1 for trial in trials):
         text += f", {draws.dose} at a dose"
     if "freeze" in names:
-        text += (
-            f", {draws.freeze} for freeze, which trains again (its p cannot be below {smallest_p(draws.freeze):.2f})"
-        )
+        text += f", {draws.freeze} for freeze, which trains again"
+        if (floor := smallest_p(draws.freeze)) > ALPHA:
+            text += f" (its p cannot be below {floor:.2f})"
+    if stopping:
+        text += f"; stopped once settled: {', '.join(stopping)}"
     prompts = ", ".join(f"{len(examples)} {kind}" for kind, examples in bench.sets.items())
     return f"{text}; {prompts} prompts, {len(bench.answers)} held-out answers"
 
 
 def _run(
-    trials: Sequence[Trial], subject: Subject, bench: Bench, log: RunLog, inputs: str, mode: PruneMode, say: Say
+    trials: Sequence[Trial], subject: Subject, bench: Bench, log: RunLog, inputs: str, options: Options, say: Say
 ) -> dict[Any, Any]:
     spent: dict[str, list[float]] = {}
+    left_out: Counter[str] = Counter()
     last = {trial.intervention: trial for trial in trials}
     with progress("intervene", len(trials)) as advance:
 
         def done(trial: Trial, rows: Any, fresh: bool) -> None:
             advance(1)
-            spent.setdefault(trial.intervention, []).append(rows[0]["seconds"] if fresh else 0.0)
+            if rows is None:
+                left_out[trial.intervention] += 1
+            else:
+                spent.setdefault(trial.intervention, []).append(rows[0]["seconds"] if fresh else 0.0)
             if trial is last[trial.intervention]:
                 times = spent[trial.intervention]
                 made = sum(1 for each in times if each)
-                say(f"{trial.intervention:<12}{len(times):>5} runs, {made} made now in {sum(times):.0f} s")
+                spared = left_out[trial.intervention]
+                ending = f"; {spared} spared by stopping early" if spared else ""
+                say(f"{trial.intervention:<12}{len(times):>5} runs, {made} made now in {sum(times):.0f} s{ending}")
 
-        return run_trials(trials, subject, bench, log, inputs=inputs, mode=mode, done=done)
+        return run_trials(
+            trials, subject, bench, log, inputs=inputs, mode=options.mode, stops=options.draws.stops, done=done
+        )

@@ -16,6 +16,11 @@ from neurondrift.report.wording import Footnotes, Record, clean, finite
 
 TITLE = "Cause: interventions on the groups"
 NULL_BAND = "#D9D9D9"
+STOPPED = (
+    "fewer draws than planned: stopped, as two or more of them were as extreme as the group in refusals of harmful "
+    "requests; such a p is above 0.1. Those of ordinary prompts and answers are of the same draws, not adjusted for "
+    "stopping"
+)
 #: The panels, in order.
 PANELS = ("prune", "rewind", "transplant", "freeze")
 WHAT = (
@@ -75,22 +80,24 @@ def refusal_table(found: Record) -> Table:
                 notes.number(measure, "effect", wording.effect),
                 notes.interval(measure, "ci95", wording.effect),
                 notes.number(measure, "p", wording.probability),
+                _draws(effect),
             )
         )
     before, after = (found["references"][name]["harmful"] for name in ("before", "after"))
-    floors = sorted({(e["draws"], e["measures"]["harmful"]["p_floor"]) for e in _whole(found)}, reverse=True)
+    floors = sorted({(_planned(e), e["measures"]["harmful"]["p_floor"]) for e in _whole(found)}, reverse=True)
     smallest = ", ".join(f"{wording.probability(p)} with {k}" for k, p in floors)
     return table(
         f"Harmful requests refused ({before['n']} prompts; before fine-tuning {wording.rate(before)}, after "
         f"{wording.rate(after)}):",
-        ("group", "intervention", "refused", "random groups", "effect", "95 % interval", "p"),
+        ("group", "intervention", "refused", "random groups", "effect", "95 % interval", "p", "draws"),
         rows,
-        "llrrrrr",
+        "llrrrrrr",
         (
             "random groups: mean and range of matched random groups; effect: the group minus their mean, interval over "
             "prompts and draws",
-            f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {smallest} draws ({_draws(found)}); "
+            f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {smallest} draws; "
             f"{found['tests']} tests in these two tables, not corrected for their number",
+            *((STOPPED,) if any(_is_stopped(effect) for effect in _whole(found)) else ()),
             *notes.notes(),
         ),
     )
@@ -143,7 +150,7 @@ def dose_table(found: Record) -> Table | None:
                 f"{effect['members']:,}",
                 *_refused(notes, measure),
                 notes.number(measure, "p", wording.probability),
-                clean(effect["draws"]),
+                _draws(effect),
             )
         )
     return table(
@@ -159,9 +166,16 @@ def _band(measure: Record, form: wording.Form) -> str:
     return wording.interval([measure.get("null_low"), measure.get("null_high")], form) or ""
 
 
-def _draws(found: Record) -> str:
-    by_kind = {str(effect["intervention"]): effect["draws"] for effect in _whole(found)}
-    return ", ".join(f"{clean(kind)} {clean(count)}" for kind, count in by_kind.items())
+def _planned(effect: Record) -> int:
+    return int(effect.get("draws_planned", effect["draws"]))
+
+
+def _is_stopped(effect: Record) -> bool:
+    return bool(effect["draws"] < _planned(effect))
+
+
+def _draws(effect: Record) -> str:
+    return f"{effect['draws']} of {_planned(effect)}" if _is_stopped(effect) else str(effect["draws"])
 
 
 # --- the figure -----------------------------------------------------------------------------------------
@@ -192,6 +206,8 @@ def intervention_doses(results: Record) -> Figure | None:
             )
             _references(ax, before, after)
             _panel(ax, own, marks[group].colour, marks[group].marker)
+            if stopped := [effect for effect in own if _is_stopped(effect)]:
+                ax.text(0.04, 0.04, f"{_draws(stopped[-1])} draws", transform=ax.transAxes, fontsize=7, color=INK)
             if row == 0:
                 ax.set_title(kind)
             if row == len(groups) - 1:

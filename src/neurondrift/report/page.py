@@ -16,7 +16,7 @@ ALTERNATIVES = {
     "final_drift_distributions": "Distributions of the final drift of each group and of its matched controls",
     "layer_module_effects": "Effect of each group by layer and module type",
     "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
-    "the range of matched random groups",
+    "the range of matched random groups, and how many were drawn where that was stopped early",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",
     "refusals_over_training": "Share of prompts refused over training, above the drift of the safety groups",
 }

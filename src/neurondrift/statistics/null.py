@@ -1,4 +1,5 @@
-"""One outcome against those of random draws: the empirical p-value, the effect, and its interval over prompts.
+"""One outcome against those of random draws: the empirical p-value, when no more draws are needed, the effect, and its
+interval over prompts.
 
 Takes arrays and returns values. Shapes: K = draws of the null, P = prompts (or examples), B = resamples.
 """
@@ -16,6 +17,8 @@ from neurondrift.errors import DataError
 FloatArray = npt.NDArray[np.float64]
 Direction = Literal["higher", "lower", "equal"]
 
+#: A p-value at or below this is called evidence; with K draws it can be reached from K = 19 on.
+ALPHA = 0.05
 #: Distances from the centre that differ by less are ties.
 TIE = 1e-12
 #: The null's band holds this share of its draws.
@@ -27,8 +30,8 @@ class NullComparison(NamedTuple):
 
     `value` of the group; `null_mean`, `null_sd` (NaN for fewer than 2 draws), `null_low` and `null_high` (the central
     95 % of the draws; for fewer than 40 these are their smallest and largest) of the K draws; `effect` = value -
-    null_mean with `ci95`; `p` two-sided and empirical, never below `p_floor` (see `smallest_p`); `direction` of
-    the effect; `n` prompts. `reason` says why something is NaN.
+    null_mean with `ci95`; `p` two-sided and empirical; `p_floor` the smallest that the planned draws allow (see
+    `smallest_p`); `direction` of the effect; `draws` that were made; `n` prompts. `reason` says why something is NaN.
     """
 
     value: float
@@ -57,11 +60,13 @@ def empirical_p(value: float, null: npt.ArrayLike) -> float:
     Phipson & Smyth (2010), Permutation p-values should never be zero. Stat. Appl. Genet. Mol. Biol. 9(1), 39.
     """
     draws = np.asarray(null, dtype=np.float64)
-    if not len(draws):
-        return math.nan
+    return (1 + _as_extreme(value, draws)) / (1 + len(draws)) if len(draws) else math.nan
+
+
+def _as_extreme(value: float, draws: FloatArray) -> int:
+    """How many draws lie at least as far as the value from the mean of all of them, the value among them."""
     centre = (value + draws.sum()) / (1 + len(draws))
-    extreme = np.abs(draws - centre) >= abs(value - centre) - TIE
-    return float((1 + extreme.sum()) / (1 + len(draws)))
+    return int((np.abs(draws - centre) >= abs(value - centre) - TIE).sum())
 
 
 def smallest_p(draws: int) -> float:
@@ -70,10 +75,33 @@ def smallest_p(draws: int) -> float:
     return 1.0 if draws <= 1 else 1 / (1 + draws)
 
 
+def is_settled(value: float, null: npt.ArrayLike, *, planned: int) -> bool:
+    """Whether a null of `planned` draws may stop after those that were made, for want of evidence.
+
+    It may once h of them are at least as extreme as the value (as in `empirical_p`), where h is the smallest number of
+    at least 2 with (1 + h)/(1 + K) > 2 `ALPHA`, K = `planned`: 2 for K up to 28.
+
+    Notes
+    -----
+    With g as extreme among the l draws made, the p-value of a stopped null is (1 + g)/(1 + l), and g >= h and l <= K
+    make it larger than 2 `ALPHA`. So a p-value at or below a <= 2 `ALPHA` is always that of all K draws, fixed in
+    advance, and P(p <= a) <= a holds as without stopping. Stopping can only hide evidence that later draws would have
+    brought.
+
+    References
+    ----------
+    Besag & Clifford (1991), Sequential Monte Carlo p-values. Biometrika 78(2), 301-304, who report h/l where this
+    reports the larger (1 + g)/(1 + l).
+    """
+    draws = np.asarray(null, dtype=np.float64)
+    return _as_extreme(value, draws) >= max(2, math.floor(2 * ALPHA * (1 + planned) + TIE))
+
+
 def compare_with_null(
     group_P: npt.ArrayLike,
     null_KP: npt.ArrayLike,
     *,
+    planned: int | None = None,
     weights_P: npt.ArrayLike | None = None,
     resamples: int = 2000,
     rng_seed: int = 0,
@@ -86,6 +114,8 @@ def compare_with_null(
         The group's outcome for each prompt: 1 for a refusal; or the mean loss of an answer.
     null_KP
         The same for each draw of the null.
+    planned
+        Draws that `p_floor` is of, where the null could be stopped (`is_settled`); default: those that were made.
     weights_P
         Weight of each prompt in the mean, such as the tokens of its answer; equal where None.
     resamples, rng_seed
@@ -135,7 +165,7 @@ def compare_with_null(
         effect=effect,
         ci95=interval,
         p=empirical_p(value, means),
-        p_floor=smallest_p(draws),
+        p_floor=smallest_p(draws if planned is None else planned),
         direction="equal" if abs(effect) < TIE else "higher" if effect > 0 else "lower",
         draws=draws,
         n=n,
