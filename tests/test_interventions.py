@@ -579,6 +579,29 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert "no evidence" in conclusion([transplant], found["references"])
 
 
+def test_a_run_is_the_same_whatever_is_answered_together(study):
+    from neurondrift.behaviour.evaluate import judge_answers
+    from neurondrift.interventions.null import answer_losses, measure
+    from neurondrift.interventions.study import Options, _bench, _subject
+
+    settings, folder = study
+    subject, _ = _subject(settings, folder, Options(), 0)
+    bench = _bench(settings, Options(harmful=5, ordinary=4, answers=3, max_new_tokens=6))
+    rows = measure(subject.after, subject.tokenizer, bench, whole=True)
+    alone = []
+    for kind, examples in bench.sets.items():
+        for example in examples:
+            judging = {**bench.judging, "batch_size": 1}
+            alone += judge_answers(subject.after, subject.tokenizer, {kind: [example]}, **judging)
+    assert [(row["kind"], row["id"], row["refused"]) for row in rows[:9]] == [
+        (row["kind"], row["id"], row["refused"]) for row in alone
+    ]
+    together = judge_answers(subject.after, subject.tokenizer, bench.sets, **bench.judging)
+    assert [row["response"] for row in together] == [row["response"] for row in alone]
+    assert measure(subject.after, subject.tokenizer, bench, whole=False) == rows[:5]
+    assert [(row["loss"], row["tokens"]) for row in rows[9:]] == answer_losses(subject.after, subject.tokenizer, bench)
+
+
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups import load_group
     from neurondrift.interventions.effects import parts_of
