@@ -269,39 +269,30 @@ def _measure(sites: Mapping[str, DiskSite], snapshot: Snapshot, threads: int | N
 
 
 class Room:
-    """What a thread works in, again and again: two blocks as they are on disk, and two in float64."""
+    """What a thread reads into, again and again: two blocks as they are on disk."""
 
     def __init__(self) -> None:
         self.raw = bytearray(8 * BLOCK), bytearray(8 * BLOCK)
-        self.wide = torch.empty(BLOCK, dtype=torch.float64), torch.empty(BLOCK, dtype=torch.float64)
-
-    def float64(self, block: torch.Tensor, which: int) -> torch.Tensor:
-        """A block `[rows, in]` in float64, valid until the next."""
-        if block.numel() > BLOCK:
-            return block.double()
-        return self.wide[which][: block.numel()].view(block.shape).copy_(block)
 
 
 def _compare(base: DiskSite, tuned: DiskSite, room: Room) -> Sums:
     """Two stored weights, side by side; in full where they are stored in different forms, or `[in, out]`."""
+    from neurondrift.drift.kernels import row_moments
+
     if base.layout != tuned.layout or any(slab.transposed for slab in base.slabs):
         return Sums(*dense_moments(base.read().contiguous(), tuned.read().contiguous()))
     out, columns = base.shape
-    squared_norm, squared, dot = np.empty(out), np.empty(out), np.empty(out)
-    picks, sample = sample_positions(base).numpy(), np.empty(SAMPLE)
+    sums = np.empty((3, out))
+    picks, sample = sample_positions(base), torch.empty(SAMPLE, dtype=torch.float64)
     pairs = zip(base.blocks(BLOCK, room.raw[0]), tuned.blocks(BLOCK, room.raw[1]), strict=True)
     done = 0
     for (first, old), (_, new) in pairs:
-        rows = slice(first, first + len(old))
-        old64, delta64 = room.float64(old, 0), room.float64(new, 1)
-        delta64 -= old64
-        w0, delta = old64.numpy(), delta64.numpy()
-        np.vecdot(w0, w0, out=squared_norm[rows])
-        np.vecdot(delta, delta, out=squared[rows])
-        np.vecdot(w0, delta, out=dot[rows])
-        until = int(np.searchsorted(picks, rows.stop * columns))
-        sample[done:until] = w0.reshape(-1)[picks[done:until] - first * columns]
+        stop = first + len(old)
+        sums[:, first:stop] = row_moments(old, new)
+        until = int(torch.searchsorted(picks, stop * columns))
+        sample[done:until] = old.reshape(-1)[picks[done:until] - first * columns].double()
         done = until
+    squared_norm, squared, dot = sums
     norm, moments = torch.from_numpy(np.sqrt(squared_norm)), Moments(torch.from_numpy(squared), torch.from_numpy(dot))
     across = moments.squared - (moments.dot / norm).square()
     if bool((across < CANCELLED_FLOAT64 * moments.squared).any()):
@@ -310,7 +301,7 @@ def _compare(base: DiskSite, tuned: DiskSite, room: Room) -> Sums:
         norm, moments = _joined(dense_moments(old, new) for (_, old), (_, new) in again)
     else:
         moments = moments._replace(across=across)
-    return Sums(norm, moments, torch.from_numpy(sample))
+    return Sums(norm, moments, sample)
 
 
 def _apply(base: DiskSite, adapter: AdapterFolder, room: Room) -> Sums:

@@ -116,11 +116,13 @@ def low_rank_moments(
     """
     a64_RI, b64_OR = a_RI.double(), b_OR.double()
     squared_O = ((b64_OR @ (a64_RI @ a64_RI.T)) * b64_OR).sum(dim=1)
-    dtype = torch.float32 if base_OI.device.type == "cpu" else torch.float64
-    factor_RI = a_RI.to(dtype)
-    # A w₀ᵀ, not w₀ Aᵀ: this way round the thin product takes less than half the time on a CPU.
-    projected_RO = torch.cat([factor_RI @ block.to(dtype).T for block in row_blocks(base_OI)], dim=1)
-    dot_O = (projected_RO.T.double() * b64_OR).sum(dim=1)
+    if base_OI.device.type == "cpu":
+        from neurondrift.drift.kernels import low_rank_dots
+
+        dot_O = low_rank_dots(a_RI, b_OR, base_OI)
+    else:
+        projected_OR = torch.cat([block.double() @ a64_RI.T for block in row_blocks(base_OI)])
+        dot_O = (projected_OR * b64_OR).sum(dim=1)
     if norm_O is None:
         return Moments(squared_O, dot_O)
     across_O = squared_O - (dot_O / norm_O).square()
