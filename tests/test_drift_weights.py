@@ -12,12 +12,20 @@ from test_drift import adapt, lora, trainer
 
 from neurondrift.drift import DriftLog, DriftMeter
 from neurondrift.drift.callback import DriftCallback
-from neurondrift.drift.weights import WeightMeter, bin_edges, pooled, summarise, weight_drifts
+from neurondrift.drift.kernels import Tallies
+from neurondrift.drift.weights import WeightDrift, WeightMeter, bin_edges, pooled, weight_drifts
 from neurondrift.errors import ArtifactError, GroupError
 from neurondrift.groups import Group, random_group, weights_of_units
 from neurondrift.sites import fingerprint, linear_sites, mlp_units
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.9, 0.999, 1.0)
+
+
+def summarise(values):
+    """The summary of float32 values, as Δ of a weight of one row."""
+    delta = torch.from_numpy(values)[None]
+    absolute, _ = Tallies().dense(delta, torch.ones_like(delta), np.arange(len(values)), [len(values)])[0]
+    return WeightDrift("group", "site", "absolute", len(values), *absolute)
 
 
 def check(summary, values):

@@ -1,14 +1,24 @@
-"""How many of torch's threads a row of small operations is given."""
+"""How many of torch's threads a row of small operations is given, and work on several sites at once."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 # Elements of a matrix below which two threads wait for each other longer than they compute.
 SMALL = 1 << 22
+# Items that are prepared before the threads go on.
+AHEAD = 64
+# Threads that read memory at the same time; more than these add little.
+MOST = 4
 
 
 @contextlib.contextmanager
@@ -23,3 +33,34 @@ def threads_for(elements: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def at_once() -> int:
+    """How many sites are worked on at once: as many as torch has threads, at most `MOST`."""
+    return min(torch.get_num_threads(), MOST)
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int = AHEAD
+) -> Iterator[Result]:
+    """`work` on every item, each by one of so many threads, without gradients: the results, in order.
+
+    The caller's thread reads `ahead` items before the threads go on, so that neither waits for the interpreter's lock.
+    """
+
+    def one(item: Item) -> Result:
+        with torch.no_grad():
+            return work(item)
+
+    if threads == 1:
+        yield from map(one, items)
+        return
+    rest = iter(items)
+    within = torch.get_num_threads()
+    # The number of threads within an operation is set for a thread, but MKL's for all: it is put back afterwards.
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            while batch := list(itertools.islice(rest, ahead)):
+                yield from pool.map(one, batch)
+    finally:
+        torch.set_num_threads(within)

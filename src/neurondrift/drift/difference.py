@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +31,6 @@ from neurondrift.drift.checkpoints import (
 )
 from neurondrift.drift.deltas import Rescaled, row_norms
 from neurondrift.drift.exact import (
-    CANCELLED_FLOAT64,
     Moments,
     NeuronDrift,
     delta_moments,
@@ -45,6 +42,7 @@ from neurondrift.drift.exact import (
 from neurondrift.drift.log import METADATA, DriftLog, describe, initial_table
 from neurondrift.errors import ArtifactError, ConfigError, ModelError
 from neurondrift.progress import progress
+from neurondrift.threads import at_once, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ def diff(
     directory
         The drift log's folder.
     threads
-        Sites that are read at once; by default the number of processors, at most 4.
+        Sites that are read at once; by default as many as torch has threads, at most 4.
 
     Notes
     -----
@@ -239,32 +237,22 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 def _measure(sites: Mapping[str, DiskSite], snapshot: Snapshot, threads: int | None) -> dict[str, Measured]:
     """Every site of a snapshot, several at once, each by one thread."""
     model = snapshot.model
-    local = threading.local()
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        local.room = Room()
+    rooms = threading.local()
 
     def one(site: DiskSite) -> Measured:
+        if not hasattr(rooms, "own"):
+            rooms.own = Room()
         if isinstance(model, Checkpoint):
-            sums = _compare(site, model.sites[site.name], local.room)
+            sums = _compare(site, model.sites[site.name], rooms.own)
         else:
-            sums = _apply(site, model, local.room)
+            sums = _apply(site, model, rooms.own)
         return Measured(sums.norm, drift_from_moments(sums.norm, sums.moments), sums.sample)
 
-    # The number of threads within an operation is set for a thread, but MKL's for all: it is put back afterwards.
-    within = torch.get_num_threads()
     measured: dict[str, Measured] = {}
-    try:
-        with (
-            progress(f"drift at step {snapshot.step}", len(sites)) as advance,
-            ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), initializer=start) as pool,
-        ):
-            for name, found in zip(sites, pool.map(one, sites.values()), strict=True):
-                measured[name] = found
-                advance(1)
-    finally:
-        torch.set_num_threads(within)
+    with progress(f"drift at step {snapshot.step}", len(sites)) as advance:
+        for name, found in zip(sites, side_by_side(one, sites.values(), threads=threads or at_once()), strict=True):
+            measured[name] = found
+            advance(1)
     return measured
 
 
@@ -282,26 +270,18 @@ def _compare(base: DiskSite, tuned: DiskSite, room: Room) -> Sums:
     if base.layout != tuned.layout or any(slab.transposed for slab in base.slabs):
         return Sums(*dense_moments(base.read().contiguous(), tuned.read().contiguous()))
     out, columns = base.shape
-    sums = np.empty((3, out))
+    moments = np.empty((4, out))
     picks, sample = sample_positions(base), torch.empty(SAMPLE, dtype=torch.float64)
     pairs = zip(base.blocks(BLOCK, room.raw[0]), tuned.blocks(BLOCK, room.raw[1]), strict=True)
     done = 0
     for (first, old), (_, new) in pairs:
         stop = first + len(old)
-        sums[:, first:stop] = row_moments(old, new)
+        moments[:, first:stop] = row_moments(old, new)
         until = int(torch.searchsorted(picks, stop * columns))
         sample[done:until] = old.reshape(-1)[picks[done:until] - first * columns].double()
         done = until
-    squared_norm, squared, dot = sums
-    norm, moments = torch.from_numpy(np.sqrt(squared_norm)), Moments(torch.from_numpy(squared), torch.from_numpy(dot))
-    across = moments.squared - (moments.dot / norm).square()
-    if bool((across < CANCELLED_FLOAT64 * moments.squared).any()):
-        # A change along w₀ itself: its part across is lost in the difference and needs the rows, which is slower.
-        again = zip(base.blocks(), tuned.blocks(), strict=True)
-        norm, moments = _joined(dense_moments(old, new) for (_, old), (_, new) in again)
-    else:
-        moments = moments._replace(across=across)
-    return Sums(norm, moments, sample)
+    norm, *of_delta = torch.from_numpy(moments)
+    return Sums(norm, Moments(*of_delta), sample)
 
 
 def _apply(base: DiskSite, adapter: AdapterFolder, room: Room) -> Sums:

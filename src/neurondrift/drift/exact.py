@@ -7,7 +7,9 @@ Shapes: O = out, I = in, R = rank of all active adapters together.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ from neurondrift.drift.initial import CheckpointWeights, Weights
 from neurondrift.errors import ModelError
 from neurondrift.models import load_model
 from neurondrift.sites import Site, linear_sites, unwrap
-from neurondrift.threads import threads_for
+from neurondrift.threads import at_once, side_by_side, threads_for
 
 __all__ = [
     "CheckpointWeights",
@@ -55,10 +57,9 @@ __all__ = [
     "row_norms",
 ]
 
-# Below these shares of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ
-# (float32 or float64), and is taken from the rows themselves.
-CANCELLED_FLOAT32 = 1e-2
-CANCELLED_FLOAT64 = 1e-8
+# Below this share of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ, and is
+# taken from the rows themselves.
+CANCELLED = 1e-8
 
 # Below this share of ‖w₀‖ the length of w₀ + Δ is what float64 leaves of zero.
 VANISHED = 1e-13
@@ -105,33 +106,24 @@ def drift_from_moments(norm_O: torch.Tensor, moments: Moments) -> NeuronDrift:
     return NeuronDrift(l2_O.float().cpu(), relative_O.float().cpu(), cosine_O.float().cpu())
 
 
-def low_rank_moments(
-    a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tensor, norm_O: torch.Tensor | None = None
-) -> Moments:
-    """‖Δ‖² and w₀·Δ of Δ = B A (scaling included in B), without forming Δ.
+def low_rank_moments(a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tensor, norm_O: torch.Tensor) -> Moments:
+    """‖Δ‖², w₀·Δ and ‖Δ⊥‖² of Δ = B A (scaling included in B), with ‖w₀‖ `[out]`, without forming Δ.
 
-    ‖Δᵢ‖² = bᵢ (A Aᵀ) bᵢᵀ and w₀ᵢ·Δᵢ = bᵢ · (A w₀ᵢ): work of R·R and R·I a row. A and B are taken in float64 for the
-    small products; A w₀ is float32 on a CPU, float64 elsewhere (where float32 may stand for TF32). With ‖w₀‖ `[out]`
-    ‖Δ⊥‖² is given too, and the few rows that are nearly parallel to w₀ are formed in float64.
+    ‖Δᵢ‖² = bᵢ (A Aᵀ) bᵢᵀ and w₀ᵢ·Δᵢ = bᵢ · (A w₀ᵢ): work of R·R and R·I a row, in float64 but for A w₀ on a CPU
+    (`kernels.low_rank_moments`). The few rows that are nearly parallel to w₀ are formed.
     """
+    if base_OI.device.type == "cpu":
+        from neurondrift.drift import kernels
+
+        return Moments(*torch.from_numpy(kernels.low_rank_moments(a_RI, b_OR, base_OI, norm_O)))
     a64_RI, b64_OR = a_RI.double(), b_OR.double()
     squared_O = ((b64_OR @ (a64_RI @ a64_RI.T)) * b64_OR).sum(dim=1)
-    if base_OI.device.type == "cpu":
-        from neurondrift.drift.kernels import low_rank_dots
-
-        dot_O = low_rank_dots(a_RI, b_OR, base_OI)
-    else:
-        projected_OR = torch.cat([block.double() @ a64_RI.T for block in row_blocks(base_OI)])
-        dot_O = (projected_OR * b64_OR).sum(dim=1)
-    if norm_O is None:
-        return Moments(squared_O, dot_O)
+    projected_OR = torch.cat([block.double() @ a64_RI.T for block in row_blocks(base_OI)])
+    dot_O = (projected_OR * b64_OR).sum(dim=1)
     across_O = squared_O - (dot_O / norm_O).square()
-    rows = (across_O < CANCELLED_FLOAT32 * squared_O).nonzero().flatten()
+    rows = (across_O < CANCELLED * squared_O).nonzero().flatten()
     if len(rows):
-        delta = b64_OR[rows] @ a64_RI
-        base = base_OI[rows].double()
-        dot_O[rows] = (base * delta).sum(dim=1)
-        across_O[rows] = _across(base, delta, norm_O[rows], dot_O[rows])
+        across_O[rows] = _across(base_OI[rows].double(), b64_OR[rows] @ a64_RI, norm_O[rows], dot_O[rows])
     return Moments(squared_O, dot_O, across_O)
 
 
@@ -145,7 +137,7 @@ def rescaled_moments(change: Rescaled, base_OI: torch.Tensor, norm_O: torch.Tens
     dot_O = (form.projected * form.b).sum(dim=1)
     squared_O = ((form.b @ (form.a @ form.a.T)) * form.b).sum(dim=1)
     across_O = (squared_O - (dot_O / norm_O).square()).clamp(min=0)
-    rows = (across_O < CANCELLED_FLOAT64 * squared_O).nonzero().flatten()
+    rows = (across_O < CANCELLED * squared_O).nonzero().flatten()
     if len(rows):
         across_O[rows] = _across(base_OI[rows].double(), form.b[rows] @ form.a, norm_O[rows], dot_O[rows])
     along_O = form.stretch * norm_O + dot_O / norm_O
@@ -154,7 +146,12 @@ def rescaled_moments(change: Rescaled, base_OI: torch.Tensor, norm_O: torch.Tens
 
 
 def dense_moments(base_OI: torch.Tensor, now_OI: torch.Tensor) -> tuple[torch.Tensor, Moments]:
-    """‖w₀‖ and the moments of Δ = `now` - `base`, row block by row block, in float64."""
+    """‖w₀‖ and the moments of Δ = `now` - `base`, in float64."""
+    if base_OI.device.type == "cpu":
+        from neurondrift.drift import kernels
+
+        norm_O, *moments = torch.from_numpy(kernels.row_moments(base_OI, now_OI))
+        return norm_O, Moments(*moments)
     parts = []
     for base, now in zip(row_blocks(base_OI), row_blocks(now_OI), strict=True):
         base64 = base.double()
@@ -176,7 +173,7 @@ def _block_moments(
     """‖w₀‖, ‖Δ‖², w₀·Δ and ‖Δ⊥‖² of a block of rows, float64."""
     norm, squared, dot = _row_dots(base, base).sqrt(), _row_dots(delta, delta), _row_dots(base, delta)
     across = squared - (dot / norm).square()
-    rows = (across < CANCELLED_FLOAT64 * squared).nonzero().flatten()
+    rows = (across < CANCELLED * squared).nonzero().flatten()
     if len(rows):
         across[rows] = _across(base[rows], delta[rows], norm[rows], dot[rows])
     return norm, squared, dot, across
@@ -259,17 +256,25 @@ class DriftMeter:
         known = self.sites[site]
         return known.weight if self._initial is None else self._initial(site).to(known.tensor.device)
 
+    def change(self, site: str) -> Change:
+        """Δ of a site as it is now, in the cheapest exact form, on the site's device."""
+        known = self.sites[site]
+        if self._initial is not None:
+            return Dense(effective_weight(known) - self.base(site).double())
+        change = change_of(known)
+        if change is None:
+            raise ModelError(f"{site} has no active adapter any more", fix="activate the adapter that was measured")
+        return change
+
     @torch.no_grad()
     def delta(self, site: str) -> torch.Tensor:
         """Δ of a site as it is now, float32 `[out, in]` (formed in float64), on the site's device."""
-        base = self.base(site)
-        return dense_delta(self._change(site, base), base)
+        return dense_delta(self.change(site), self.base(site))
 
     @torch.no_grad()
     def measure(self) -> dict[str, NeuronDrift]:
         """Drift of every neuron of every trained site, now."""
-        with threads_for(math.prod(site.shape) for site in self.sites.values()):
-            parts = [self._moments(name) for name in self.sites]
+        parts = self._moments(self.sites)
         sizes = [len(norm) for norm, _ in parts]
         # The last step for all sites at once: a dozen operations on a few rows each cost more than their arithmetic.
         norm_N = torch.cat([norm.cpu() for norm, _ in parts])
@@ -281,28 +286,28 @@ class DriftMeter:
     @torch.no_grad()
     def measure_site(self, name: str) -> NeuronDrift:
         """Drift of every neuron of one site, now."""
-        return drift_from_moments(*self._moments(name))
+        return drift_from_moments(*self._moments([name])[0])
 
-    def _moments(self, name: str) -> tuple[torch.Tensor, Moments]:
-        """‖w₀‖ and the moments of a site."""
-        base, norm = self.base(name), self.norms(name)
-        # Autocast, where a caller has left it on, would compute the products in bfloat16.
-        with torch.autocast(base.device.type, enabled=False):
-            change = self._change(name, base)
-            if isinstance(change, LowRank):
-                return norm, low_rank_moments(change.a, change.b, base, norm)
-            if isinstance(change, Rescaled):
-                return norm, rescaled_moments(change, base, norm)
-            return norm, delta_moments(base, change.delta)
+    def _moments(self, names: Iterable[str]) -> list[tuple[torch.Tensor, Moments]]:
+        """‖w₀‖ and the moments of sites; on a CPU of several at once."""
+        sites = [self.sites[name] for name in names]
+        devices = {site.tensor.device.type for site in sites}
+        parts = ((self.norms(site.name), self.change(site.name), self.base(site.name)) for site in sites)
+        several = at_once() if devices == {"cpu"} else 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(threads_for(math.prod(site.shape) for site in sites))
+            for device in devices:  # autocast, where a caller has left it on, would compute the products in bfloat16
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return list(side_by_side(_moments_of, parts, threads=several))
 
-    def _change(self, name: str, base: torch.Tensor) -> Change:
-        site = self.sites[name]
-        if self._initial is not None:
-            return Dense(effective_weight(site) - base.double())
-        change = change_of(site)
-        if change is None:
-            raise ModelError(f"{name} has no active adapter any more", fix="activate the adapter that was measured")
-        return change
+
+def _moments_of(part: tuple[torch.Tensor, Change, torch.Tensor]) -> tuple[torch.Tensor, Moments]:
+    norm, change, base = part
+    if isinstance(change, LowRank):
+        return norm, low_rank_moments(change.a, change.b, base, norm)
+    if isinstance(change, Rescaled):
+        return norm, rescaled_moments(change, base, norm)
+    return norm, delta_moments(base, change.delta)
 
 
 def measure_drift(model: nn.Module, *, initial: Weights | None = None) -> dict[str, NeuronDrift]:

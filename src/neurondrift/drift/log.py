@@ -85,7 +85,7 @@ class DriftLog:
                 )
         else:
             with atomic_path(self.directory / INITIAL) as partial:
-                _write(initial, partial, use_dictionary=["site", "module_type"])
+                _write(initial, partial, use_dictionary=["site", "module_type"], packed="row")
             write_json(self.directory / METADATA, dict(metadata))
         for later in (s for s in self.steps() if s > step):
             shutil.rmtree(self._folder(later))
@@ -102,9 +102,10 @@ class DriftLog:
         with atomic_path(self._folder(step)) as partial:
             partial.mkdir()
             # No dictionary of values that hardly repeat: it takes five times as long and a larger file.
-            _write(pa.table(columns), partial / NEURONS, use_dictionary=["site"])
+            _write(pa.table(columns), partial / NEURONS, use_dictionary=["site"], packed="row")
             if weights:
-                _write(_weights_table(weights), partial / WEIGHTS, use_dictionary=["group", "site", "metric"])
+                names = ["group", "site", "metric"]
+                _write(_weights_table(weights), partial / WEIGHTS, use_dictionary=names, packed="bins.list.element")
 
     def read(
         self,
@@ -233,8 +234,16 @@ class DriftLog:
         return self.directory / f"step={step:06d}"
 
 
-def _write(table: pa.Table, path: Path, *, use_dictionary: list[str]) -> None:
-    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=use_dictionary)
+def _write(table: pa.Table, path: Path, *, use_dictionary: list[str], packed: str) -> None:
+    """`packed` is a column of integers that differ little from one to the next."""
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=use_dictionary,
+        column_encoding={packed: "DELTA_BINARY_PACKED"},
+    )
 
 
 def _site_and_row(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Drift of single weights, summed up by group and site: moments, and a histogram from which quantiles are read.
 
-Owns the bins and the pass over the sites. Writes no files. Shapes: O = out, I = in, N = a group's members in a site.
+Owns the bins and the pass over the sites. Writes no files. Shapes: O = out, I = in, N = the groups' members in a site.
 
 The bins are those of a float32's own bits: each octave is cut into 2⁶ equal parts, so that a bin is between 0.8 % and
 1.6 % wide, every positive float32 has a bin, and binning is a shift.
@@ -9,21 +9,25 @@ The bins are those of a float32's own bits: each octave is cut into 2⁶ equal p
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from neurondrift.drift.deltas import Change, LowRank, dense_delta
 from neurondrift.drift.exact import DriftMeter
 from neurondrift.groups import Group, weights_of_units
 from neurondrift.sites import Site, mlp_units
-from neurondrift.threads import threads_for
+from neurondrift.threads import at_once, side_by_side, threads_for
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from neurondrift.drift.kernels import Tallies, Tally
 
 Metric = Literal["absolute", "relative"]
 
@@ -78,30 +82,6 @@ def bin_edges(first: int, count: int) -> npt.NDArray[np.float64]:
     return np.where(np.isinf(edges), 2.0**128, edges)
 
 
-def summarise(
-    values: npt.NDArray[np.float32], *, group: str = "", site: str = "", metric: Metric = "absolute"
-) -> WeightDrift:
-    """Count, moments (sums in float64) and histogram of non-negative float32 values `[N]`."""
-    count = len(values)
-    if count and not np.isfinite(values.max()):  # the maximum of NaN is NaN
-        values = values[np.isfinite(values)]
-    undefined = count - len(values)
-    positive = values if len(values) and values.min() > 0 else values[values > 0]
-    zeros = len(values) - len(positive)
-    first, bins = 0, np.zeros(0, dtype=np.int64)
-    if len(positive):
-        codes = positive.view(np.int32) >> SHIFT
-        first = int(codes.min())
-        bins = np.bincount(np.subtract(codes, first, dtype=np.int64))
-    mean = variance = math.nan
-    if len(values):
-        wide = values.astype(np.float64)
-        mean = float(wide.sum()) / len(wide)
-        wide -= mean
-        variance = float(wide @ wide) / len(wide)
-    return WeightDrift(group, site, metric, count, zeros, undefined, mean, variance, first, bins)
-
-
 def pooled(parts: Iterable[WeightDrift]) -> WeightDrift:
     """One group's figures over several sites as one, as if all values had been summed up together.
 
@@ -135,6 +115,15 @@ def pooled(parts: Iterable[WeightDrift]) -> WeightDrift:
     )
 
 
+class Members(NamedTuple):
+    """The members of the groups in one site: the groups' names, how many each has, and the flat indices of all, int32
+    or int64 `[N]`, one group after the other, each ascending."""
+
+    groups: list[str]
+    counts: list[int]
+    flat: npt.NDArray[Any]
+
+
 class WeightMeter:
     """Sums up the drift of groups of weights, again and again, site by site.
 
@@ -154,15 +143,14 @@ class WeightMeter:
 
     Notes
     -----
-    Kept in memory: an index of four bytes a member, and from the first measurement on w₀ of each member in the dtype
-    that it is stored in (two bytes in bfloat16). While measuring: Δ of one site in float32.
+    Kept in memory: an index of four bytes a member. While measuring: a few rows of Δ of one site, all of it where it
+    has no low-rank form.
     """
 
     def __init__(
         self, groups: Mapping[str, Group], sites: Mapping[str, Site], *, every_site: Mapping[str, Site]
     ) -> None:
-        self._indices: dict[str, list[tuple[str, torch.Tensor]]] = {}
-        self._magnitudes: dict[str, list[torch.Tensor]] = {}
+        self._members: dict[str, Members] = {}
         self.members: dict[str, int] = {}
         self.outside: dict[str, int] = {}
         in_weights = {name: as_weights(group, every_site) for name, group in groups.items()}
@@ -174,39 +162,51 @@ class WeightMeter:
             small = np.int32 if rows * columns < 1 << 31 else np.int64
             chosen = {name: group.members[site] for name, group in in_weights.items() if site in group.members}
             if chosen:
-                self._indices[site] = [(name, torch.from_numpy(flat.astype(small))) for name, flat in chosen.items()]
+                counts = [len(flat) for flat in chosen.values()]
+                self._members[site] = Members(list(chosen), counts, np.concatenate([*chosen.values()], dtype=small))
 
     def bytes_kept(self) -> int:
-        """Memory of the indices and, after the first measurement, of the |w₀|."""
-        kept = [flat for groups in self._indices.values() for _, flat in groups]
-        kept += [magnitude for parts in self._magnitudes.values() for magnitude in parts]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        """Memory of the indices."""
+        return sum(members.flat.nbytes for members in self._members.values())
 
     @torch.no_grad()
     def measure(self, meter: DriftMeter) -> list[WeightDrift]:
         """|Δ| and |Δ|/|w₀| of every group in every site where it has members, now."""
-        found: list[WeightDrift] = []
-        with threads_for(math.prod(meter.sites[site].shape) for site in self._indices):
-            for site, groups in self._indices.items():
-                if site not in self._magnitudes:
-                    base = meter.base(site).reshape(-1)
-                    self._magnitudes[site] = [base.index_select(0, flat.to(base.device)).abs_() for _, flat in groups]
-                delta = meter.delta(site).reshape(-1)
-                for (name, flat), magnitude in zip(groups, self._magnitudes[site], strict=True):
-                    found += _drift_of(delta, flat, magnitude, group=name, site=site)
-        return found
+        from neurondrift.drift.kernels import Tallies
+
+        rooms = threading.local()
+
+        def summed(part: tuple[str, Change, torch.Tensor]) -> list[WeightDrift]:
+            if not hasattr(rooms, "own"):
+                rooms.own = Tallies()
+            site, change, base = part
+            members = self._members[site]
+            both = zip(members.groups, members.counts, _summed(change, base, members, rooms.own), strict=True)
+            return [
+                WeightDrift(group, site, metric, count, *tally)
+                for group, count, tallies in both
+                for metric, tally in zip(get_args(Metric), tallies, strict=True)
+            ]
+
+        sites = [meter.sites[name] for name in self._members]
+        several = at_once() if all(site.tensor.device.type == "cpu" for site in sites) else 1
+        parts = ((site.name, meter.change(site.name), meter.base(site.name)) for site in sites)
+        with threads_for(math.prod(site.shape) for site in sites):
+            return [drift for of_site in side_by_side(summed, parts, threads=several) for drift in of_site]
 
 
-def _drift_of(
-    delta: torch.Tensor, flat_N: torch.Tensor, magnitude_N: torch.Tensor, *, group: str, site: str
-) -> tuple[WeightDrift, WeightDrift]:
-    """Both metrics of the entries `flat_N` of one site's Δ, float32 `[out * in]`, and their |w₀|."""
-    absolute_N = delta.index_select(0, flat_N.to(delta.device)).abs_()
-    relative_N = absolute_N / magnitude_N.to(delta.device, torch.float32)  # by zero: NaN or infinite, so undefined
-    return (
-        summarise(absolute_N.cpu().numpy(), group=group, site=site, metric="absolute"),
-        summarise(relative_N.cpu().numpy(), group=group, site=site, metric="relative"),
-    )
+def _summed(change: Change, base_OI: torch.Tensor, members: Members, tallies: Tallies) -> list[tuple[Tally, Tally]]:
+    """Both metrics of each group."""
+    flat_N, counts = members.flat, members.counts
+    if base_OI.device.type != "cpu":  # only the members are brought to the CPU
+        chosen = torch.from_numpy(flat_N).to(base_OI.device)
+        delta_N, base_N = (
+            weight.reshape(-1).index_select(0, chosen).cpu() for weight in (dense_delta(change, base_OI), base_OI)
+        )
+        return tallies.dense(delta_N, base_N, np.arange(len(flat_N)), counts)
+    if isinstance(change, LowRank):
+        return tallies.low_rank(change.a, change.b, base_OI, flat_N, counts)
+    return tallies.dense(dense_delta(change, base_OI), base_OI, flat_N, counts)
 
 
 def as_weights(group: Group, sites: Mapping[str, Site]) -> Group:
