@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ import torch
 from neurondrift.drift.adapter_files import CONFIG, AdapterFolder, Factors
 from neurondrift.drift.checkpoints import (
     BLOCK,
-    SAMPLE,
     Checkpoint,
     DiskSite,
     check_same_sites,
@@ -35,14 +35,14 @@ from neurondrift.drift.exact import (
     NeuronDrift,
     delta_moments,
     dense_moments,
-    drift_from_moments,
+    drifts_from_moments,
     low_rank_moments,
     rescaled_moments,
 )
 from neurondrift.drift.log import METADATA, DriftLog, describe, initial_table
 from neurondrift.errors import ArtifactError, ConfigError, ModelError
 from neurondrift.progress import progress
-from neurondrift.threads import at_once, side_by_side
+from neurondrift.threads import at_once, side_by_side, threads_for
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _open(folder: Path, reference: str, base: Checkpoint | None) -> Checkpoint:
             received=reference,
             allowed="a folder that save_pretrained wrote, an adapter's folder, or one with checkpoint-* folders",
         )
-    opened = Checkpoint(folder, reference)
+    opened = Checkpoint(folder, reference, like=base)
     if base is not None:
         check_same_sites(base, opened)
     return opened
@@ -237,23 +237,25 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 def _measure(sites: Mapping[str, DiskSite], snapshot: Snapshot, threads: int | None) -> dict[str, Measured]:
     """Every site of a snapshot, several at once, each by one thread."""
     model = snapshot.model
-    rooms = threading.local()
+    rooms, several = threading.local(), threads or at_once()
 
-    def one(site: DiskSite) -> Measured:
+    def one(site: DiskSite) -> Sums:
         if not hasattr(rooms, "own"):
             rooms.own = Room()
         if isinstance(model, Checkpoint):
-            sums = _compare(site, model.sites[site.name], rooms.own)
-        else:
-            sums = _apply(site, model, rooms.own)
-        return Measured(sums.norm, drift_from_moments(sums.norm, sums.moments), sums.sample)
+            return _compare(site, model.sites[site.name], rooms.own)
+        return _apply(site, model, rooms.own)
 
-    measured: dict[str, Measured] = {}
-    with progress(f"drift at step {snapshot.step}", len(sites)) as advance:
-        for name, found in zip(sites, side_by_side(one, sites.values(), threads=threads or at_once()), strict=True):
-            measured[name] = found
+    sums: dict[str, Sums] = {}
+    with (
+        progress(f"drift at step {snapshot.step}", len(sites)) as advance,
+        threads_for(math.prod(site.shape) for site in sites.values()),
+    ):
+        for name, found in zip(sites, side_by_side(one, sites.values(), threads=several), strict=True):
+            sums[name] = found
             advance(1)
-    return measured
+    drifts = drifts_from_moments({name: (found.norm, found.moments) for name, found in sums.items()})
+    return {name: Measured(found.norm, drifts[name], found.sample) for name, found in sums.items()}
 
 
 class Room:
@@ -271,17 +273,14 @@ def _compare(base: DiskSite, tuned: DiskSite, room: Room) -> Sums:
         return Sums(*dense_moments(base.read().contiguous(), tuned.read().contiguous()))
     out, columns = base.shape
     moments = np.empty((4, out))
-    picks, sample = sample_positions(base), torch.empty(SAMPLE, dtype=torch.float64)
-    pairs = zip(base.blocks(BLOCK, room.raw[0]), tuned.blocks(BLOCK, room.raw[1]), strict=True)
-    done = 0
-    for (first, old), (_, new) in pairs:
+    picks, sampled = sample_positions(base).numpy(), []
+    for (first, old), (_, new) in zip(base.blocks(BLOCK, room.raw[0]), tuned.blocks(BLOCK, room.raw[1]), strict=True):
         stop = first + len(old)
         moments[:, first:stop] = row_moments(old, new)
-        until = int(torch.searchsorted(picks, stop * columns))
-        sample[done:until] = old.reshape(-1)[picks[done:until] - first * columns].double()
-        done = until
+        here = picks[slice(*np.searchsorted(picks, (first * columns, stop * columns)))]
+        sampled.append(old.view(-1)[torch.from_numpy(here - first * columns)])
     norm, *of_delta = torch.from_numpy(moments)
-    return Sums(norm, Moments(*of_delta), sample)
+    return Sums(norm, Moments(*of_delta), torch.cat(sampled))
 
 
 def _apply(base: DiskSite, adapter: AdapterFolder, room: Room) -> Sums:
