@@ -155,9 +155,9 @@ class Checkpoint:
             self.tensors |= read_header(file)
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self._structure = shapes, config
-        names = like._names if like is not None and like._structure == self._structure else find_sites(shapes, config)
-        self._names = names
-        self.sites = {name.name: self._locate(name) for name in names}
+        known = like is not None and like._structure == self._structure
+        self._names: list[SiteName] = like._names if like is not None and known else find_sites(shapes, config)
+        self.sites = {name.name: self._locate(name) for name in self._names}
 
     def _locate(self, site: SiteName) -> DiskSite:
         slabs = []

@@ -85,7 +85,7 @@ class DriftLog:
                 )
         else:
             with atomic_path(self.directory / INITIAL) as partial:
-                _write(initial, partial, use_dictionary=["site", "module_type"], packed="row")
+                _write(initial, partial, use_dictionary=["site", "module_type", "layer"], packed="row")
             write_json(self.directory / METADATA, dict(metadata))
         for later in (s for s in self.steps() if s > step):
             shutil.rmtree(self._folder(later))
