@@ -48,19 +48,21 @@ def side_by_side(
     The caller's thread reads `ahead` items before the threads go on, so that neither waits for the interpreter's lock.
     """
 
-    def one(item: Item) -> Result:
+    def all_of(part: list[Item]) -> list[Result]:
         with torch.no_grad():
-            return work(item)
+            return [work(item) for item in part]
 
-    if threads == 1:
-        yield from map(one, items)
-        return
     rest = iter(items)
+    if threads == 1:
+        while part := list(itertools.islice(rest, 1)):
+            yield from all_of(part)
+        return
     within = torch.get_num_threads()
     # The number of threads within an operation is set for a thread, but MKL's for all: it is put back afterwards.
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             while batch := list(itertools.islice(rest, ahead)):
-                yield from pool.map(one, batch)
+                results = [*map(iter, pool.map(all_of, [batch[start::threads] for start in range(threads)]))]
+                yield from (next(results[index % threads]) for index in range(len(batch)))
     finally:
         torch.set_num_threads(within)
