@@ -23,7 +23,7 @@ from neurondrift.batches import Batch, attention_for, is_checkpointing, response
 from neurondrift.data import IGNORED
 from neurondrift.errors import DataError, ModelError
 from neurondrift.importance.methods import Tokens
-from neurondrift.sites import Site, is_router, unwrap
+from neurondrift.sites import Site, is_quantised, is_router, unwrap
 
 Record = Callable[[Site, Tokens], None]
 
@@ -70,20 +70,24 @@ def run(
     taps = _Taps(record=record, backward=backward)
     recomputes = backward and (checkpoint_activations or is_checkpointing(model))
     blocks = _checkpointed_blocks(model) if recomputes else contextlib.nullcontext()
-    with _frozen_in_evaluation_mode(model), taps.attached(sites), blocks:
+    narrow = _narrow_dtype(model, sites)
+    norms = contextlib.nullcontext() if narrow is None else _wide_norms(model)
+
+    def enter(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
+        # A leaf that requires a gradient makes autograd run, although no parameter does.
+        return (embedded if narrow is None else embedded.float()).requires_grad_(backward)
+
+    with _frozen_in_evaluation_mode(model), taps.attached(sites), blocks, norms:
         for batch in batches:
             batch = batch.to(device)
             taps.start(batch)
             with torch.set_grad_enabled(backward), attention_for(model, batch):
-                # A leaf that requires a gradient makes autograd run, although no parameter does.
-                handle = (
-                    embeddings.register_forward_hook(lambda m, a, out: out.requires_grad_(True)) if backward else None
-                )
+                handle = embeddings.register_forward_hook(enter)
                 try:
-                    losses_B = response_losses(model, batch)
+                    with torch.autocast(device.type, narrow, enabled=narrow is not None):
+                        losses_B = response_losses(model, batch)
                 finally:
-                    if handle is not None:
-                        handle.remove()
+                    handle.remove()
                 for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
                     if not math.isfinite(loss):
                         raise DataError(
@@ -93,6 +97,30 @@ def run(
                     losses_B.sum().backward()
             taps.check(sites)
             on_batch(batch)
+
+
+def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | None:
+    """The dtype of a model in 16 bits, whose sums over its blocks are then kept in float32: the products stay in 16
+    bits, but what they add up to is not rounded once a block. None for wider models and quantised ones."""
+    dtype: torch.dtype = unwrap(model).dtype
+    is_narrow = dtype in (torch.bfloat16, torch.float16)
+    return dtype if is_narrow and not any(is_quantised(site.tensor) for site in sites.values()) else None
+
+
+@contextlib.contextmanager
+def _wide_norms(model: nn.Module) -> Iterator[None]:
+    """torch's own LayerNorm has float32 parameters within the block: it takes no others for a float32 input."""
+    parameters = [
+        parameter for module in model.modules() if isinstance(module, nn.LayerNorm) for parameter in module.parameters()
+    ]
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
 @contextlib.contextmanager
@@ -169,11 +197,13 @@ class _Taps:
     batch: Batch | None = None
     is_response_N: torch.Tensor | None = None  # [B·T]
     uses: dict[str, int] = field(default_factory=dict)
+    narrowed: tuple[torch.Tensor, torch.Tensor] | None = None  # inputs of the last site, and in 16 bits
 
     def start(self, batch: Batch) -> None:
         self.batch = batch
         self.is_response_N = (batch.labels != IGNORED).reshape(-1)
         self.uses = {}
+        self.narrowed = None
 
     def check(self, sites: Mapping[str, Site]) -> None:
         for name, site in sites.items():
@@ -205,15 +235,23 @@ class _Taps:
 
     def _linear_hook(self, site: Site) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return self.tap(site, args[0], output)
+            return self.tap(site, self.as_computed(args[0], output.dtype), output)
 
         return hook
+
+    def as_computed(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The inputs in the dtype that autocast gave them: one copy for all sites that have the same."""
+        if inputs.dtype == dtype:
+            return inputs
+        if self.narrowed is None or self.narrowed[0] is not inputs:
+            self.narrowed = inputs, inputs.detach().to(dtype)
+        return self.narrowed[1]
 
     def _router_hook(self, site: Site) -> Callable[..., None]:
         # A router returns (logits, ...) but goes on from its logits inside: a hook on that tensor sees all of δ.
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             logits = output[0] if isinstance(output, tuple) else output
-            inputs = args[0].detach()
+            inputs = self.as_computed(args[0].detach(), logits.dtype)
             self.uses[site.name] = self.uses.get(site.name, 0) + (0 if _recomputing() else 1)
             if self.backward:
                 logits.register_hook(lambda gradients: self.receive(site, None, inputs, logits.detach(), gradients))
@@ -290,7 +328,7 @@ def _tapped_experts(experts: Mapping[nn.Module, Mapping[tuple[str, int], Site]],
             bias = getattr(module, f"{key}_bias")[expert] if getattr(module, "has_bias", False) else None
             output = F.linear(states, weight.T if getattr(module, "is_transposed", False) else weight, bias)
             site = sites.get((key, expert))
-            return output if site is None else taps.tap(site, states, output, rows)
+            return output if site is None else taps.tap(site, taps.as_computed(states, output.dtype), output, rows)
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
