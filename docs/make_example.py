@@ -70,11 +70,17 @@ def causes(folder: Path) -> str:
         low_high = "undefined" if None in (harmful["ci95"] or [None]) else "{:+.2f} to {:+.2f}".format(*harmful["ci95"])
         lines.append(
             f"| {NAMES.get(effect['group'], effect['group'])} | {effect['intervention']} | {harmful['value']:.2f} | "
-            f"{harmful['null_mean']:.2f} ({harmful['null_low']:.2f} to {harmful['null_high']:.2f}), K = {effect['draws']} | "
+            f"{harmful['null_mean']:.2f} ({harmful['null_low']:.2f} to {harmful['null_high']:.2f}), K = {_draws(effect)} | "
             f"{harmful['effect'] + 0.0:+.2f} ({low_high}) | {harmful['p']:.2f} | "
             f"{ordinary['value']:.2f} | {answers['perplexity']:,.1f} ({answers['null_perplexity']:,.1f}) |"
         )
     return "\n".join([*lines, "", found["conclusion"]])
+
+
+def _draws(effect: dict) -> str:
+    """How many random groups there were, and of how many where the null stopped early."""
+    planned = effect.get("draws_planned", effect["draws"])
+    return f"{effect['draws']} of {planned}" if effect["draws"] < planned else str(planned)
 
 
 def example(results: dict) -> str:
