@@ -71,7 +71,7 @@ def test_gradients_under_gradient_checkpointing_are_the_same(adapted):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_cross_entropy_in_parts_equals_torch(dtype, tolerance, rows_at_once, monkeypatch):
-    monkeypatch.setattr(batches, "LOGITS_AT_ONCE", rows_at_once * 50)
+    monkeypatch.setattr(batches, "LOGITS_AT_ONCE_CPU", rows_at_once * 50)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(7, 50, generator=generator)).to(dtype).requires_grad_()
     exact = logits.detach().double().requires_grad_()

@@ -21,7 +21,8 @@ from neurondrift.data import IGNORED
 from neurondrift.errors import DataError, ModelError
 from neurondrift.sites import unwrap
 
-LOGITS_AT_ONCE = 1 << 22  # elements of the logits that are in float32 at a time
+# Elements of the logits that are in float32 at a time: as many as stay in a core's cache, or keep another device busy.
+LOGITS_AT_ONCE_CPU, LOGITS_AT_ONCE = 1 << 19, 1 << 22
 SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
@@ -144,7 +145,7 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
             )
     finally:
         handle.remove()
-    logits_NV = output.logits[0]
+    logits_NV = output.logits.squeeze(0)  # not [0], whose backward would fill a second matrix
     losses_N = _CrossEntropy.apply(logits_NV, targets_BT[predicts_BT].to(logits_NV.device))
     return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
 
@@ -153,7 +154,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of each row in float32, `[N, V]` and `[N]` -> `[N]`, some rows at a time.
 
     `F.cross_entropy` of converted logits holds four matrices `[N, V]`, most of them in float32, and one of them can be
-    larger than all activations; this holds the logits, their gradient and its weighted copy, in the logits' dtype.
+    larger than all activations; this holds the logits and their gradient, in the logits' dtype. Its backward runs once.
     """
 
     @staticmethod
@@ -170,23 +171,23 @@ class _CrossEntropy(torch.autograd.Function):
                 probabilities = logits.sub_(totals).exp_()
                 probabilities.scatter_add_(1, targets, torch.full_like(totals, -1.0))
                 gradients_NV[part] = probabilities
-        if gradients_NV is not None:
-            ctx.save_for_backward(gradients_NV)
+        ctx.gradients = gradients_NV
         return losses_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, weights_N: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradients_NV,) = ctx.saved_tensors
-        weighted_NV = torch.empty_like(gradients_NV)
+        gradients_NV, ctx.gradients = ctx.gradients, None
+        assert gradients_NV is not None, "the loss has been gone back through already"
         for part in _parts(gradients_NV):
-            weighted_NV[part] = gradients_NV[part] * weights_N[part, None]  # in float32, rounded once
-        return weighted_NV, None
+            gradients_NV[part] = gradients_NV[part] * weights_N[part, None]  # in float32, rounded once
+        return gradients_NV, None
 
 
 def _parts(logits_NV: torch.Tensor) -> Iterator[slice]:
     """Rows that are taken together."""
-    rows = max(1, LOGITS_AT_ONCE // logits_NV.shape[1])
+    at_once = LOGITS_AT_ONCE_CPU if logits_NV.device.type == "cpu" else LOGITS_AT_ONCE
+    rows = max(1, at_once // logits_NV.shape[1])
     return (slice(first, first + rows) for first in range(0, len(logits_NV), rows))
 
 

@@ -114,6 +114,8 @@ def change_of(site: Site) -> Change | None:
     """
     from neurondrift.masked_lora import masked_change
 
+    if (plain := _plain_lora(site)) is not None:
+        return plain
     if not is_adapted(site):
         return None
     _check_state(site)
@@ -128,6 +130,25 @@ def change_of(site: Site) -> Change | None:
     if any(adapter.magnitude is not None for adapter in adapters):
         return Rescaled(tuple(adapters))
     return _joined(adapters)
+
+
+def _plain_lora(site: Site) -> LowRank | None:
+    """The change of a site with one LoRA adapter and nothing else, which is nearly every site of nearly every run, at a
+    fifth of the time of looking for all that there could be; None for everything else."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer: Any = site.wrapper
+    if type(layer) is not Linear or site.parameter != "weight" or isinstance(layer.base_layer, BaseTunerLayer):
+        return None
+    active = layer.active_adapters
+    if len(active) != 1 or layer.merged_adapters or layer.disable_adapters or layer.lora_variant:
+        return None
+    factors = layer.lora_A
+    if active[0] not in factors or type(factors[active[0]]) is not nn.Linear:
+        return None
+    a_RI, b_OR = gathered(factors[active[0]].weight), gathered(layer.lora_B[active[0]].weight)
+    return LowRank(a_RI, b_OR.double() * layer.scaling[active[0]])
 
 
 def low_rank_delta(site: Site) -> LowRank | None:

@@ -85,7 +85,7 @@ class Tally(NamedTuple):
     mean: float
     variance: float
     first: int
-    bins: npt.NDArray[np.int64]
+    bins: npt.NDArray[np.int32]
 
 
 class Tallies:
@@ -370,7 +370,7 @@ def _finish(counts: Any, table: Any, numbers: Any, sums: Any, found: Any, stops:
         for metric in range(2):
             if numbers[g, metric, 3]:
                 needed += (numbers[g, metric, 3] >> SHIFT) - (numbers[g, metric, 2] >> SHIFT) + 1
-    bins = np.empty(needed, dtype=np.int64)
+    bins = np.empty(needed, dtype=np.int32)
     at = 0
     for g in range(len(counts)):
         for metric in range(2):

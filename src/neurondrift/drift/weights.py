@@ -41,7 +41,7 @@ class WeightDrift:
 
     `count` members, of which `undefined` have no finite value (w₀ = 0, or a training that diverged) and are in no
     other figure, and `zeros` have not moved. `mean` and `variance` (divided by the count) are over the defined
-    values, zeros included; NaN where there are none. `bins` int64 counts the positive ones, bin `first_bin` and
+    values, zeros included; NaN where there are none. `bins` (integers) counts the positive ones, bin `first_bin` and
     upwards (see `bin_edges`).
     """
 
@@ -54,7 +54,7 @@ class WeightDrift:
     mean: float
     variance: float
     first_bin: int
-    bins: npt.NDArray[np.int64]
+    bins: npt.NDArray[Any]
 
     @property
     def defined(self) -> int:
@@ -71,7 +71,7 @@ class WeightDrift:
         rank = max(1, math.ceil(q * self.defined - 1e-9))
         if rank <= self.zeros:
             return 0.0
-        code = self.first_bin + int(np.searchsorted(np.cumsum(self.bins), rank - self.zeros))
+        code = self.first_bin + int(np.searchsorted(np.cumsum(self.bins, dtype=np.int64), rank - self.zeros))
         return float(bin_edges(code, 2).mean())
 
 
