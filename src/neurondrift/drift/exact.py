@@ -89,19 +89,20 @@ class Moments(NamedTuple):
 def drift_from_moments(norm_O: torch.Tensor, moments: Moments) -> NeuronDrift:
     """Drift from ‖w₀‖, ‖Δ‖² and w₀·Δ, all float64 `[out]`.
 
-    1 - cos of a small drift cancels, so it goes through the angle: with Δ∥ = w₀·Δ/‖w₀‖ and
-    ‖Δ⊥‖² = ‖Δ‖² - Δ∥² (unless given), θ = atan2(‖Δ⊥‖, ‖w₀‖ + Δ∥) and 1 - cos θ = 2 sin²(θ/2).
+    1 - cos of a small drift cancels. With Δ∥ = w₀·Δ/‖w₀‖, ‖Δ⊥‖² = ‖Δ‖² - Δ∥² (unless given), x = ‖w₀‖ + Δ∥ and the
+    length h = ‖w₀ + Δ‖ = √(x² + ‖Δ⊥‖²), it is 2 sin²(θ/2) of the angle θ = atan2(‖Δ⊥‖, x), here as
+    ‖Δ⊥‖² / (h (h + |x|)) where x ≥ 0, and two less that where x < 0: the same numbers, without the angle.
     """
     nan = torch.full_like(norm_O, math.nan)
     l2_O = moments.squared.clamp(min=0).sqrt()
     parallel_O = moments.dot / torch.where(norm_O > 0, norm_O, nan)
     across_O = moments.squared - parallel_O.square() if moments.across is None else moments.across
-    across_O = across_O.clamp(min=0).sqrt()
+    across_O = across_O.clamp(min=0)
     along_O = norm_O + parallel_O
-    angle_O = torch.atan2(across_O, along_O)
-    cosine_O = 2 * torch.sin(angle_O / 2).square()
-    vanished_O = torch.hypot(across_O, along_O) <= VANISHED * norm_O
-    cosine_O = torch.where(vanished_O, nan, cosine_O)
+    length_O = (along_O.square() + across_O).sqrt_()
+    cosine_O = across_O / (length_O * (length_O + along_O.abs()))
+    cosine_O = torch.where(along_O < 0, 2 - cosine_O, cosine_O)
+    cosine_O = torch.where(length_O <= VANISHED * norm_O, nan, cosine_O)
     relative_O = l2_O / torch.where(norm_O > 0, norm_O, nan)
     return NeuronDrift(l2_O.float().cpu(), relative_O.float().cpu(), cosine_O.float().cpu())
 
