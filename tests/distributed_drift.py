@@ -74,4 +74,5 @@ if __name__ == "__main__":
     for name, run in (("ddp", ddp), ("fsdp", fsdp)):
         (target / name).mkdir(exist_ok=True)
         run(target / name)
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
