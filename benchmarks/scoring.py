@@ -162,13 +162,14 @@ def memory(options) -> None:
 def _memory_of(model, encoded, label: str) -> None:
     weights = sum(site.shape[0] * site.shape[1] for site in nd.linear_sites(model).values())
     model_gb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    limit = 1.2 * (model_gb + 4 * weights / 1e9)
+    accumulators_gb = 4 * weights / 1e9
+    both = model_gb + accumulators_gb
     print(
-        f"\n{label}: model {model_gb:.2f} GB, accumulators {4 * weights / 1e9:.2f} GB; "
-        f"both + 20 % = model + {limit - model_gb:.2f} GB"
+        f"\n{label}: model {model_gb:.2f} GB, accumulators {accumulators_gb:.2f} GB; "
+        f"both + 20 % = model + {1.2 * both - model_gb:.2f} GB"
     )
     print(
-        "\n| batch size | checkpointed | grows by (GB) | model + growth / (model + accumulators) | seconds, 32 examples |"
+        "\n| batch size | checkpointed | grows by (GB) | (model + growth) / (model + accumulators) | seconds, 32 examples |"
         "\n| ---: | --- | ---: | ---: | ---: |"
     )
     nd.score(model, encoded[:8], checkpoint_activations=True)
@@ -181,7 +182,7 @@ def _memory_of(model, encoded, label: str) -> None:
         began = time.perf_counter()
         grown = growth_of_memory(work)
         print(
-            f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {1.2 * (model_gb + grown) / limit:.2f} | "
+            f"| {size} | {'yes' if checkpointed else 'no'} | {grown:.2f} | {(model_gb + grown) / both:.2f} | "
             f"{time.perf_counter() - began:.1f} |"
         )
 

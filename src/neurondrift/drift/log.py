@@ -32,6 +32,8 @@ INITIAL = "initial.parquet"
 NEURONS = "neurons.parquet"
 WEIGHTS = "weights.parquet"
 WORDS = ["group", "site", "metric"]
+ROWS = {"row": "DELTA_BINARY_PACKED"}  # they differ little from one to the next
+BINS = {"bins.list.element": "BYTE_STREAM_SPLIT"}  # small integers
 
 
 class DriftLog:
@@ -87,7 +89,7 @@ class DriftLog:
                 )
         else:
             with atomic_path(self.directory / INITIAL) as partial:
-                _write(initial, partial, words=["site", "module_type", "layer"], packed="row")
+                _write(initial, partial, words=["site", "module_type", "layer"], encoding=ROWS)
             write_json(self.directory / METADATA, dict(metadata))
         for later in (s for s in self.steps() if s > step):
             shutil.rmtree(self._folder(later))
@@ -104,13 +106,12 @@ class DriftLog:
         with atomic_path(self._folder(step)) as partial:
             partial.mkdir()
             with ThreadPoolExecutor(1) as beside:  # pyarrow works without the interpreter's lock
-                # Values that hardly repeat: a dictionary takes five times as long, compression half as long again for a
-                # sixth of the file.
+                # Values that hardly repeat: a dictionary makes a larger file, compression saves little.
                 table, file = pa.table(columns), partial / NEURONS
-                pending = [beside.submit(_write, table, file, words=["site"], packed="row", compression="none")]
+                pending = [beside.submit(_write, table, file, words=["site"], encoding=ROWS, compression="none")]
                 try:
                     if weights:
-                        _write(_weights_table(weights), partial / WEIGHTS, words=WORDS, split="bins.list.element")
+                        _write(_weights_table(weights), partial / WEIGHTS, words=WORDS, encoding=BINS)
                 finally:
                     pending.pop().result()  # no name is left to it: with its error it would keep the file open
 
@@ -242,25 +243,17 @@ class DriftLog:
 
 
 def _write(
-    table: pa.Table,
-    path: Path,
-    *,
-    words: list[str],
-    packed: str | None = None,
-    split: str | None = None,
-    compression: str = "zstd",
+    table: pa.Table, path: Path, *, words: list[str], encoding: dict[str, str], compression: str = "zstd"
 ) -> None:
-    """`words` are columns of few different values; `packed` is one of integers that differ little from one to the
-    next, `split` one of small integers. No statistics: a file is one row group, which is read whole or not at all."""
-    encodings = {packed: "DELTA_BINARY_PACKED", split: "BYTE_STREAM_SPLIT"}
+    """`words` are columns of few different values: only these are given a dictionary, and statistics for filters."""
     pq.write_table(
         table,
         path,
         compression=compression,
         compression_level=1 if compression == "zstd" else None,
         use_dictionary=words,
-        write_statistics=False,
-        column_encoding={column: encoding for column, encoding in encodings.items() if column is not None},
+        write_statistics=words,
+        column_encoding=encoding,
     )
 
 

@@ -54,7 +54,7 @@ class WeightDrift:
     mean: float
     variance: float
     first_bin: int
-    bins: npt.NDArray[Any]
+    bins: npt.NDArray[np.integer[Any]]
 
     @property
     def defined(self) -> int:
@@ -71,7 +71,7 @@ class WeightDrift:
         rank = max(1, math.ceil(q * self.defined - 1e-9))
         if rank <= self.zeros:
             return 0.0
-        code = self.first_bin + int(np.searchsorted(np.cumsum(self.bins, dtype=np.int64), rank - self.zeros))
+        code = self.first_bin + int(np.searchsorted(np.cumsum(self.bins), rank - self.zeros))
         return float(bin_edges(code, 2).mean())
 
 

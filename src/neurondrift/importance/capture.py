@@ -251,7 +251,7 @@ class _Taps:
         # A router returns (logits, ...) but goes on from its logits inside: a hook on that tensor sees all of δ.
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             logits = output[0] if isinstance(output, tuple) else output
-            inputs = self.as_computed(args[0].detach(), logits.dtype)
+            inputs = self.as_computed(args[0], logits.dtype).detach()
             self.uses[site.name] = self.uses.get(site.name, 0) + (0 if _recomputing() else 1)
             if self.backward:
                 logits.register_hook(lambda gradients: self.receive(site, None, inputs, logits.detach(), gradients))
