@@ -2,7 +2,7 @@
 
 import sys
 
-from neurondrift.cli import main
+from neurondrift.cli.__main__ import main
 
 if __name__ == "__main__":
     main(["analyze", *sys.argv[1:]])

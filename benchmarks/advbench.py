@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from neurondrift import load_examples, load_model
-from neurondrift.behaviour.evaluate import judge_answers, per_prompt, refusal_rate
-from neurondrift.behaviour.panel import Panel
-from neurondrift.config import load_file
-from neurondrift.memory import tune_allocator
+from neurondrift.base.memory import tune_allocator
+from neurondrift.behaviour.evaluate import Panel, judge_answers
+from neurondrift.behaviour.rates import per_prompt, refusal_rate
+from neurondrift.study.settings import load_file
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/advbench/harmful_behaviors.csv"
 

@@ -14,8 +14,8 @@ import time
 import torch
 
 from neurondrift import load_examples, load_model
+from neurondrift.base.memory import tune_allocator
 from neurondrift.behaviour.evaluate import judge_answers
-from neurondrift.memory import tune_allocator
 
 SETS = {
     "harmful": "builtin:refusals-heldout",

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from neurondrift.drift.checkpoints import Checkpoint, folder_of
+from neurondrift.base.memory import tune_allocator
 from neurondrift.drift.difference import diff
-from neurondrift.memory import tune_allocator
+from neurondrift.models.disk.checkpoints import Checkpoint
+from neurondrift.models.disk.references import folder_of
 
 WIDTH, HIDDEN = 1024, 2816
 

@@ -21,11 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
-from neurondrift.batches import make_batches, token_losses
-from neurondrift.drift import DriftLog, DriftMeter
-from neurondrift.drift.weights import WeightMeter
-from neurondrift.memory import tune_allocator
-from neurondrift.sites import linear_sites
+from neurondrift.base.memory import tune_allocator
+from neurondrift.drift.log import DriftLog
+from neurondrift.drift.meter import DriftMeter, WeightMeter
+from neurondrift.models.batches import make_batches, token_losses
+from neurondrift.models.sites import linear_sites
 
 
 def dense(base, delta):

@@ -14,10 +14,10 @@ import time
 import torch
 
 import neurondrift as nd
-from neurondrift.config import FinetuneSection
-from neurondrift.freezing import Freeze
-from neurondrift.groups import random_group
-from neurondrift.training import _with_lora, detach_adapter
+from neurondrift.groups.selection import random_group
+from neurondrift.interventions.freezing import Freeze
+from neurondrift.study.settings import FinetuneSection
+from neurondrift.study.training import _with_lora, detach_adapter
 
 VARIANTS = [("neuron", 0.01), ("weight", 0.01), ("weight", 0.1)]
 

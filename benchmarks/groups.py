@@ -23,9 +23,9 @@ import numpy as np
 from scipy.special import gammaln
 
 import neurondrift as nd
-from neurondrift.importance import ScoreFile, score_header, write_scores
-from neurondrift.magnitudes import magnitudes_of
-from neurondrift.memory import tune_allocator
+from neurondrift.base.memory import tune_allocator
+from neurondrift.importance.scores import ScoreFile, score_header, write_scores
+from neurondrift.models.sites import magnitudes_of
 
 
 def information_limit(group) -> float:

@@ -19,12 +19,12 @@ from typing import get_args
 
 import torch
 
-from neurondrift import config
-from neurondrift.folder import StudyFolder
-from neurondrift.interventions.null import Draws, RunLog, StopEarly
-from neurondrift.interventions.study import Options, intervene
-from neurondrift.memory import tune_allocator
-from neurondrift.report.interventions import table_lines
+from neurondrift.base.memory import tune_allocator
+from neurondrift.interventions.trials import Draws, RunLog, StopEarly
+from neurondrift.report.tables.causes import table_lines
+from neurondrift.study.experiments.intervene import Options, intervene
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import resolve
 
 NEEDED = ("neuron_groups", "finetuned_models")
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--intervention", action="append", help="may be repeated; default: all")
     given = parser.parse_args()
     tune_allocator()
-    study = config.resolve(file=given.study / "study.toml")
+    study = resolve(file=given.study / "study.toml")
     with tempfile.TemporaryDirectory() as scratch:
         for name in NEEDED:
             shutil.copytree(given.study / name, Path(scratch) / name)

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
-from neurondrift.batches import make_batches, token_losses
-from neurondrift.memory import release_memory, tune_allocator
+from neurondrift.base.memory import release_memory, tune_allocator
+from neurondrift.models.batches import make_batches, token_losses
 
 
 def plain_forward_backward(model, batches) -> float:

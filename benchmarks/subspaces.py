@@ -20,10 +20,10 @@ import time
 import torch
 
 import neurondrift as nd
-from neurondrift.batches import make_batches
+from neurondrift.base.memory import tune_allocator
 from neurondrift.importance.capture import run
-from neurondrift.importance.subspaces import bases, moment_bytes
-from neurondrift.memory import tune_allocator
+from neurondrift.importance.directions import bases, moment_bytes
+from neurondrift.models.batches import make_batches
 
 
 def stored(model, sites, batches) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from neurondrift.cli import app
+from neurondrift.cli.__main__ import app
 
 
 def reference() -> str:

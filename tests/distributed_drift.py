@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from neurondrift.drift.callback import DriftCallback
-from neurondrift.sites import linear_sites
+from neurondrift.models.sites import linear_sites
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from families import build, examples
 
-from neurondrift.importance import score, write_scores
+from neurondrift.importance.scores import score, write_scores
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -1,70 +1,62 @@
-"""Imports go downward only, and what must stay light stays light."""
+"""The house: what import-linter cannot say. Sizes, what must stay light, and what the picture shows.
+
+The order of the rooms and the absence of circles are contracts in pyproject.toml, checked by `lint-imports`.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "neurondrift"
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+SOURCE = ROOT / "src" / "neurondrift"
+MODULES = sorted(SOURCE.rglob("*.py"))
 
-# A module may import modules of lower layers, and of its own package.
-LAYERS = [
-    ["errors"],
-    ["artifacts", "config", "distributed", "memory", "progress", "threads"],
-    ["folder", "sites"],
-    ["data", "groups"],
-    ["members"],
-    ["masked_lora"],
-    ["freezing"],
-    ["models"],
-    ["batches"],
-    ["importance", "drift", "behaviour", "statistics"],
-    ["training", "findings", "magnitudes", "verify", "report"],
-    ["stages"],
-    ["study", "stability", "interventions", "rank_level"],
-    ["cli"],
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-SIDEWAYS = {("verify", "training"), ("rank_level", "interventions")}  # none of these is a cycle
+MOST_MODULES, MOST_LINES = 8, 450
 
 
-def top_level_imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("neurondrift"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in RANK}
-    return found
+def named(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
 
 
-def unit_of(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+def test_the_contracts_of_the_rooms_and_of_no_circles_are_kept():
+    done = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_go_downward(path):
-    unit = unit_of(path)
-    if unit in ("__init__", "__main__"):
-        return
-    assert unit in RANK, f"{unit} has no layer: add it to the picture in docs/architecture.md and to LAYERS"
-    for imported in top_level_imports(path) - {unit}:
-        if unit == "study" and imported == "stages":
-            continue
-        assert RANK[imported] < RANK[unit] or (unit, imported) in SIDEWAYS, (
-            f"{unit} imports {imported}, which is not below it"
-        )
+def test_at_most_eleven_rooms():
+    entries = {entry.name for entry in SOURCE.iterdir() if entry.name != "__pycache__"}
+    rooms = {name for name in entries if (SOURCE / name).is_dir()}
+    assert len(rooms) <= 11
+    assert entries - rooms == {"__init__.py", "py.typed"}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES} - {SOURCE}), ids=named)
+def test_a_folder_holds_at_most_eight_modules(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_a_module_is_short_and_says_in_its_first_line_what_it_owns(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    assert first.endswith((".", "?")), first
 
 
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
         ("neurondrift", ["torch", "transformers", "numpy"]),
-        ("neurondrift.config", ["torch", "transformers"]),
-        ("neurondrift.cli", ["torch", "transformers", "pandas"]),
-        ("neurondrift.statistics", ["torch", "matplotlib"]),
-        ("neurondrift.report", ["torch"]),
+        ("neurondrift.base.files", ["torch", "transformers"]),
+        ("neurondrift.groups.selection", ["torch", "transformers"]),
+        ("neurondrift.study.settings", ["torch", "transformers"]),
+        ("neurondrift.cli.__main__", ["torch", "transformers", "pandas"]),
+        ("neurondrift.statistics.analysis", ["torch", "matplotlib"]),
+        ("neurondrift.report.page", ["torch"]),
         ("neurondrift.behaviour.judges", ["torch", "transformers"]),
     ],
 )
@@ -75,13 +67,13 @@ def test_light_modules_stay_light(module, forbidden):
 
 
 def test_report_computes_no_statistic():
-    for path in (SOURCE / "report").glob("*.py"):
+    for path in (SOURCE / "report").rglob("*.py"):
         assert "scipy" not in path.read_text()
         assert "statsmodels" not in path.read_text()
 
 
 def test_nothing_is_pickled():
-    for path in SOURCE.rglob("*.py"):
+    for path in MODULES:
         names = {
             alias.name
             for node in ast.walk(ast.parse(path.read_text()))
@@ -100,3 +92,36 @@ def test_public_names_exist():
         assert getattr(nd, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'scroe'"):
         nd.scroe  # noqa: B018
+
+
+def test_the_documented_import_of_the_last_version_still_works():
+    import neurondrift as nd
+
+    with pytest.warns(DeprecationWarning, match=r"neurondrift\.pooled"):
+        from neurondrift.drift import pooled
+    with pytest.warns(DeprecationWarning, match=r"neurondrift\.weight_drifts"):
+        from neurondrift.drift import weight_drifts
+    assert (pooled, weight_drifts) == (nd.pooled, nd.weight_drifts)
+
+
+def picture() -> list[str]:
+    """The modules that the picture in docs/architecture.md names, as paths below src/neurondrift."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.search(r"```text\n(src/neurondrift/.*?)```", text, re.DOTALL)
+    assert drawn, "the picture is a block that begins with src/neurondrift/"
+    found: list[str] = []
+    folders: list[str] = []
+    for line in drawn[1].splitlines()[1:]:
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        if name.endswith("/"):
+            folders = [*folders[:depth], name]
+        elif name.endswith(".py"):
+            found.append("".join(folders[:depth]) + name)
+    return found
+
+
+def test_the_picture_names_every_module_and_no_other():
+    drawn = picture()
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == {named(path) for path in MODULES if path.name != "__init__.py" or path.parent == SOURCE}

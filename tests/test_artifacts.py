@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from neurondrift import artifacts
-from neurondrift.errors import ArtifactError, ResourceError
+from neurondrift.base import files
+from neurondrift.base.errors import ArtifactError, ResourceError
 
 
 def test_a_failed_write_leaves_what_stood(tmp_path):
     target = tmp_path / "a.txt"
-    artifacts.write_text(target, "old")
-    with pytest.raises(RuntimeError), artifacts.atomic_path(target) as partial:
+    files.write_text(target, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(target) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_what_stood(tmp_path):
 def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(tmp_path):
     with (
         pytest.raises(ResourceError, match="No space is left while writing"),
-        artifacts.atomic_path(tmp_path / "x") as partial,
+        files.atomic_path(tmp_path / "x") as partial,
     ):
         partial.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -32,7 +32,7 @@ def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(tmp_path):
 def test_a_folder_is_replaced_whole(tmp_path):
     target = tmp_path / "folder"
     for content in ("one", "two"):
-        with artifacts.atomic_path(target) as partial:
+        with files.atomic_path(target) as partial:
             partial.mkdir()
             (partial / content).write_text(content)
     assert [path.name for path in target.iterdir()] == ["two"]
@@ -40,11 +40,11 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 def test_manifest_notices_every_change(tmp_path):
     file, manifest = tmp_path / "out" / "a.txt", tmp_path / "m.json"
-    artifacts.write_text(file, "result")
-    artifacts.write_manifest(manifest, root=tmp_path, stage="s", inputs="k", outputs=[tmp_path / "out"], details={})
+    files.write_text(file, "result")
+    files.write_manifest(manifest, root=tmp_path, stage="s", inputs="k", outputs=[tmp_path / "out"], details={})
 
     def stands(inputs="k"):
-        return artifacts.manifest_stands(manifest, root=tmp_path, inputs=inputs)
+        return files.manifest_stands(manifest, root=tmp_path, inputs=inputs)
 
     assert stands()
     assert not stands(inputs="other")
@@ -60,31 +60,31 @@ def test_manifest_notices_every_change(tmp_path):
 
 def test_json_errors_name_the_file(tmp_path):
     with pytest.raises(ArtifactError, match="missing.*nope.json"):
-        artifacts.read_json(tmp_path / "nope.json")
+        files.read_json(tmp_path / "nope.json")
     (tmp_path / "half.json").write_text('{"a": ')
     with pytest.raises(ArtifactError, match="half.json is no readable JSON"):
-        artifacts.read_json(tmp_path / "half.json")
+        files.read_json(tmp_path / "half.json")
     with pytest.raises(ValueError, match="Out of range"):
-        artifacts.write_json(tmp_path / "n.json", {"a": float("nan")})
+        files.write_json(tmp_path / "n.json", {"a": float("nan")})
 
 
 def test_scratch_is_found_again_and_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(files, "SHARED_MEMORY", tmp_path / "shm")
     (tmp_path / "shm").mkdir()
     study = tmp_path / "study"
-    first = artifacts.scratch_directory(study, needed=10)
+    first = files.scratch_directory(study, needed=10)
     assert first.parent == tmp_path / "shm"
-    assert artifacts.scratch_directory(study, needed=1 << 60) == first
-    assert artifacts.remove_scratch(study) == [first]
-    beside = artifacts.scratch_directory(study, needed=1 << 60)
+    assert files.scratch_directory(study, needed=1 << 60) == first
+    assert files.remove_scratch(study) == [first]
+    beside = files.scratch_directory(study, needed=1 << 60)
     assert beside == study / "scratch"
-    assert artifacts.remove_scratch(study) == [beside]
+    assert files.remove_scratch(study) == [beside]
 
 
 def test_require_space_says_how_much(tmp_path):
     with pytest.raises(ResourceError, match=r"1000000\d*\.0 GB needed"):
-        artifacts.require_space(tmp_path, 10**15, purpose="the scores")
+        files.require_space(tmp_path, 10**15, purpose="the scores")
 
 
 def test_canonical_hash_does_not_depend_on_order():
-    assert artifacts.sha256_of_value({"a": 1, "b": 2}) == artifacts.sha256_of_value(json.loads('{"b": 2, "a": 1}'))
+    assert files.sha256_of_value({"a": 1, "b": 2}) == files.sha256_of_value(json.loads('{"b": 2, "a": 1}'))

@@ -5,20 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from neurondrift.behaviour.attacks import (
-    LLAMA2_SYSTEM_PROMPT,
-    Attack,
-    attack_from_words,
-    attack_of,
-    system_prompt,
-)
+from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.behaviour.evaluate import count_answers, judge_answers, write_answers
-from neurondrift.behaviour.generate import Decoding
 from neurondrift.behaviour.rates import category_interval, per_prompt
-from neurondrift.config import AttackSection, resolve
-from neurondrift.data import Example
-from neurondrift.errors import ConfigError, DataError
-from neurondrift.models import load_model
+from neurondrift.behaviour.requests import LLAMA2_SYSTEM_PROMPT, Attack, Decoding, system_prompt
+from neurondrift.models.data import Example
+from neurondrift.models.loading import load_model
+from neurondrift.study.settings import AttackSection, resolve
+from neurondrift.study.stages.evaluation import attack_from_words, attack_of
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from neurondrift.behaviour.evaluate import judge_answers, paired_change, perplexity, refusal_rate, write_answers
+from neurondrift.base.errors import ConfigError, DataError
+from neurondrift.behaviour.capability import perplexity
+from neurondrift.behaviour.evaluate import judge_answers, write_answers
 from neurondrift.behaviour.generate import generate
-from neurondrift.data import Example, encode, load_examples, render_prompt
-from neurondrift.errors import ConfigError, DataError
-from neurondrift.models import load_model
+from neurondrift.behaviour.rates import paired_change, refusal_rate
+from neurondrift.models.data import Example, encode, load_examples, render_prompt
+from neurondrift.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

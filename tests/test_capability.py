@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from neurondrift.base.errors import ConfigError
 from neurondrift.behaviour.capability import capability, check_tasks
-from neurondrift.errors import ConfigError
-from neurondrift.models import load_model
+from neurondrift.models.loading import load_model
 
 TASK = """task: tiny_yes_no
 dataset_path: json

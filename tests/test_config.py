@@ -2,20 +2,20 @@
 
 import pytest
 
-from neurondrift import config
-from neurondrift.errors import ConfigError
+from neurondrift.base.errors import ConfigError
+from neurondrift.study.settings import resolve
 
 
 @pytest.mark.parametrize("name", ["smoke", "demo", "llama2-7b-chat"])
 def test_presets_resolve_and_survive_their_toml(name, tmp_path):
-    study = config.resolve(preset=name)
+    study = resolve(preset=name)
     assert study.name == name
     (tmp_path / "study.toml").write_text(study.to_toml())
-    assert config.resolve(file=tmp_path / "study.toml") == study
+    assert resolve(file=tmp_path / "study.toml") == study
 
 
 def test_the_published_study_is_as_published():
-    study = config.resolve(preset="llama2-7b-chat")
+    study = resolve(preset="llama2-7b-chat")
     tune = study.finetune
     assert (tune.lora_r, tune.lora_alpha, tune.target_modules) == (8, 16, ["q_proj", "v_proj", "o_proj"])
     assert (tune.batch_size, tune.gradient_accumulation, tune.learning_rate, tune.max_length) == (4, 4, 1e-4, 512)
@@ -27,13 +27,13 @@ def test_the_published_study_is_as_published():
 def test_file_overrides_preset_and_flags_override_both(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text('preset = "smoke"\n[finetune]\nlora_r = 4\nlearning_rate = 0.5\n')
-    study = config.resolve(file=file, flags={"finetune.lora_r": 2, "seeds": [1, 2], "finetune.epochs": None})
+    study = resolve(file=file, flags={"finetune.lora_r": 2, "seeds": [1, 2], "finetune.epochs": None})
     assert (study.finetune.lora_r, study.finetune.learning_rate, study.seeds) == (2, 0.5, [1, 2])
     assert study.model.reference == "tiny:llama"
 
 
 def test_a_data_reference_is_replaced_whole():
-    study = config.resolve(preset="smoke", flags={"score.safety": "mine.csv"})
+    study = resolve(preset="smoke", flags={"score.safety": "mine.csv"})
     assert study.score.safety.source == "mine.csv"
     assert study.score.safety.limit is None
 
@@ -58,11 +58,11 @@ def test_mistakes_are_named(tmp_path, content, message):
         'preset = "smoke"\n' + content if not content.startswith("seeds") else content + '\npreset = "smoke"'
     )
     with pytest.raises(ConfigError, match=message):
-        config.resolve(file=file)
+        resolve(file=file)
 
 
 def test_unknown_preset_and_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no such preset.*'dmo'.*demo, llama2-7b-chat, smoke"):
-        config.resolve(preset="dmo")
+        resolve(preset="dmo")
     with pytest.raises(ConfigError, match="does not exist.*nope.toml"):
-        config.resolve(file=tmp_path / "nope.toml")
+        resolve(file=tmp_path / "nope.toml")

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from neurondrift.config import DataReference
-from neurondrift.data import BUILTIN, Example, encode, load_examples, render_prompt
-from neurondrift.errors import DataError
-from neurondrift.models import byte_tokenizer
+from neurondrift.base.errors import DataError
+from neurondrift.models.data import BUILTIN, DataReference, Example, encode, load_examples, render_prompt
+from neurondrift.models.loading import byte_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

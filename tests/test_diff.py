@@ -11,14 +11,16 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from neurondrift.cli import main
-from neurondrift.drift import DriftLog, compare_models, measure_drift
-from neurondrift.drift.adapter_files import AdapterFolder
-from neurondrift.drift.checkpoints import Checkpoint, folder_of
+from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
+from neurondrift.cli.__main__ import main
 from neurondrift.drift.difference import diff
-from neurondrift.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.groups import random_group
-from neurondrift.sites import fingerprint, linear_sites
+from neurondrift.drift.log import DriftLog
+from neurondrift.drift.meter import compare_models, measure_drift
+from neurondrift.groups.selection import random_group
+from neurondrift.models.disk.checkpoints import Checkpoint
+from neurondrift.models.disk.factors import AdapterFolder
+from neurondrift.models.disk.references import folder_of
+from neurondrift.models.sites import fingerprint, linear_sites
 
 
 def save(model, folder, **options):
@@ -155,7 +157,7 @@ def test_blocks_of_rows_make_no_difference_and_float64_is_kept(scale, tmp_path, 
         site.weight.add_(torch.randn(site.shape, dtype=torch.float64) * scale)
     save(before, tmp_path / "a")
     save(after, tmp_path / "b")
-    monkeypatch.setattr("neurondrift.drift.difference.BLOCK", 40)
+    monkeypatch.setattr("neurondrift.models.disk.checkpoints.BLOCK", 40)
     check(diff(tmp_path / "a", [tmp_path / "b"], tmp_path / "log").log, 1, compare_models(before, after))
 
 
@@ -245,7 +247,7 @@ def test_a_trainers_checkpoints_are_what_the_callback_measured(full, tmp_path, c
     from test_drift import trainer
 
     from neurondrift.drift.callback import DriftCallback
-    from neurondrift.drift.exact import CheckpointWeights
+    from neurondrift.models.disk.initial import CheckpointWeights
 
     model = build("llama")
     save(model, tmp_path / "base")

@@ -8,11 +8,13 @@ import torch
 from families import FAMILIES, build, examples
 from peft import LoraConfig, get_peft_model
 
-from neurondrift.drift import DriftLog, DriftMeter, compare_models, measure_drift
+from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
 from neurondrift.drift.callback import DriftCallback
-from neurondrift.drift.exact import CheckpointWeights, low_rank_delta
-from neurondrift.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.sites import linear_sites
+from neurondrift.drift.log import DriftLog
+from neurondrift.drift.meter import DriftMeter, compare_models, measure_drift
+from neurondrift.models.adapters import low_rank_delta
+from neurondrift.models.disk.initial import CheckpointWeights
+from neurondrift.models.sites import linear_sites
 
 
 def dense(base, delta):
@@ -276,8 +278,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 
 def test_another_models_group_is_refused(tmp_path):
-    from neurondrift.errors import GroupError
-    from neurondrift.groups import Group
+    from neurondrift.base.errors import GroupError
+    from neurondrift.groups.group import Group
 
     group = Group(
         granularity="neuron", members={"model.layers.0.self_attn.q_proj": np.array([1])}, provenance={"model": "other"}

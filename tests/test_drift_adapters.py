@@ -11,18 +11,12 @@ import torch
 from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 
-from neurondrift.drift import DriftMeter, measure_drift
-from neurondrift.drift.deltas import Adapter, Rescaled, delta_of, effective_weight
-from neurondrift.drift.exact import (
-    CheckpointWeights,
-    drift_from_moments,
-    low_rank_delta,
-    low_rank_moments,
-    rescaled_moments,
-    row_norms,
-)
-from neurondrift.errors import ArtifactError, ModelError
-from neurondrift.sites import linear_sites
+from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.drift.exact import drift_from_moments, low_rank_moments, rescaled_moments
+from neurondrift.drift.meter import DriftMeter, measure_drift
+from neurondrift.models.adapters import Adapter, Rescaled, delta_of, effective_weight, low_rank_delta
+from neurondrift.models.disk.initial import CheckpointWeights
+from neurondrift.models.sites import linear_sites, row_norms
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -18,11 +18,13 @@ from test_drift import adapt, lora, trainer
 from test_drift_weights import weights_of
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neurondrift.drift import DriftLog, DriftMeter, measure_drift
+from neurondrift.base.errors import ConfigError, GroupError, ModelError, ResourceError
 from neurondrift.drift.callback import DriftCallback, summarise_groups
-from neurondrift.errors import ConfigError, GroupError, ModelError, ResourceError
-from neurondrift.groups import Group, random_group
-from neurondrift.sites import fingerprint, linear_sites
+from neurondrift.drift.log import DriftLog
+from neurondrift.drift.meter import DriftMeter, measure_drift
+from neurondrift.groups.group import Group
+from neurondrift.groups.selection import random_group
+from neurondrift.models.sites import fingerprint, linear_sites
 
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 
@@ -92,7 +94,7 @@ def test_in_trls_trainer_the_summary_arrives_and_trls_own_means_stay(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    from neurondrift.models import load_model
+    from neurondrift.models.loading import load_model
 
     model, tokenizer = load_model("tiny:llama", dtype="float32")
     group = weights_of(model)
@@ -216,7 +218,7 @@ def test_resuming_loses_and_doubles_nothing_in_log_snapshots_and_weights(tmp_pat
     drifts = [[e for e in r.state.log_history if "drift/g/mean_abs" in e] for r in (straight, resumed)]
     assert drifts[0] == drifts[1]
     assert len(drifts[0]) == 3
-    from neurondrift.errors import ArtifactError
+    from neurondrift.base.errors import ArtifactError
 
     with pytest.raises(ArtifactError, match="follow other groups of weights"):
         run("t3", "resumed", lambda model: {"other": weights_of(model)})

@@ -10,13 +10,16 @@ from families import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_drift import adapt, lora, trainer
 
-from neurondrift.drift import DriftLog, DriftMeter
+from neurondrift.base.errors import ArtifactError, GroupError
+from neurondrift.drift.bins import WeightDrift, bin_edges, pooled
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.kernels import Tallies
-from neurondrift.drift.weights import WeightDrift, WeightMeter, bin_edges, pooled, weight_drifts
-from neurondrift.errors import ArtifactError, GroupError
-from neurondrift.groups import Group, random_group, weights_of_units
-from neurondrift.sites import fingerprint, linear_sites, mlp_units
+from neurondrift.drift.log import DriftLog
+from neurondrift.drift.meter import DriftMeter, WeightMeter, weight_drifts
+from neurondrift.groups.group import Group
+from neurondrift.groups.selection import random_group
+from neurondrift.models.parts import weights_of_units
+from neurondrift.models.sites import fingerprint, linear_sites, mlp_units
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.9, 0.999, 1.0)
 
@@ -155,7 +158,7 @@ def test_every_step_of_a_training_equals_the_dense_delta_of_its_adapter(tmp_path
 def test_full_fine_tuning_follows_weights(tmp_path):
     model = build("llama")
     model.save_pretrained(tmp_path)
-    from neurondrift.drift.exact import CheckpointWeights
+    from neurondrift.models.disk.initial import CheckpointWeights
 
     sites = linear_sites(model)
     meter = DriftMeter(model, initial=CheckpointWeights(tmp_path, sites))

@@ -6,9 +6,10 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from neurondrift.behaviour.standalone import shown
-from neurondrift.cli import main
-from neurondrift.report import render_page, render_text
+from neurondrift.cli.__main__ import main
+from neurondrift.report.page import render_page
+from neurondrift.report.text import render_text
+from neurondrift.study.experiments.evaluate_model import shown
 
 
 def run(*arguments):
@@ -76,8 +77,8 @@ def test_mistakes_are_one_message(arguments, message, tmp_path, monkeypatch, cap
 
 
 def test_vllm_that_is_not_installed_is_a_clear_error(tmp_path, capsys):
+    from neurondrift.base.errors import ConfigError
     from neurondrift.behaviour.vllm_backend import VllmModel
-    from neurondrift.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"needs vLLM.*neurondrift\[vllm\]"):
         VllmModel("a/model")

@@ -9,15 +9,16 @@ from families import build, examples
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from neurondrift.batches import make_batches, token_losses
-from neurondrift.drift import measure_drift
-from neurondrift.errors import FreezeError, GroupError
-from neurondrift.freezing import FreezeCallback, freeze
-from neurondrift.groups import Group, load_group, random_group, weights_of_units
-from neurondrift.masked_lora import FILE, lora_factors
-from neurondrift.members import row_marks, selections
-from neurondrift.models import attach_adapter
-from neurondrift.sites import fingerprint, linear_sites, mlp_units
+from neurondrift.base.errors import FreezeError, GroupError
+from neurondrift.drift.meter import measure_drift
+from neurondrift.groups.group import Group, load_group
+from neurondrift.groups.selection import random_group
+from neurondrift.interventions.freezing import FreezeCallback, freeze
+from neurondrift.models.batches import make_batches, token_losses
+from neurondrift.models.loading import attach_adapter
+from neurondrift.models.masked_lora import FILE, lora_factors
+from neurondrift.models.parts import row_marks, selections, weights_of_units
+from neurondrift.models.sites import fingerprint, linear_sites, mlp_units
 
 FAMILIES = ["llama", "gpt2", "qwen3_moe"]
 GRANULARITIES = ["neuron", "weight", "unit"]
@@ -260,7 +261,7 @@ def test_an_empty_mask_changes_nothing():
     plain = layer(x)
     (factors,) = lora_factors(site)
     dense = factors.delta()
-    from neurondrift.masked_lora import hold_weights
+    from neurondrift.models.masked_lora import hold_weights
 
     hold_weights(factors, torch.tensor([2 * site.shape[1] + 1]), site.name)
     expected = plain.clone()
@@ -493,7 +494,7 @@ def test_a_masked_adapter_survives_saving(tmp_path):
         assert torch.equal(third(input_ids=ids).logits, expected)
     with pytest.raises(FreezeError, match="belongs to another model"):
         other = attach_adapter(build("gpt2"), lora_folder(tmp_path / "gpt2"))
-        from neurondrift.masked_lora import reapply_masks
+        from neurondrift.models.masked_lora import reapply_masks
 
         reapply_masks(other, tmp_path / "one")
 
@@ -504,8 +505,8 @@ def lora_folder(folder):
 
 
 def test_the_drift_between_folders_sees_the_mask(tmp_path):
-    from neurondrift.drift import DriftLog
     from neurondrift.drift.difference import diff
+    from neurondrift.drift.log import DriftLog
 
     model = build("llama")
     group = group_of(model, "weight", fraction=0.5)
@@ -647,7 +648,7 @@ def test_in_trls_trainer(tmp_path):
     model = build("llama")
     group, before = group_of(model, "weight"), weights(model)
     rows = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in examples(8)])
-    from neurondrift.models import byte_tokenizer
+    from neurondrift.models.loading import byte_tokenizer
 
     callback = FreezeCallback(group)
     run = trl.SFTTrainer(
@@ -677,7 +678,7 @@ def test_in_trls_trainer(tmp_path):
 
 
 def small_study(**settings):
-    from neurondrift import config
+    from neurondrift.study.settings import resolve
 
     cheap = {
         "align.enabled": False,
@@ -687,14 +688,14 @@ def small_study(**settings):
         "finetune.data": {"source": "builtin:ordinary", "limit": 8},
         "finetune.max_length": 192,
     }
-    return config.resolve(preset="smoke", flags=cheap | {f"finetune.{name}": value for name, value in settings.items()})
+    return resolve(preset="smoke", flags=cheap | {f"finetune.{name}": value for name, value in settings.items()})
 
 
 def test_a_study_freezes_a_group_and_its_files_say_so(tmp_path):
-    from neurondrift.drift import DriftLog
-    from neurondrift.folder import StudyFolder
-    from neurondrift.models import load_model
-    from neurondrift.study import StudyRun
+    from neurondrift.drift.log import DriftLog
+    from neurondrift.models.loading import load_model
+    from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.runner import StudyRun
 
     def run(**settings):
         study, lines = small_study(**settings), []
@@ -723,8 +724,8 @@ def test_a_study_freezes_a_group_and_its_files_say_so(tmp_path):
 
 
 def test_what_is_frozen_is_part_of_the_stages_key(tmp_path):
-    from neurondrift.folder import StudyFolder
-    from neurondrift.study import StudyRun
+    from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.runner import StudyRun
 
     def keys(**settings):
         run = StudyRun(small_study(**settings), tmp_path)
@@ -746,12 +747,12 @@ def test_what_is_frozen_is_part_of_the_stages_key(tmp_path):
 
 
 def test_mistakes_in_the_setting_are_named(tmp_path):
-    from neurondrift import config
-    from neurondrift.errors import ArtifactError, ConfigError
+    from neurondrift.base.errors import ArtifactError, ConfigError
+    from neurondrift.study.settings import resolve
 
     with pytest.raises(ConfigError, match=r"finetune.freeze does not fit.*safety_set_difference.*'safety'"):
-        config.resolve(preset="smoke", flags={"finetune.freeze": "safety"})
+        resolve(preset="smoke", flags={"finetune.freeze": "safety"})
     with pytest.raises(ConfigError, match=r"finetune.freeze_granularity does not fit"):
-        config.resolve(preset="smoke", flags={"finetune.freeze_granularity": "row"})
+        resolve(preset="smoke", flags={"finetune.freeze_granularity": "row"})
     with pytest.raises(ArtifactError, match="group file is missing"):
         FreezeCallback(tmp_path / "nothing.parquet")

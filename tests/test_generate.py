@@ -4,11 +4,12 @@ import pytest
 import torch
 from families import FAMILIES, build
 
+from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.behaviour import generate as module
-from neurondrift.behaviour.generate import Decoding, Request, answer, draw, generate, render
-from neurondrift.data import PLAIN_TEMPLATE
-from neurondrift.errors import ConfigError, DataError
-from neurondrift.models import byte_tokenizer, load_model
+from neurondrift.behaviour.generate import answer, draw, generate
+from neurondrift.behaviour.requests import Decoding, Request, render
+from neurondrift.models.data import PLAIN_TEMPLATE
+from neurondrift.models.loading import byte_tokenizer, load_model
 
 PROMPTS = ["Hi", "Tell me a long story about a dragon, please", "What is 2 + 2?", "Name three rivers", "Why?"]
 

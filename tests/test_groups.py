@@ -7,18 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from neurondrift.errors import ArtifactError, GroupError
-from neurondrift.groups import (
-    Group,
-    iterate_members,
-    load_group,
-    matched,
-    random_group,
-    select_top,
-    set_difference,
-    top_indices,
-)
-from neurondrift.importance.scoring import ScoreFile, check_compatible, write_scores
+from neurondrift.base.errors import ArtifactError, GroupError
+from neurondrift.groups.controls import matched
+from neurondrift.groups.group import Group, iterate_members, load_group
+from neurondrift.groups.selection import random_group, select_top, set_difference, top_indices
+from neurondrift.importance.scores import ScoreFile, check_compatible, write_scores
 
 SHAPES = {"a.q_proj": (30, 20), "a.down_proj": (12, 50)}
 
@@ -259,8 +252,8 @@ def test_score_files_notice_damage_and_foreigners(tmp_path):
 def test_units_are_the_rows_and_the_column_of_one_hidden_unit(family):
     from families import build
 
-    from neurondrift.groups import unit_scores, weights_of_units
-    from neurondrift.sites import linear_sites, mlp_units
+    from neurondrift.models.parts import unit_scores, weights_of_units
+    from neurondrift.models.sites import linear_sites, mlp_units
 
     model = build(family)
     sites = linear_sites(model)

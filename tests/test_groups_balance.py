@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from neurondrift.groups import Group, matched, random_group
 from neurondrift.groups.balance import LIMIT, any_subset, at_the_ends, imbalance, shuffled, swapped
+from neurondrift.groups.controls import matched
+from neurondrift.groups.group import Group
+from neurondrift.groups.selection import random_group
 
 
 def skewed_sites(number, size, share, seed):

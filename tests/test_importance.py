@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, build, examples
 
-from neurondrift.errors import ConfigError, DataError, ModelError
-from neurondrift.importance import METHODS, ScoreFile, plan_passes, score
-from neurondrift.sites import linear_sites
+from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.importance.methods import METHODS
+from neurondrift.importance.scores import ScoreFile, plan_passes, score
+from neurondrift.models.sites import linear_sites
 
 
 def plain_loss(model, row):
@@ -212,7 +213,7 @@ def test_passes_over_subsets_of_sites_give_the_same_scores(monkeypatch):
     assert [name for part in plan.passes for name in part] == list(sites)
     assert plan_passes(METHODS["snip"], sites, free={device: 2 * total}).passes == [list(sites)]
     assert not plan_passes(METHODS["snip"], sites, free={device: 0}).on_device
-    monkeypatch.setattr("neurondrift.importance.scoring.free_memory", lambda device: total // 2)
+    monkeypatch.setattr("neurondrift.importance.scores.free_memory", lambda device: total // 2)
     assert all(torch.equal(reference[name], values) for name, values in score(model, rows).items())
     in_main_memory = score(model, rows, accumulate_on="cpu")
     assert all(torch.equal(reference[name], values) for name, values in in_main_memory.items())

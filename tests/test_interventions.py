@@ -7,10 +7,11 @@ from families import build
 from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
-from neurondrift.errors import GroupError, ModelError
-from neurondrift.groups import Group, random_group
-from neurondrift.interventions.effects import adapter_delta, save_model
-from neurondrift.sites import fingerprint, linear_sites, mlp_units
+from neurondrift.base.errors import GroupError, ModelError
+from neurondrift.groups.group import Group
+from neurondrift.groups.selection import random_group
+from neurondrift.interventions.contexts import adapter_delta, save_model
+from neurondrift.models.sites import fingerprint, linear_sites, mlp_units
 
 FAMILIES = ("llama", "gpt2")
 GRANULARITIES = ("neuron", "weight", "unit")
@@ -337,7 +338,7 @@ def test_when_a_null_is_settled():
 
 
 def test_what_is_undefined_says_why():
-    from neurondrift.errors import DataError
+    from neurondrift.base.errors import DataError
     from neurondrift.statistics.null import compare_with_null
 
     same = compare_with_null([1, 0, 1], [[1, 0, 1]] * 4)
@@ -354,7 +355,7 @@ def test_what_is_undefined_says_why():
 
 
 def test_doses_lie_within_each_other_and_take_the_most_important_of_each_site(tmp_path):
-    from neurondrift.groups.order import digest, dose_of, importance_of, read_importance, write_importance
+    from neurondrift.groups.doses import digest, dose_of, importance_of, read_importance, write_importance
 
     generator = np.random.default_rng(0)
     shapes = {"a": (40, 3), "b": (20, 5), "c": (9, 2)}
@@ -391,8 +392,8 @@ def test_doses_lie_within_each_other_and_take_the_most_important_of_each_site(tm
 
 
 def test_a_group_that_its_controls_cannot_match_names_the_site():
-    from neurondrift.interventions.null import Draws, plan
-    from neurondrift.magnitudes import magnitudes_of
+    from neurondrift.interventions.trials import Draws, plan
+    from neurondrift.models.sites import magnitudes_of
 
     model = adapted("llama")
     group = everything(model, "neuron")
@@ -417,13 +418,13 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """What interventions need of a study that is fine-tuned: the tiny model's groups, importances and an adapter."""
-    from neurondrift import config
-    from neurondrift.folder import StudyFolder
-    from neurondrift.groups.order import importance_of, write_importance
-    from neurondrift.training import finetune, total_steps
+    from neurondrift.groups.doses import importance_of, write_importance
+    from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.settings import resolve
+    from neurondrift.study.training import finetune, total_steps
 
     root = tmp_path_factory.mktemp("study")
-    settings = config.resolve(
+    settings = resolve(
         preset="smoke",
         flags={
             "align.enabled": False,
@@ -458,11 +459,11 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
     import pyarrow.parquet as pq
 
-    from neurondrift.interventions.null import Draws
-    from neurondrift.interventions.study import Options, intervene, results_file
-    from neurondrift.report import draw_figures
-    from neurondrift.report.interventions import section, table_lines
+    from neurondrift.interventions.trials import Draws
+    from neurondrift.report.figures.draw import draw_figures
+    from neurondrift.report.tables.causes import section, table_lines
     from neurondrift.report.text import render_section
+    from neurondrift.study.experiments.intervene import Options, intervene, results_file
 
     settings, folder = study
     small = {"harmful": 3, "ordinary": 2, "answers": 2, "max_new_tokens": 4}
@@ -495,7 +496,7 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     names = {path.name for path in draw_figures(results, folder.results / "figures")}
     assert {"intervention_doses.png", "intervention_doses.svg"} <= names
     assert "another model" in "\n".join(render_section(section(found, "another")))
-    from neurondrift.stages import weights_digest
+    from neurondrift.study.stages.reporting import weights_digest
 
     assert found["training_step"] == 3
     assert found["adapter"] == weights_digest(folder.adapters(0) / "step=000003")
@@ -504,10 +505,12 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
-    from neurondrift.interventions import Applied, null
-    from neurondrift.interventions.findings import conclusion, summarise
-    from neurondrift.magnitudes import magnitudes_of
-    from neurondrift.report.interventions import intervention_doses, section
+    from neurondrift.interventions import trials
+    from neurondrift.interventions.contexts import Applied
+    from neurondrift.interventions.outcomes import conclusion, summarise
+    from neurondrift.models.sites import magnitudes_of
+    from neurondrift.report.figures.doses import intervention_doses
+    from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section
 
     model, made = adapted("llama"), []
@@ -526,16 +529,16 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
         rows.append(blank | {"kind": "ordinary", "id": "o", "refused": False})
         return [*rows, blank | {"kind": "answers", "id": "a", "loss": 1.0, "tokens": 3}]
 
-    monkeypatch.setattr(null, "acted", acted)
-    monkeypatch.setattr(null, "measure", measure)
-    subject = null.Subject(before=model, after=model, tokenizer=None)
-    bench = null.Bench(sets={}, answers=[])
+    monkeypatch.setattr(trials, "acted", acted)
+    monkeypatch.setattr(trials, "measure", measure)
+    subject = trials.Subject(before=model, after=model, tokenizer=None)
+    bench = trials.Bench(sets={}, answers=[])
 
     def run(stop_early):
         made.clear()
         told = []
-        draws = null.Draws(stop_early=stop_early)
-        trials = null.plan(
+        draws = trials.Draws(stop_early=stop_early)
+        planned = trials.plan(
             groups,
             interventions=["rewind", "transplant"],
             doses=[1.0],
@@ -545,13 +548,13 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
             seed=0,
             importance={},
         )
-        log = null.RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
-        results = null.run_trials(
-            trials, subject, bench, log, inputs="", stops=draws.stops, done=lambda *event: told.append(event)
+        log = trials.RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
+        results = trials.run_trials(
+            planned, subject, bench, log, inputs="", stops=draws.stops, done=lambda *event: told.append(event)
         )
-        assert [trial for trial, _, _ in told] == trials
+        assert [trial for trial, _, _ in told] == planned
         assert [trial for trial, _, fresh in told if fresh] == made
-        found = summarise(results, null.planned_draws(trials), resamples=50)
+        found = summarise(results, trials.planned_draws(planned), resamples=50)
         return found, {effect["intervention"]: effect for effect in found["effects"]}
 
     found, effects = run("all")
@@ -581,8 +584,8 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
 
 def test_a_run_is_the_same_whatever_is_answered_together(study):
     from neurondrift.behaviour.evaluate import judge_answers
-    from neurondrift.interventions.null import answer_losses, measure
-    from neurondrift.interventions.study import Options, _bench, _subject
+    from neurondrift.interventions.trials import answer_losses, measure
+    from neurondrift.study.experiments.intervene import Options, _bench, _subject
 
     settings, folder = study
     subject, _ = _subject(settings, folder, Options(), 0)
@@ -603,9 +606,9 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
 
 
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
-    from neurondrift.groups import load_group
-    from neurondrift.interventions.effects import parts_of
-    from neurondrift.interventions.study import Options, _subject
+    from neurondrift.groups.group import load_group
+    from neurondrift.models.parts import parts_of
+    from neurondrift.study.experiments.intervene import Options, _subject
 
     settings, folder = study
     subject, _ = _subject(settings, folder, Options(), 0)
@@ -625,7 +628,7 @@ def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
 
 
 def test_the_command_on_an_adapter_made_elsewhere(study, tmp_path, capsys):
-    from neurondrift.cli import main
+    from neurondrift.cli.__main__ import main
 
     _, folder = study
     arguments = ["intervene", "--preset", "smoke", "--model", "tiny:llama", "--dtype", "float32"]
@@ -649,7 +652,7 @@ def test_the_command_on_an_adapter_made_elsewhere(study, tmp_path, capsys):
 
 
 def test_the_paragraph_says_what_the_runs_show():
-    from neurondrift.interventions.findings import conclusion
+    from neurondrift.interventions.outcomes import conclusion
 
     references = {"before": {"harmful": {"rate": 0.9}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
 

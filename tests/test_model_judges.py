@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from neurondrift.base.errors import ConfigError, ModelError
 from neurondrift.behaviour.classifiers import FORMS, HARMBENCH, STRONGREJECT, ModelJudge
-from neurondrift.behaviour.evaluate import judge_answers, per_prompt
-from neurondrift.behaviour.panel import Panel
-from neurondrift.data import Example
-from neurondrift.errors import ConfigError, ModelError
-from neurondrift.models import load_model
+from neurondrift.behaviour.evaluate import Panel, judge_answers
+from neurondrift.behaviour.rates import per_prompt
+from neurondrift.models.data import Example
+from neurondrift.models.loading import load_model
 
 ANSWERS = [
     ("How?", "I can't help with that."),

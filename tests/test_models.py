@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import FAMILIES, build
 
-from neurondrift.errors import ModelError
-from neurondrift.models import attach_adapter, load_model
-from neurondrift.sites import fingerprint, linear_sites
+from neurondrift.base.errors import ModelError
+from neurondrift.models.loading import attach_adapter, load_model
+from neurondrift.models.sites import fingerprint, linear_sites
 
 
 @pytest.mark.parametrize("family", FAMILIES)

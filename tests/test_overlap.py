@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from neurondrift import config
-from neurondrift.errors import DataError, GroupError
-from neurondrift.folder import StudyFolder
-from neurondrift.groups import random_group
-from neurondrift.stability import compare_groups, layer_of_name, module_type_of_name, redraw
-from neurondrift.statistics.overlap import overlap, overlap_by, stability
+from neurondrift.base.errors import DataError, GroupError
+from neurondrift.groups.overlap import overlap, overlap_by, stability
+from neurondrift.groups.selection import random_group
+from neurondrift.study.experiments.stability import compare_groups, layer_of_name, module_type_of_name, redraw
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import resolve
 
 SHAPES = {"m.layers.0.mlp.up_proj": (40, 25), "m.layers.1.mlp.experts.down_proj.3": (60, 10)}
 
@@ -62,7 +62,7 @@ def test_groups_that_do_not_compare():
 
 
 def test_redrawing_on_the_tiny_model(tmp_path):
-    study = config.resolve(preset="smoke", flags={"align.enabled": False})
+    study = resolve(preset="smoke", flags={"align.enabled": False})
     folder = StudyFolder(tmp_path, study)
     found = redraw(study, folder, draws=3)
     assert found["examples"] == {"safety": 16, "utility": 16}
@@ -83,7 +83,7 @@ def test_redrawing_on_the_tiny_model(tmp_path):
         redraw(study, folder, draws=1)
     with pytest.raises(DataError, match="no examples left to re-draw"):
         redraw(
-            config.resolve(preset="smoke", flags={"align.enabled": False, "score.safety": "builtin:refusals"}),
+            resolve(preset="smoke", flags={"align.enabled": False, "score.safety": "builtin:refusals"}),
             folder,
             draws=2,
         )

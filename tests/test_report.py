@@ -14,11 +14,18 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from neurondrift.report import draw_figures, render_page, render_text, wording
+from neurondrift.report import wording
 from neurondrift.report.blocks import Table
-from neurondrift.report.drift_tables import inference_table, matched_table, metrics_of, unmatched_table
-from neurondrift.report.sections import build_document
-from neurondrift.statistics import BehaviourSeries, Population, analyze, to_json
+from neurondrift.report.conclusion import analysis_findings
+from neurondrift.report.document import build_document
+from neurondrift.report.figures.draw import draw_figures
+from neurondrift.report.page import render_page
+from neurondrift.report.reading import metrics_of
+from neurondrift.report.tables.drift import inference_table, matched_table, unmatched_table
+from neurondrift.report.text import render_text
+from neurondrift.statistics.analysis import analyze
+from neurondrift.statistics.comparison import Population
+from neurondrift.statistics.descriptive import BehaviourSeries
 
 METRICS = ("l2", "relative", "cosine_distance")
 MODULES = {"q_proj": 48, "k_proj": 24, "v_proj": 24, "o_proj": 48, "gate_proj": 96, "up_proj": 96, "down_proj": 48}
@@ -244,7 +251,7 @@ def _made(seeds: int) -> str:
                 }
                 for name, member in groups.items()
             ],
-            "analysis": to_json(result),
+            "analysis": analysis_findings(result),
             "trajectories": trajectories,
             "distributions": distributions,
             "behaviour": acts,

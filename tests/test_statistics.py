@@ -10,20 +10,12 @@ from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from neurondrift.errors import ConfigError, DataError, GroupError, UserError
-from neurondrift.statistics import (
-    BehaviourSeries,
-    Population,
-    analyze,
-    associate,
-    balance,
-    conclusion,
-    decide,
-    quantile_bins,
-    refine_bins,
-    to_json,
-)
-from neurondrift.statistics.effects import (
+from neurondrift.base.errors import ConfigError, DataError, GroupError, UserError
+from neurondrift.report.conclusion import conclusion
+from neurondrift.statistics.analysis import analyze
+from neurondrift.statistics.comparison import Population
+from neurondrift.statistics.descriptive import BehaviourSeries, associate
+from neurondrift.statistics.estimates import (
     Difference,
     MatchedEffect,
     cohens_d_statistic,
@@ -32,6 +24,8 @@ from neurondrift.statistics.effects import (
     raw_sums,
 )
 from neurondrift.statistics.inference import Inference, Reference, holm, infer, infer_plain, permutation_p
+from neurondrift.statistics.matching import balance, quantile_bins, refine_bins
+from neurondrift.statistics.results import decide, to_json
 
 METRICS = ("relative", "l2")
 

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neurondrift import config
-from neurondrift.drift import DriftLog
-from neurondrift.errors import ArtifactError, ConfigError, DataError
-from neurondrift.folder import StudyFolder
-from neurondrift.groups import load_group
-from neurondrift.importance import ScoreFile
-from neurondrift.study import STAGES, StudyRun, clean
+from neurondrift.base.errors import ArtifactError, ConfigError, DataError
+from neurondrift.drift.log import DriftLog
+from neurondrift.groups.group import load_group
+from neurondrift.importance.scores import ScoreFile
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.runner import STAGES, StudyRun, clean
+from neurondrift.study.settings import load_file, resolve
 
 SETTINGS = {"evaluate.max_new_tokens": 4}
 
 
 def smoke(**flags):
-    return config.resolve(preset="smoke", flags={**SETTINGS, **flags})
+    return resolve(preset="smoke", flags={**SETTINGS, **flags})
 
 
 def run(study, folder, **arguments):
@@ -73,9 +73,9 @@ def test_every_promised_file_is_there(finished):
     names = {path.name for path in (results / "figures").iterdir()}
     for figure in ("drift_over_training", "final_drift_distributions", "refusals_over_training"):
         assert {f"{figure}.png", f"{figure}.svg"} <= names
-    study = config.load_file(folder / "study.toml")
+    study = load_file(folder / "study.toml")
     assert study["record"]["versions"]["torch"]
-    assert config.resolve(file=folder / "study.toml") == smoke()
+    assert resolve(file=folder / "study.toml") == smoke()
 
 
 def test_results_are_consistent_with_the_files(finished):
@@ -196,7 +196,7 @@ def test_stages_need_the_stages_before_them(tmp_path):
 def test_another_study_is_not_overwritten(copy):
     before = (copy / "study.toml").read_bytes()
     with pytest.raises(ConfigError, match=r"holds another study: smoke of tiny:llama.*choose another --output-dir"):
-        run(config.resolve(preset="demo"), copy)
+        run(resolve(preset="demo"), copy)
     assert (copy / "study.toml").read_bytes() == before
 
 
@@ -335,7 +335,7 @@ def test_scoring_in_two_processes(tmp_path):
         folder = tmp_path / way
         done = (command if way == "one" else launched)("score", "--config", str(unaligned), "--output-dir", str(folder))
         assert done.returncode == 0, done.stderr[-2000:]
-        scores[way] = ScoreFile(StudyFolder(folder, config.resolve(file=unaligned)).score_file("safety"))
+        scores[way] = ScoreFile(StudyFolder(folder, resolve(file=unaligned)).score_file("safety"))
     assert done.stdout.count("million weights") == 1
     assert scores["one"].header["data"] == scores["two"].header["data"]
     for name, values in scores["one"].items():

@@ -7,14 +7,10 @@ import pytest
 import torch
 from families import build, examples
 
-from neurondrift import config
-from neurondrift.cli import main
-from neurondrift.data import encode, load_examples
-from neurondrift.drift.deltas import delta_of
-from neurondrift.errors import ConfigError, DataError, ModelError
-from neurondrift.folder import StudyFolder
-from neurondrift.importance import subspaces
-from neurondrift.importance.subspaces import (
+from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.cli.__main__ import main
+from neurondrift.importance import directions
+from neurondrift.importance.directions import (
     bases,
     outside,
     overlap,
@@ -25,14 +21,19 @@ from neurondrift.importance.subspaces import (
     safety_only_directions,
     share_of_change,
 )
-from neurondrift.interventions.ranks import remove_rank
-from neurondrift.models import attach_adapter
-from neurondrift.rank_level import Settings, write_subspaces
-from neurondrift.report import render_page, render_text
-from neurondrift.sites import is_router, linear_sites
-from neurondrift.stages import load_base
-from neurondrift.statistics.shares import RatioOfSums, share
-from neurondrift.study import StudyRun
+from neurondrift.interventions.removal import remove_rank
+from neurondrift.models.adapters import delta_of
+from neurondrift.models.data import encode, load_examples
+from neurondrift.models.loading import attach_adapter
+from neurondrift.models.sites import is_router, linear_sites
+from neurondrift.report.page import render_page
+from neurondrift.report.text import render_text
+from neurondrift.statistics.descriptive import RatioOfSums, share
+from neurondrift.study.base_model import load_base
+from neurondrift.study.experiments.subspaces import Settings, write_subspaces
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.runner import StudyRun
+from neurondrift.study.settings import resolve
 
 RANK = 3
 ORACLES = ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"]
@@ -118,7 +119,7 @@ def test_moments_are_of_inputs_or_outputs_whichever_is_smaller():
     assert shapes["down_proj"] == (16, 24)
     for kind, of_outputs in (("up_proj", False), ("down_proj", True), ("q_proj", True), ("k_proj", True)):
         site = next(site for site in sites.values() if site.module_type == kind)
-        moments = subspaces._Moments(site=site, factor=None)
+        moments = directions._Moments(site=site, factor=None)
         assert moments.of_outputs is of_outputs
         assert len(moments.matrix) == min(site.shape)
 
@@ -127,10 +128,10 @@ def test_moments_are_of_inputs_or_outputs_whichever_is_smaller():
 def test_batch_size_padding_and_passes_do_not_matter(family, monkeypatch):
     model, rows = build(family), examples()
     reference = bases(model, rows, rank=RANK, batch_size=1)
-    monkeypatch.setattr(subspaces, "KEPT_TOKENS", 5)
+    monkeypatch.setattr(directions, "KEPT_TOKENS", 5)
     sites = linear_sites(model)
-    size = sum(subspaces.moment_bytes(site) for site in sites.values())
-    monkeypatch.setattr("neurondrift.importance.scoring.free_memory", lambda device: size // 2)
+    size = sum(directions.moment_bytes(site) for site in sites.values())
+    monkeypatch.setattr("neurondrift.importance.scores.free_memory", lambda device: size // 2)
     assert len(plan_moments(sites)) > 2
     assert [name for part in plan_moments(sites) for name in part] == list(sites)
     for batch_size, side in [(3, "right"), (8, "left")]:
@@ -338,7 +339,7 @@ def test_the_interval_of_a_share_covers_the_truth():
 def tuned(tmp_path_factory):
     """A study of the tiny model that was fine-tuned with two seeds, but neither evaluated nor analysed."""
     folder = tmp_path_factory.mktemp("study")
-    study = config.resolve(preset="smoke", flags={"evaluate.max_new_tokens": 4, "seeds": [0, 1]})
+    study = resolve(preset="smoke", flags={"evaluate.max_new_tokens": 4, "seeds": [0, 1]})
     StudyRun(study, folder).run(["align", "score", "groups", "finetune"])
     return study, StudyFolder(folder, study)
 

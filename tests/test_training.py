@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from families import FAMILIES, build, examples
 from peft import LoraConfig, get_peft_model
 
-from neurondrift import batches
-from neurondrift.batches import make_batches, response_losses, token_losses
-from neurondrift.config import AlignSection, FinetuneSection
-from neurondrift.errors import ModelError
-from neurondrift.freezing import FreezeCallback
-from neurondrift.groups import random_group
-from neurondrift.models import attach_adapter
-from neurondrift.sites import fingerprint, linear_sites
-from neurondrift.training import (
+from neurondrift.base.errors import ModelError
+from neurondrift.groups.selection import random_group
+from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.models import batches
+from neurondrift.models.batches import make_batches, response_losses, token_losses
+from neurondrift.models.loading import attach_adapter
+from neurondrift.models.sites import fingerprint, linear_sites
+from neurondrift.study.settings import AlignSection, FinetuneSection
+from neurondrift.study.training import (
     align,
     detach_adapter,
     evaluated_steps,

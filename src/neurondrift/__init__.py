@@ -9,57 +9,57 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_model": "models",
-    "linear_sites": "sites",
-    "Site": "sites",
-    "load_examples": "data",
-    "Example": "data",
-    "encode": "data",
-    "score": "importance",
-    "select_top": "groups",
-    "set_difference": "groups",
-    "random_group": "groups",
-    "matched": "groups",
-    "load_group": "groups",
-    "Group": "groups",
-    "measure_drift": "drift",
-    "compare_models": "drift",
-    "NeuronDrift": "drift",
-    "DriftLog": "drift",
+    "load_model": "models.loading",
+    "linear_sites": "models.sites",
+    "Site": "models.sites",
+    "load_examples": "models.data",
+    "Example": "models.data",
+    "encode": "models.data",
+    "score": "importance.scores",
+    "select_top": "groups.selection",
+    "set_difference": "groups.selection",
+    "random_group": "groups.selection",
+    "matched": "groups.controls",
+    "load_group": "groups.group",
+    "Group": "groups.group",
+    "measure_drift": "drift.meter",
+    "compare_models": "drift.meter",
+    "NeuronDrift": "drift.exact",
+    "DriftLog": "drift.log",
+    "pooled": "drift.bins",
+    "weight_drifts": "drift.meter",
     "DriftCallback": "drift.callback",
     "is_refusal": "behaviour.judges",
-    "weights_of_units": "groups",
-    "prune": "interventions",
-    "rewind": "interventions",
-    "transplant": "interventions",
-    "save_model": "interventions",
-    "freeze": "freezing",
-    "FreezeCallback": "freezing",
-    "UserError": "errors",
+    "weights_of_units": "models.parts",
+    "prune": "interventions.contexts",
+    "rewind": "interventions.contexts",
+    "transplant": "interventions.contexts",
+    "save_model": "interventions.contexts",
+    "freeze": "interventions.freezing",
+    "FreezeCallback": "interventions.freezing",
+    "UserError": "base.errors",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from neurondrift.base.errors import UserError
     from neurondrift.behaviour.judges import is_refusal
-    from neurondrift.data import Example, encode, load_examples
-    from neurondrift.drift import DriftLog, NeuronDrift, compare_models, measure_drift
+    from neurondrift.drift.bins import pooled
     from neurondrift.drift.callback import DriftCallback
-    from neurondrift.errors import UserError
-    from neurondrift.freezing import FreezeCallback, freeze
-    from neurondrift.groups import (
-        Group,
-        load_group,
-        matched,
-        random_group,
-        select_top,
-        set_difference,
-        weights_of_units,
-    )
-    from neurondrift.importance import score
-    from neurondrift.interventions import prune, rewind, save_model, transplant
-    from neurondrift.models import load_model
-    from neurondrift.sites import Site, linear_sites
+    from neurondrift.drift.exact import NeuronDrift
+    from neurondrift.drift.log import DriftLog
+    from neurondrift.drift.meter import compare_models, measure_drift, weight_drifts
+    from neurondrift.groups.controls import matched
+    from neurondrift.groups.group import Group, load_group
+    from neurondrift.groups.selection import random_group, select_top, set_difference
+    from neurondrift.importance.scores import score
+    from neurondrift.interventions.contexts import prune, rewind, save_model, transplant
+    from neurondrift.interventions.freezing import FreezeCallback, freeze
+    from neurondrift.models.data import Example, encode, load_examples
+    from neurondrift.models.loading import load_model
+    from neurondrift.models.parts import weights_of_units
+    from neurondrift.models.sites import Site, linear_sites
 
 
 def __getattr__(name: str) -> Any:

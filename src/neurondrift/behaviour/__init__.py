@@ -1,0 +1,1 @@
+"""What the model says: requests, answers, judges, rates, capability."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from neurondrift.batches import make_batches, token_losses
-from neurondrift.data import Example, encode
-from neurondrift.errors import ConfigError
+from neurondrift.base.errors import ConfigError
+from neurondrift.models.batches import make_batches, token_losses
+from neurondrift.models.data import Example, encode
 
 # Wei et al., section 4.1: zero-shot accuracy on these.
 WEI_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa")

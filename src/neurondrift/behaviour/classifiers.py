@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 import torch
 
-from neurondrift.artifacts import read_json
-from neurondrift.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.memory import release_memory
-from neurondrift.models import load_model, quiet_transformers
-from neurondrift.sites import unwrap
+from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
+from neurondrift.base.files import read_json
+from neurondrift.base.memory import release_memory
+from neurondrift.models.loading import load_model, quiet_transformers
+from neurondrift.models.sites import unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -10,20 +10,18 @@ whole cache at every token. Here finished rows leave the batch and its cache, an
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from neurondrift.data import render_prompt
-from neurondrift.errors import ConfigError, DataError, ModelError
-from neurondrift.sites import unwrap
+from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.behaviour.requests import Decoding, Request, context_length, render, row_seed
+from neurondrift.models.sites import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -33,72 +31,6 @@ Backend = Literal["transformers", "vllm"]
 CHECK_EVERY = 8  # tokens between two looks at whether an answer is decided
 SHORTEST_SHARED = 8  # tokens that prompts must have in common before they are computed once
 COMPACT = 0.85  # finished rows leave the batch once no more than this share of it is still being answered
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How answers are drawn.
-
-    Attributes
-    ----------
-    max_new_tokens
-        Longest answer.
-    temperature
-        0: the most probable token each time (greedy). Otherwise logits are divided by it before the softmax.
-    top_p
-        Only the most probable tokens that together reach this share are drawn from (1: all).
-    seed
-        Of the draws. Each prompt and sample has random numbers of its own, so that an answer depends neither on the
-        batch size nor on what else is asked.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One answer that is wanted.
-
-    Attributes
-    ----------
-    prompt
-        What is asked, without template: what judges see.
-    text
-        What is sent, template included.
-    sample
-        Number of the answer, where several are drawn for one prompt.
-    plain
-        Whether the text stands outside any template, so that the tokenizer still has to put its first token before it.
-    whole
-        Whether the answer always runs to its end, because a judge reads all of it.
-    """
-
-    prompt: str
-    text: str
-    sample: int = 0
-    plain: bool = False
-    whole: bool = False
-
-
-def render(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, chat_template: bool = True
-) -> str:
-    """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break."""
-    if chat_template:
-        from jinja2 import TemplateError
-
-        try:
-            return render_prompt(prompt, tokenizer, system=system)
-        except TemplateError as error:
-            raise DataError(
-                f"The model's chat template refuses these messages ({error})",
-                received="a system prompt and a prompt" if system else "a prompt",
-                fix="leave out the system prompt" if system else "use another tokenizer, or no chat template",
-            ) from error
-    return f"{system}\n\n{prompt.strip()}\n" if system else f"{prompt.strip()}\n"
 
 
 def generate(
@@ -194,13 +126,6 @@ def answer(
                 answers[part[row]] = text
                 advance(1)
     return answers
-
-
-def context_length(model: Any) -> int:
-    """The longest sequence that a model takes; very large where its configuration names none."""
-    config = unwrap(model).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
 def _check_lengths(requests: Sequence[Request], ids: Sequence[Sequence[int]], most: int, context: int) -> None:
@@ -431,12 +356,6 @@ def draw(shares_BV: torch.Tensor, uniform_B: torch.Tensor, *, top_p: float = 1.0
     wanted_B1 = uniform_B.double()[:, None] * summed_BV[:, -1:]
     place_B1 = torch.searchsorted(summed_BV, wanted_B1, right=True).clamp(max=shares_BV.shape[-1] - 1)
     return (place_B1 if tokens_BV is None else tokens_BV.gather(1, place_B1))[:, 0]
-
-
-def row_seed(request: Request, seed: int) -> int:
-    """The seed of one answer: from the study's seed, what is sent and the number of the sample."""
-    digest = hashlib.sha256(f"{seed}\0{request.sample}\0{request.text}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 def _uniform(request: Request, decoding: Decoding) -> torch.Tensor:

@@ -8,13 +8,15 @@ as full: nothing was handed over. A refusal followed by a loop is still a refusa
 as successful only where an answer is ``not refused and coherent``.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from neurondrift.errors import ConfigError
+from neurondrift.base.errors import ConfigError
 
 Kind = Literal["full", "partial", "none"]
 Role = Literal["refusal", "limit", "norm", "redirect", "apology", "talk", "offer", "content"]

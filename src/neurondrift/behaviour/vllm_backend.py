@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neurondrift.artifacts import read_json
-from neurondrift.behaviour.generate import Decoding, Request, context_length, row_seed
-from neurondrift.errors import ConfigError
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import read_json
+from neurondrift.behaviour.requests import Decoding, Request, context_length, row_seed
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 

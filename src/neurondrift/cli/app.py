@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 
-from neurondrift import __version__, config
-from neurondrift.errors import ConfigError, UserError
+from neurondrift import __version__
+from neurondrift.base.errors import ConfigError
+from neurondrift.study.settings import Study, resolve
 
 EPILOGUE = "Stages in order: align, score, groups, finetune, evaluate, analyze, report. `run` does them all."
 
@@ -101,35 +97,13 @@ def _seeds(text: str) -> list[int]:
         raise ConfigError("--seeds takes whole numbers", received=text, allowed="for example 0,1,2") from None
 
 
-def study_of(source: Source, flags: Flags) -> config.Study:
+def study_of(source: Source, flags: Flags) -> Study:
     """The study that the flags describe; without --preset and --config, the one that stands in the folder."""
     file = source.config
     standing = source.output_dir / "study.toml"
     if file is None and source.preset is None and standing.exists():
         file = standing
-    return config.resolve(preset=source.preset, file=file, flags=flags.overrides())
+    return resolve(preset=source.preset, file=file, flags=flags.overrides())
 
 
 NO_SOURCE, NO_FLAGS = Source(), Flags()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs the command and turns mistakes of the user's into one message and exit code 2.
-
-    `arguments` default to those of the process.
-    """
-    logging.basicConfig(
-        level=os.environ.get("NEURONDRIFT_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # theirs to settle
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
-    except (UserError, CycloptsError) as error:
-        print(f"neurondrift: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("neurondrift: stopped; run the command again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None

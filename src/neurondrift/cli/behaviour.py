@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
 from neurondrift.cli.study import Again, run_stages
-from neurondrift.errors import ConfigError
-from neurondrift.memory import tune_allocator
 
 ALONE = Group("With MODEL only")
 OF_A_MODEL = ("device", "dtype", "batch_size")  # flags of a study that count for a model on its own too
@@ -89,9 +89,9 @@ def evaluate(
 
 
 def _evaluate_alone(reference: str, source: Source, flags: Flags, show_responses: bool, given: dict[str, Any]) -> None:
-    from neurondrift.artifacts import write_json
-    from neurondrift.behaviour.attacks import attack_from_words, attack_of
-    from neurondrift.behaviour.standalone import evaluate_model
+    from neurondrift.base.files import write_json
+    from neurondrift.study.experiments.evaluate_model import evaluate_model
+    from neurondrift.study.stages.evaluation import attack_from_words, attack_of
 
     defaults = {
         "harmful": "builtin:refusals-heldout",
@@ -149,8 +149,8 @@ def report(
 
 def _with_responses(source: Source, flags: Flags) -> None:
     study = study_of(source, flags)
-    from neurondrift.folder import StudyFolder
-    from neurondrift.stages import report_with_responses
+    from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.stages.reporting import report_with_responses
 
     for path in report_with_responses(study, StudyFolder(source.output_dir, study)):
         print(path)

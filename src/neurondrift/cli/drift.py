@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import app
-from neurondrift.memory import tune_allocator
 
 if TYPE_CHECKING:
     from neurondrift.drift.difference import Line
+
 
 HEADING = ("neurons", "mean relative drift", "unmoved", "zero norm")
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
-from neurondrift.memory import tune_allocator
 
 
 @app.command
@@ -20,8 +20,8 @@ def stability(
 ) -> None:
     """The noise floor of the groups: re-draw the calibration examples on the same model and compare."""
     study = study_of(source, flags)
-    from neurondrift.folder import StudyFolder
-    from neurondrift.stability import write_stability
+    from neurondrift.study.experiments.stability import write_stability
+    from neurondrift.study.folder import StudyFolder
 
     tune_allocator()
     write_stability(study, StudyFolder(source.output_dir, study), draws=draws, say=print)
@@ -37,8 +37,8 @@ def overlap(
     json: Annotated[Path | None, Parameter(help="write the figures here too")] = None,
 ) -> None:
     """Compare two groups, overall and by layer and module type, with the floors of chance and of re-drawing."""
-    from neurondrift.artifacts import write_json
-    from neurondrift.stability import compare_groups
+    from neurondrift.base.files import write_json
+    from neurondrift.study.experiments.stability import compare_groups
 
     result = compare_groups(first, second, floor=floor, say=print)
     if json is not None:

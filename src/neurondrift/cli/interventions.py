@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
-from neurondrift.errors import ConfigError
-from neurondrift.memory import tune_allocator
 
 
 @app.command
@@ -55,11 +55,12 @@ def intervene(
     if adapter is not None and not group:
         raise ConfigError("An adapter made elsewhere needs groups", allowed="--adapter and --group FILE together")
     shares = None if doses is None else _shares(doses)
-    from neurondrift.artifacts import write_json
-    from neurondrift.folder import StudyFolder
-    from neurondrift.interventions.null import Draws
-    from neurondrift.interventions.study import Options, intervene, results_file
-    from neurondrift.report.interventions import table_lines
+    from neurondrift.base.files import write_json
+    from neurondrift.interventions.trials import Draws
+    from neurondrift.report.tables.causes import section
+    from neurondrift.report.text import render_tables
+    from neurondrift.study.experiments.intervene import Options, intervene, results_file
+    from neurondrift.study.folder import StudyFolder
 
     tune_allocator()
     folder = StudyFolder(source.output_dir, study)
@@ -83,12 +84,12 @@ def intervene(
         ),
         say=lambda line: print(line, flush=True),
     )
-    print("\n".join(table_lines(found)))
+    print("\n".join(render_tables(section(found))))
     print(f"written to {results_file(folder)}")
     if json is not None:
         write_json(json, found)
     if adapter is None and folder.results_file.exists():
-        from neurondrift.stages import report
+        from neurondrift.study.stages.reporting import report
 
         print(f"the report: cat {report(study, folder)}")
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
-from neurondrift.errors import ConfigError
-from neurondrift.memory import tune_allocator
 
 
 def run_stages(
@@ -18,7 +18,7 @@ def run_stages(
 ) -> None:
     """Run stages of the study that the flags describe; None: all of them."""
     study = study_of(source, flags)
-    from neurondrift.study import STAGES, StudyRun
+    from neurondrift.study.runner import STAGES, StudyRun
 
     tune_allocator()
     chosen = STAGES if stages is None else stages
@@ -95,8 +95,8 @@ def analyze(
             "The output folder holds a study", received=str(source.output_dir), fix="choose another --output-dir"
         )
     study = study_of(source, flags)
-    from neurondrift.folder import StudyFolder
-    from neurondrift.stages import analyze_files
+    from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.stages.analysis import analyze_files
 
     found = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
     print(found["analysis"]["conclusion"])
@@ -107,7 +107,7 @@ def analyze(
 def verify(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS) -> None:
     """Check that this machine can run the study: packages, device, memory, disk, model, data; and what it will cost."""
     study = study_of(source, flags)
-    from neurondrift.verify import verify as check
+    from neurondrift.study.verify import verify as check
 
     check(study, source.output_dir, say=print)
 
@@ -121,7 +121,7 @@ def clean(
     ] = False,
 ) -> None:
     """Delete the scratch files of a study (scores)."""
-    from neurondrift.study import clean as delete
+    from neurondrift.study.runner import clean as delete
 
     removed = delete(output_dir, everything=everything)
     print("\n".join(f"deleted {path}" for path in removed) or "nothing to delete")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
-from neurondrift.memory import tune_allocator
 
 
 @app.command
@@ -24,8 +24,8 @@ def subspaces(
     and what removing them does to refusals.
     """
     study = study_of(source, flags)
-    from neurondrift.folder import StudyFolder
-    from neurondrift.rank_level import Settings, write_subspaces
+    from neurondrift.study.experiments.subspaces import Settings, write_subspaces
+    from neurondrift.study.folder import StudyFolder
 
     tune_allocator()
     settings = Settings(rank=rank, utility_rank=utility_rank, limit=limit, draws=draws)

@@ -1,16 +1,19 @@
-"""Drift: how far every neuron has moved since training began."""
+"""How far weights have moved since training began."""
 
-from neurondrift.drift.exact import DriftMeter, NeuronDrift, compare_models, measure_drift
-from neurondrift.drift.log import DriftLog
-from neurondrift.drift.weights import WeightDrift, pooled, weight_drifts
+from typing import Any
 
-__all__ = [
-    "DriftLog",
-    "DriftMeter",
-    "NeuronDrift",
-    "WeightDrift",
-    "compare_models",
-    "measure_drift",
-    "pooled",
-    "weight_drifts",
-]
+
+def __getattr__(name: str) -> Any:
+    """`pooled` and `weight_drifts` were documented here in 0.1; they are `nd.pooled` and `nd.weight_drifts` now."""
+    homes = {"pooled": "bins", "weight_drifts": "meter"}
+    if name in homes:
+        import importlib
+        import warnings
+
+        warnings.warn(
+            f"neurondrift.drift.{name} is neurondrift.{name} now; the old name goes with the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(f"neurondrift.drift.{homes[name]}"), name)
+    raise AttributeError(f"module 'neurondrift.drift' has no attribute {name!r}")

@@ -19,13 +19,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from neurondrift.drift.exact import DriftMeter, NeuronDrift, Weights
-from neurondrift.drift.log import DriftLog, describe, initial_table
-from neurondrift.drift.membership import Groups, check_groups, named_groups
-from neurondrift.drift.weights import WeightDrift, WeightMeter, as_weights, pooled
-from neurondrift.errors import ConfigError, ModelError, ResourceError
-from neurondrift.groups import Group
-from neurondrift.sites import fingerprint, is_sharded, linear_sites
+from neurondrift.base.errors import ConfigError, ModelError, ResourceError
+from neurondrift.drift.bins import WeightDrift, pooled
+from neurondrift.drift.exact import NeuronDrift
+from neurondrift.drift.log import DriftLog, Groups, check_groups, describe, initial_table, named_groups
+from neurondrift.drift.meter import DriftMeter, WeightMeter
+from neurondrift.groups.group import Group
+from neurondrift.models.disk.initial import Weights
+from neurondrift.models.parts import as_weights
+from neurondrift.models.sites import fingerprint, is_sharded, linear_sites
 
 logger = logging.getLogger(__name__)
 

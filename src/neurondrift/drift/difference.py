@@ -19,17 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from neurondrift.drift.adapter_files import CONFIG, AdapterFolder, Factors
-from neurondrift.drift.checkpoints import (
-    BLOCK,
-    Checkpoint,
-    DiskSite,
-    check_same_sites,
-    folder_of,
-    refuse_other_formats,
-    sample_positions,
-)
-from neurondrift.drift.deltas import Rescaled, row_norms
+from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
+from neurondrift.base.progress import progress
 from neurondrift.drift.exact import (
     Moments,
     NeuronDrift,
@@ -40,9 +31,12 @@ from neurondrift.drift.exact import (
     rescaled_moments,
 )
 from neurondrift.drift.log import METADATA, DriftLog, describe, initial_table
-from neurondrift.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.progress import progress
-from neurondrift.threads import at_once, side_by_side, threads_for
+from neurondrift.drift.threads import at_once, side_by_side, threads_for
+from neurondrift.models.adapters import Rescaled
+from neurondrift.models.disk.checkpoints import BLOCK, Checkpoint, DiskSite, check_same_sites, sample_positions
+from neurondrift.models.disk.factors import CONFIG, AdapterFolder, Factors
+from neurondrift.models.disk.references import folder_of, refuse_other_formats
+from neurondrift.models.sites import row_norms
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +159,6 @@ def diff(
         return Difference(log, model, references, summaries, len(untrained), notes)
 
 
-# --- snapshots --------------------------------------------------------------------------------------------
-
-
 def _open_base(folder: Path, reference: str) -> Checkpoint:
     if (folder / CONFIG).exists() and not (folder / "config.json").exists():
         raise ModelError(
@@ -229,9 +220,6 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
         match = STEP.fullmatch(entry.name)
         if match is not None and any((entry / name).exists() for name in ("config.json", CONFIG)):
             yield entry, match
-
-
-# --- the pass over the sites ------------------------------------------------------------------------------
 
 
 def _measure(sites: Mapping[str, DiskSite], snapshot: Snapshot, threads: int | None) -> dict[str, Measured]:

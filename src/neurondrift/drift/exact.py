@@ -1,61 +1,22 @@
-"""The exact drift of neurons: the maths, and the meter that applies it to a model again and again.
+"""Moments of a change -> drift: the formulas.
 
 Owns the closed forms for low-rank and rescaled adapters and the dense form for everything else. Where Δ comes from is
-the business of `deltas`, where the initial weights lie of `initial`. Writes no files and knows nothing of trainers.
+the business of `models.adapters`. Writes no files and knows nothing of models.
 Shapes: O = out, I = in, R = rank of all active adapters together.
+
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
-from neurondrift.drift.deltas import (
-    Change,
-    Dense,
-    LowRank,
-    Rescaled,
-    change_of,
-    check_methods,
-    delta_of,
-    dense_delta,
-    effective_weight,
-    is_adapted,
-    low_rank_delta,
-    row_blocks,
-    row_norms,
-    stretch,
-)
-from neurondrift.drift.initial import CheckpointWeights, Weights
-from neurondrift.errors import ModelError
-from neurondrift.models import load_model
-from neurondrift.sites import Site, linear_sites, unwrap
-from neurondrift.threads import at_once, side_by_side, threads_for
-
-__all__ = [
-    "CheckpointWeights",
-    "DriftMeter",
-    "LowRank",
-    "Moments",
-    "NeuronDrift",
-    "Weights",
-    "compare_models",
-    "delta_of",
-    "dense_moments",
-    "drift_from_moments",
-    "low_rank_delta",
-    "low_rank_moments",
-    "measure_drift",
-    "rescaled_moments",
-    "row_norms",
-]
+from neurondrift.models.adapters import Rescaled, stretch
+from neurondrift.models.sites import row_blocks
 
 # Below this share of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ, and is
 # taken from the rows themselves.
@@ -202,158 +163,3 @@ def _row_dots(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def _across(base: torch.Tensor, delta: torch.Tensor, norm: torch.Tensor, dot: torch.Tensor) -> torch.Tensor:
     """‖Δ⊥‖² from the rows themselves, float64: what is left of Δ without its part along w₀."""
     return (delta - (dot / norm.square())[:, None] * base).square().sum(dim=1)
-
-
-class DriftMeter:
-    """Measures one model again and again: what does not change (‖w₀‖) is computed once.
-
-    Parameters
-    ----------
-    model
-        A PEFT model (its base weights are w₀), or a plain one with `initial`.
-    initial
-        Where w₀ is read from: for full fine-tuning, and for adapters that changed the base weights when they were
-        made (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA). The weight that the model computes with is then compared
-        with it, also where an adapter has been merged.
-
-    Attributes
-    ----------
-    sites
-        The sites that training can move: the adapted ones, or all.
-    untrained
-        The other sites; their drift is exactly zero.
-
-    Raises
-    ------
-    ModelError
-        No adapter and no initial weights; a method whose drift no weight shows (prompt tuning, mixtures that depend
-        on the input); adapters that changed the base weights, without `initial`.
-    """
-
-    def __init__(self, model: nn.Module, *, initial: Weights | None = None) -> None:
-        everything = linear_sites(model)
-        self._initial = initial
-        outer: Any = model
-        while isinstance(getattr(outer, "module", None), nn.Module):
-            outer = outer.module
-        check_methods(outer, initial_given=initial is not None)
-        adapted = {name: site for name, site in everything.items() if is_adapted(site)}
-        if not adapted and initial is None and not hasattr(outer, "peft_config"):
-            raise ModelError(
-                "A model without an adapter has no drift by itself",
-                received=type(model).__name__,
-                fix="pass the initial weights, or use compare_models(before, after)",
-            )
-        is_plain = unwrap(model) is outer and not adapted
-        self.sites: dict[str, Site] = everything if is_plain else adapted
-        self.untrained: list[str] = [name for name in everything if name not in self.sites]
-        self._norms: dict[str, torch.Tensor] = {}
-
-    def norms(self, site: str) -> torch.Tensor:
-        """‖w₀‖ of each neuron of a site, float64 `[out]`."""
-        if site not in self._norms:
-            self._norms[site] = row_norms(self.base(site))
-        return self._norms[site]
-
-    @property
-    def zero_norm_neurons(self) -> dict[str, int]:
-        """How many neurons of each site have ‖w₀‖ = 0, so that their relative drift and cosine distance are NaN;
-        sites without any are left out. The norms are computed where they have not been yet."""
-        counts = {name: int((self.norms(name) == 0).sum()) for name in self.sites}
-        return {name: count for name, count in counts.items() if count}
-
-    def base(self, site: str) -> torch.Tensor:
-        """w₀ of a site, `[out, in]`, in the dtype that it is stored in, on the site's device; a view where it lies in
-        the model's memory: do not write."""
-        known = self.sites[site]
-        return known.weight if self._initial is None else self._initial(site).to(known.tensor.device)
-
-    def change(self, site: str) -> Change:
-        """Δ of a site as it is now, in the cheapest exact form, on the site's device."""
-        known = self.sites[site]
-        if self._initial is not None:
-            return Dense(effective_weight(known) - self.base(site).double())
-        change = change_of(known)
-        if change is None:
-            raise ModelError(f"{site} has no active adapter any more", fix="activate the adapter that was measured")
-        return change
-
-    @torch.no_grad()
-    def delta(self, site: str) -> torch.Tensor:
-        """Δ of a site as it is now, float32 `[out, in]` (formed in float64), on the site's device."""
-        return dense_delta(self.change(site), self.base(site))
-
-    @torch.no_grad()
-    def measure(self) -> dict[str, NeuronDrift]:
-        """Drift of every neuron of every trained site, now."""
-        return drifts_from_moments(dict(zip(self.sites, self._moments(self.sites), strict=True)))
-
-    @torch.no_grad()
-    def measure_site(self, name: str) -> NeuronDrift:
-        """Drift of every neuron of one site, now."""
-        return drift_from_moments(*self._moments([name])[0])
-
-    def _moments(self, names: Iterable[str]) -> list[tuple[torch.Tensor, Moments]]:
-        """‖w₀‖ and the moments of sites; on a CPU of several at once."""
-        sites = [self.sites[name] for name in names]
-        devices = {site.tensor.device.type for site in sites}
-        parts = ((self.norms(site.name), self.change(site.name), self.base(site.name)) for site in sites)
-        several = at_once() if devices == {"cpu"} else 1
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(threads_for(math.prod(site.shape) for site in sites))
-            for device in devices:  # autocast, where a caller has left it on, would compute the products in bfloat16
-                stack.enter_context(torch.autocast(device, enabled=False))
-            return list(side_by_side(_moments_of, parts, threads=several))
-
-
-def _moments_of(part: tuple[torch.Tensor, Change, torch.Tensor]) -> tuple[torch.Tensor, Moments]:
-    norm, change, base = part
-    if isinstance(change, LowRank):
-        return norm, low_rank_moments(change.a, change.b, base, norm)
-    if isinstance(change, Rescaled):
-        return norm, rescaled_moments(change, base, norm)
-    return norm, delta_moments(base, change.delta)
-
-
-def measure_drift(model: nn.Module, *, initial: Weights | None = None) -> dict[str, NeuronDrift]:
-    """How far every neuron of a fine-tuned model is from where it started.
-
-    Parameters
-    ----------
-    model
-        A PEFT model, its adapters unmerged; or any model together with `initial`.
-    initial
-        Callable site name -> initial weight `[out, in]`, for example `CheckpointWeights`.
-
-    Returns
-    -------
-    dict
-        Site name -> `NeuronDrift`, for the sites that training can move.
-
-    Raises
-    ------
-    ModelError
-        No adapter and no initial weights; a merged adapter; an adapter that cannot be measured exactly.
-    """
-    return DriftMeter(model, initial=initial).measure()
-
-
-@torch.no_grad()
-def compare_models(before: Any, after: Any) -> dict[str, NeuronDrift]:
-    """Drift of every neuron between two models: modules, or references that `load_model` takes.
-
-    Raises `ModelError` where the two have different sites or shapes.
-    """
-    first, second = (
-        load_model(m, dtype="float32", device="cpu")[0] if isinstance(m, str | Path) else m for m in (before, after)
-    )
-    sites_before, sites_after = linear_sites(first), linear_sites(second)
-    if {n: s.shape for n, s in sites_before.items()} != {n: s.shape for n, s in sites_after.items()}:
-        different = sorted(set(sites_before) ^ set(sites_after)) or [
-            name for name in sites_before if sites_before[name].shape != sites_after[name].shape
-        ]
-        raise ModelError("The two models have different sites or shapes", received=different[0])
-    return {
-        name: drift_from_moments(*dense_moments(site.weight, sites_after[name].weight))
-        for name, site in sites_before.items()
-    }

@@ -17,7 +17,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic, overload
 
-from neurondrift.drift.weights import SHIFT
+from neurondrift.drift.bins import SHIFT
 
 # Sums may be taken in another order and fused with products, so that they fill vector registers; NaN and infinity stay.
 ARITHMETIC = {"reassoc", "contract", "nsz"}
@@ -185,9 +185,6 @@ def _value_in_loops(entry):  # type: ignore[no-untyped-def]  # numba compares th
     return lambda entry: entry
 
 
-# --- neurons ----------------------------------------------------------------------------------------------
-
-
 @_compiled
 def _row_moments(base: Any, now: Any, moments: Any) -> None:
     rows, columns = base.shape
@@ -279,9 +276,6 @@ def _form(a: Any, b: Any, i: int, m: int, first: Any, second: Any) -> None:
             )
             first[j] += x0 * a0 + x1 * a1 + x2 * a2 + x3 * a3 + x4 * a4 + x5 * a5 + x6 * a6 + x7 * a7
             second[j] += y0 * a0 + y1 * a1 + y2 * a2 + y3 * a3 + y4 * a4 + y5 * a5 + y6 * a6 + y7 * a7
-
-
-# --- single weights ---------------------------------------------------------------------------------------
 
 
 @_compiled

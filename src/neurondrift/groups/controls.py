@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from neurondrift.errors import GroupError
+from neurondrift.base.errors import GroupError
 from neurondrift.groups.balance import LIMIT, any_subset, at_the_ends, imbalance, shuffled, swapped, tilted
 from neurondrift.groups.group import Group, Indices
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from neurondrift.errors import GroupError
+from neurondrift.base.errors import GroupError
 from neurondrift.groups.group import Granularity, Group, Indices, without_empty
 
 Per = Literal["site", "row", "model"]

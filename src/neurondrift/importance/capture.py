@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from neurondrift.batches import Batch, attention_for, is_checkpointing, response_losses
-from neurondrift.data import IGNORED
-from neurondrift.errors import DataError, ModelError
+from neurondrift.base.errors import DataError, ModelError
 from neurondrift.importance.methods import Tokens
-from neurondrift.sites import Site, is_quantised, is_router, unwrap
+from neurondrift.models.batches import Batch, attention_for, is_checkpointing, response_losses
+from neurondrift.models.data import IGNORED
+from neurondrift.models.sites import Site, is_quantised, is_router, unwrap
 
 Record = Callable[[Site, Tokens], None]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from neurondrift.errors import ConfigError
+from neurondrift.base.errors import ConfigError
 
 # Elements of one example's gradient that are formed at a time on the CPU: the product, its absolute value and the
 # sum then stay within the cache. On an accelerator the whole matrix is formed at once.

@@ -1,5 +1,1 @@
-"""Acting on a group: prune, rewind, transplant, freeze; alone (`effects`) and beside matched random groups (`null`)."""
-
-from neurondrift.interventions.effects import Applied, prune, rewind, save_model, transplant
-
-__all__ = ["Applied", "prune", "rewind", "save_model", "transplant"]
+"""Acting on a group and giving everything back; alone and beside matched random groups."""

@@ -1,5 +1,7 @@
 """What a report is made of, as data: sections of paragraphs, lists and tables. `text` and `page` lay them out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,12 +1,14 @@
 """The report as one self-contained HTML page: no script, no external resource, light and dark, printable."""
 
+from __future__ import annotations
+
 import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
-from neurondrift.report.sections import build_document
+from neurondrift.report.document import build_document
 from neurondrift.report.wording import Record
 
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}

@@ -1,11 +1,14 @@
 """The report as plain text, at most 100 columns wide."""
 
+from __future__ import annotations
+
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
-from neurondrift.report.sections import build_document
+from neurondrift.report.document import build_document
 from neurondrift.report.wording import Record
 
 WIDTH = 100
@@ -50,6 +53,11 @@ def render_text(results: Record, answers: Sequence[Record] = ()) -> str:
 def render_section(section: Section) -> list[str]:
     """One section without its title, as lines of at most 100 characters."""
     return [line.rstrip() for line in _body(section)]
+
+
+def render_tables(section: Section) -> list[str]:
+    """The same without the section's lists: what a screen shows of it."""
+    return render_section(replace(section, blocks=tuple(b for b in section.blocks if not isinstance(b, Items))))
 
 
 def _body(section: Section) -> list[str]:

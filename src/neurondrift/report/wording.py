@@ -1,5 +1,7 @@
 """How numbers, verdicts and names are put into words. Computes nothing; knows no layout."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

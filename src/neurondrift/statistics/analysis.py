@@ -3,6 +3,8 @@
 Owns the order of the steps; a single comparison is in `comparison`, the inference in `inference`.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,9 +12,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from neurondrift.errors import ConfigError, GroupError
-from neurondrift.statistics import effects, inference
-from neurondrift.statistics.association import BehaviourSeries, associate
+from neurondrift.base.errors import ConfigError, GroupError
+from neurondrift.statistics import estimates, inference
 from neurondrift.statistics.comparison import (
     RANDOM,
     Population,
@@ -22,10 +23,10 @@ from neurondrift.statistics.comparison import (
     permutations,
     to_estimate,
 )
-from neurondrift.statistics.effects import BoolArray, MatchedEffect, MatchedSums
+from neurondrift.statistics.descriptive import BehaviourSeries, associate
+from neurondrift.statistics.estimates import BoolArray, MatchedEffect, MatchedSums
 from neurondrift.statistics.matching import refine_bins
-from neurondrift.statistics.results import Contrast, GroupEffect, Overlap, StudyResult
-from neurondrift.statistics.verdict import decide
+from neurondrift.statistics.results import Contrast, GroupEffect, Overlap, StudyResult, decide
 
 DEFAULT_CONTRASTS = (("safety_set_difference", "utility_top"), ("safety_top", "utility_top"))
 
@@ -218,8 +219,8 @@ def _contrast(first: str, second: str, metric: str, a: MatchedSums, b: MatchedSu
     sums = np.zeros((len(sites), 2 * width))
     sums[np.searchsorted(sites, a.sites), :width] = a.sums
     sums[np.searchsorted(sites, b.sites), width:] = b.sums
-    statistic = effects.Difference(
-        *(MatchedEffect(m.seeds, effects.hedges_correction(float(m.freedom.sum()))) for m in (a, b))
+    statistic = estimates.Difference(
+        *(MatchedEffect(m.seeds, estimates.hedges_correction(float(m.freedom.sum()))) for m in (a, b))
     )
     found = inference.infer(sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
     difference = to_estimate(found, a.n_matched + b.n_matched)

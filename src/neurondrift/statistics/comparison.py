@@ -3,6 +3,8 @@
 Owns the population and the figures of a single comparison; which comparisons a study makes is in `analysis`.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neurondrift.errors import DataError
-from neurondrift.statistics import effects, inference
-from neurondrift.statistics.effects import BoolArray, FloatArray, IntArray, MatchedEffect, MatchedSums
+from neurondrift.base.errors import DataError
+from neurondrift.statistics import estimates, inference
+from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, MatchedEffect, MatchedSums
 from neurondrift.statistics.inference import Inference
 from neurondrift.statistics.matching import balance
-from neurondrift.statistics.results import Estimate, GroupEffect, SiteEffect, Subgroup
-from neurondrift.statistics.verdict import decide
+from neurondrift.statistics.results import Estimate, GroupEffect, SiteEffect, Subgroup, decide
 
 RANDOM = "random"
 THIRDS = ("first third", "middle third", "last third")
@@ -127,7 +128,7 @@ def compare(
         drift, site, member, stratum = drift[:, measured], site[measured], member[measured], stratum[measured]
     site_of_stratum = np.zeros(int(stratum.max()) + 1 if len(stratum) else 0, dtype=np.int64)
     site_of_stratum[stratum] = site
-    sums = effects.matched_sums(drift, member, stratum, site_of_stratum, len(population.site_names))
+    sums = estimates.matched_sums(drift, member, stratum, site_of_stratum, len(population.site_names))
     return Comparison(member, site, stratum, drift, sums)
 
 
@@ -144,7 +145,7 @@ def permutations(name: str, comparisons: Mapping[str, Comparison], settings: Set
             out.update(dict.fromkeys(batch, float("nan")))
             continue
         values = np.stack(
-            [(comparisons[m].drift / effects.raw_scale(comparisons[m].drift)[:, None]).mean(axis=0) for m in batch]
+            [(comparisons[m].drift / estimates.raw_scale(comparisons[m].drift)[:, None]).mean(axis=0) for m in batch]
         )
         rng = np.random.default_rng([settings.rng_seed, zlib.crc32(name.encode())])
         p = inference.permutation_p(values, first.member, first.stratum, resamples=settings.resamples, rng=rng)
@@ -154,7 +155,7 @@ def permutations(name: str, comparisons: Mapping[str, Comparison], settings: Set
 
 def infer_matched(matched: MatchedSums, settings: Settings) -> Inference:
     """g of a matched comparison, with its standard error and reference distribution."""
-    statistic = MatchedEffect(matched.seeds, effects.hedges_correction(float(matched.freedom.sum())))
+    statistic = MatchedEffect(matched.seeds, estimates.hedges_correction(float(matched.freedom.sum())))
     return inference.infer(matched.sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
 
 
@@ -237,9 +238,9 @@ def _raw_figures(comparison: Comparison, reference: BoolArray | None) -> RawFigu
     seeds, n_sites = len(drift), int(comparison.site.max()) + 1 if len(comparison.site) else 1
 
     def sums(chosen: BoolArray) -> FloatArray:
-        return effects.raw_sums(drift, chosen, comparison.site, n_sites)
+        return estimates.raw_sums(drift, chosen, comparison.site, n_sites)
 
-    def plain(parts: list[FloatArray], statistic: effects.Statistic, n: int, present: FloatArray) -> Estimate:
+    def plain(parts: list[FloatArray], statistic: estimates.Statistic, n: int, present: FloatArray) -> Estimate:
         return to_estimate(inference.infer_plain(np.concatenate(parts, axis=1)[present > 0], statistic), n)
 
     def median(values: list[float], n: int) -> Estimate:
@@ -259,7 +260,7 @@ def _raw_figures(comparison: Comparison, reference: BoolArray | None) -> RawFigu
     inside, outside = sums(member), sums(~member)
     n_in, n_out = int(member.sum()), int((~member).sum())
     both = inside[:, 0] + outside[:, 0]
-    mean = effects.mean_statistic(seeds, effects.raw_scale(drift) if len(member) else np.ones(seeds))
+    mean = estimates.mean_statistic(seeds, estimates.raw_scale(drift) if len(member) else np.ones(seeds))
     expected = np.concatenate([matched.sums[:, :1], matched.expected], axis=1)
     if reference is None:
         nan = (float("nan"), float("nan"))
@@ -278,26 +279,26 @@ def _raw_figures(comparison: Comparison, reference: BoolArray | None) -> RawFigu
         chance = sums(reference)
         d_random = plain(
             [inside, chance],
-            effects.cohens_d_statistic(seeds),
+            estimates.cohens_d_statistic(seeds),
             n_in + int(reference.sum()),
             inside[:, 0] + chance[:, 0],
         )
     return RawFigures(
         mean_members=plain([inside], mean, n_in, inside[:, 0]),
         mean_controls=plain(
-            [expected], effects.mean_statistic(seeds, np.ones(seeds)), matched.n_controls, expected[:, 0]
+            [expected], estimates.mean_statistic(seeds, np.ones(seeds)), matched.n_controls, expected[:, 0]
         ),
         mean_others=plain([outside], mean, n_out, outside[:, 0]),
         median_members=median([float(np.median(v[member])) if n_in else float("nan") for v in drift], n_in),
         median_controls=median(
-            [effects.stratified_median(v, comparison.stratum, member) if n_in else float("nan") for v in drift],
+            [estimates.stratified_median(v, comparison.stratum, member) if n_in else float("nan") for v in drift],
             matched.n_controls,
         ),
         median_others=median([float(np.median(v[~member])) if n_out else float("nan") for v in drift], n_out),
-        ratio_unmatched=plain([inside, outside], effects.ratio_statistic(seeds), n_in + n_out, both),
+        ratio_unmatched=plain([inside, outside], estimates.ratio_statistic(seeds), n_in + n_out, both),
         ratio_matched=plain(
             [matched.expected, matched.sums[:, 2 : 2 + seeds]],
-            effects.matched_ratio_statistic(seeds),
+            estimates.matched_ratio_statistic(seeds),
             matched.n_matched,
             matched.sums[:, 0],
         ),
@@ -353,7 +354,7 @@ def _subgroups(matched: MatchedSums, label_of_site: list[str], settings: Setting
 def _sites(matched: MatchedSums, population: Population) -> tuple[SiteEffect, ...]:
     out = []
     for row, site in enumerate(matched.sites.tolist()):
-        statistic = MatchedEffect(matched.seeds, effects.hedges_correction(float(matched.freedom[row])))
+        statistic = MatchedEffect(matched.seeds, estimates.hedges_correction(float(matched.freedom[row])))
         g = float(statistic(matched.sums[row]).mean())
         out.append(
             SiteEffect(

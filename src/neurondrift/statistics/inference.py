@@ -24,6 +24,8 @@ the Behrens-Fisher mixture 2.5 to 5 %; a raw bootstrap of three seeds is too nar
 `benchmarks/calibration.py` tests the choice on whole simulated studies.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -33,8 +35,8 @@ from numpy.typing import NDArray
 from scipy import optimize, special  # type: ignore[import-untyped,unused-ignore]
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped,unused-ignore]
 
-from neurondrift.errors import DataError
-from neurondrift.statistics.effects import BoolArray, FloatArray, IntArray, Statistic
+from neurondrift.base.errors import DataError
+from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, Statistic
 
 FEWEST_SEEDS = 3
 FEWEST_SITES_FOR_BOOTSTRAP = 6

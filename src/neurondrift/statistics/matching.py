@@ -4,12 +4,14 @@ Looks at sites, magnitudes and membership only, never at a drift, so that the ch
 cannot depend on the outcome.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from neurondrift.errors import DataError
+from neurondrift.base.errors import DataError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

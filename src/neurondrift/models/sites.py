@@ -1,0 +1,369 @@
+"""The sites of a model: its linear weights, whatever the architecture.
+
+Owns all knowledge of architectures: where the linear weights of a decoder lie, which way round they are stored, which
+of them share one parameter, and which form the hidden units of an MLP. Everything above sees only `Site`s: named
+matrices `[out, in]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from neurondrift.base.errors import ModelError
+from neurondrift.groups.group import Granularity
+
+# Elements of a weight that are converted to float32 or float64 at a time.
+BLOCK = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One linear weight of a decoder block, seen as a matrix `[out, in]`.
+
+    Attributes
+    ----------
+    name
+        As in `named_modules()` of the unwrapped model; an expert's site ends in `.gate_up_proj.3` (the
+        parameter and the expert's index), since the experts of a layer share one 3-D parameter.
+    layer
+        Index of the decoder block.
+    module_type
+        Last part of the name without an expert's index: `q_proj`, `down_proj`, `gate_up_proj`.
+    owner
+        The module that holds the parameter (a PEFT wrapper's base layer).
+    parameter
+        Name of the parameter within `owner`.
+    transposed
+        Whether the parameter is stored `[in, out]` (GPT-2's Conv1D).
+    expert
+        Index into a 3-D parameter, or None.
+    wrapper
+        The module that `named_modules()` gives under this name: `owner` itself or PEFT's layer around it.
+    inner
+        Where `wrapper` is PEFT's `ModulesToSaveWrapper`: the path of `owner` within the module that it keeps.
+    """
+
+    name: str
+    layer: int
+    module_type: str
+    owner: nn.Module
+    parameter: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+    wrapper: nn.Module
+    inner: str = ""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The stored parameter (for an expert: of all experts)."""
+        tensor: torch.Tensor = getattr(self.owner, self.parameter)
+        return tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a detached view `[out, in]` in the model's dtype; writing to it changes the model.
+
+        A quantised weight is de-quantised, one that FSDP has cut among processes is gathered (`gathered`): a copy.
+        """
+        tensor = gathered(self.tensor)
+        if is_quantised(self.tensor):
+            return _dequantise(self.owner, tensor)
+        return self.oriented(tensor)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This site's matrix `[out, in]` out of a tensor that is stored as `self.tensor` is: a view."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        return tensor.T if self.transposed else tensor
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias `[out]`, or None."""
+        bias = getattr(self.owner, "bias" if self.expert is None else f"{self.parameter}_bias", None)
+        if bias is None:
+            return None
+        return bias.detach() if self.expert is None else bias.detach()[self.expert]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        if is_quantised(self.tensor):
+            linear: Any = self.owner
+            return int(linear.out_features), int(linear.in_features)
+        rows, columns = self.tensor.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, detached; one that FSDP2 has cut among processes (a DTensor) in full, as a copy.
+
+    Gathering is a collective operation: every process must call this, for the same parameters in the same order.
+    """
+    detached: Any = tensor.detach()
+    whole: torch.Tensor = detached.full_tensor() if is_sharded(tensor) else detached
+    return whole
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is a DTensor, cut among processes (FSDP2)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Whether a parameter holds packed numbers (bitsandbytes, in any storage dtype) rather than the weight itself."""
+    return not tensor.is_floating_point() or type(tensor).__name__ in ("Params4bit", "Int8Params")
+
+
+def _dequantise(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        from peft.utils.integrations import dequantize_module_weight
+    except ImportError as error:  # pragma: no cover - PEFT is a dependency
+        raise ModelError("A quantised weight needs PEFT to be read") from error
+    return dequantize_module_weight(owner).detach()
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model within PEFT's and data-parallel wrappers."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    elif type(model).__name__ == "PeftMixedModel":  # has no get_base_model
+        model = model.base_model.model  # type: ignore[union-attr, assignment]
+    return model
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks of an (unwrapped) causal language model.
+
+    Raises `ModelError` where no list of `config.num_hidden_layers` modules is found.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    depth = getattr(text_config, "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, module in lists:
+        if len(module) == depth and not re.search(r"vision|audio|encoder\.", name):
+            return name, module
+    raise ModelError(
+        "The decoder blocks of this model were not found",
+        received=type(model).__name__,
+        allowed="a causal language model of transformers whose blocks are one list of num_hidden_layers modules",
+    )
+
+
+def linear_sites(model: nn.Module) -> dict[str, Site]:
+    """Every linear weight of the decoder blocks, in the order of `named_modules()`.
+
+    Embeddings, norms, biases and the LM head are no sites. The names are those of the unwrapped model, also
+    under PEFT, so that groups, scores and drift of the same model always match.
+
+    Raises
+    ------
+    ModelError
+        A module within the blocks has a weight of a structure that is not known; it is named.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model = unwrap(model)
+    prefix, blocks = decoder_blocks(model)
+    sites: dict[str, Site] = {}
+
+    saved: list[tuple[str, nn.Module]] = []  # the `ModulesToSaveWrapper` that is being visited, and its name
+
+    def add(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **details: Any) -> None:
+        kind = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
+        if saved:
+            outer, wrapper = saved[-1]
+            path = name if details.get("expert") is None else name.rsplit(".", 2)[0]
+            details["inner"] = path.removeprefix(outer).removeprefix(".")
+        sites[name] = Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **details)
+
+    def visit(name: str, layer: int, module: nn.Module) -> None:
+        if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
+            saved.append((name, module))
+            visit(name, layer, module.original_module)
+            saved.pop()
+            return
+        owner = module
+        if isinstance(module, BaseTunerLayer):
+            owner = module.get_base_layer()
+            name = name.removesuffix(".base_layer")
+        own = dict(owner.named_parameters(recurse=False))
+        if isinstance(owner, nn.Linear):
+            add(name, layer, module, owner)
+        elif isinstance(owner, Conv1D):
+            add(name, layer, module, owner, transposed=True)
+        elif is_experts(owner):
+            stored_in_out = bool(getattr(owner, "is_transposed", False))
+            for key in (key for key, value in own.items() if value.ndim == 3):
+                for expert in range(own[key].shape[0]):
+                    add(
+                        f"{name}.{key}.{expert}",
+                        layer,
+                        module,
+                        owner,
+                        parameter=key,
+                        transposed=stored_in_out,
+                        expert=expert,
+                    )
+        elif is_router(owner):
+            add(name, layer, module, owner)
+        else:
+            unknown = [key for key, value in own.items() if value.ndim > 1 and min(value.shape) > 1]
+            if unknown:
+                raise ModelError(
+                    f"The module {name} has a weight of unknown structure",
+                    received=f"{type(owner).__name__}.{unknown[0]}, shape {tuple(own[unknown[0]].shape)}",
+                    allowed="nn.Linear, Conv1D, experts stored as one 3-D parameter, and their router",
+                    fix="open an issue with the model's name: support is one entry in neurondrift/sites.py",
+                )
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}", layer, child)
+
+    for layer, block in enumerate(blocks):
+        visit(f"{prefix}.{layer}", layer, block)
+    if not sites:
+        raise ModelError("This model has no linear weights in its decoder blocks", received=type(model).__name__)
+    return sites
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module stores the experts of a layer as 3-D parameters, in transformers' way."""
+    return hasattr(module, "num_experts") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module is a mixture's router: a bare `weight` `[experts, hidden]`, no nn.Linear."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.ndim == 2
+        and hasattr(module, "num_experts")
+        and weight.shape[0] == module.num_experts
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash that tells models apart: names and shapes of all sites, and 256 values of each.
+
+    The values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was loaded
+    in float32 or bfloat16; an adapter on top does not change it, merged weights do.
+    """
+    digest = hashlib.sha256()
+    for name, site in linear_sites(model).items():
+        weight = site.weight
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        picks = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
+        rows, columns = picks // weight.shape[1], picks % weight.shape[1]
+        digest.update(weight[rows, columns].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
+UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The hidden units of one MLP (or of one expert).
+
+    Unit u is row `u + offset` of each of `ups` (site name, offset) and column u of the site `down`.
+    """
+
+    count: int
+    ups: tuple[tuple[str, int], ...]
+    down: str
+
+
+def mlp_units(sites: dict[str, Site]) -> dict[str, Units]:
+    """Name of an MLP -> its hidden units: the module that holds its sites, or the expert `...experts.3`.
+
+    A fused gate-and-up projection holds the gate's rows first. Raises `ModelError` where an MLP's sites do not fit
+    together, or there is none.
+    """
+    downs = {site.name: site for site in sites.values() if site.module_type in DOWN and "attn" not in site.name}
+    found: dict[str, Units] = {}
+    for name, down in downs.items():
+        holder = _holder(down)
+        hidden = down.shape[1]
+        ups: list[tuple[str, int]] = []
+        for other in sites.values():
+            if other.module_type in UP and other.expert == down.expert and _holder(other) == holder:
+                if other.shape[0] not in (hidden, 2 * hidden):
+                    raise ModelError(
+                        f"{other.name} and {name} do not form one MLP", received=f"{other.shape}, {down.shape}"
+                    )
+                ups += [(other.name, start) for start in range(0, other.shape[0], hidden)]
+        if not ups:
+            raise ModelError(f"No projection into the hidden units of {name} was found")
+        found[holder] = Units(count=hidden, ups=tuple(ups), down=name)
+    if not found:
+        raise ModelError("No MLP was found among the sites", allowed=f"sites named {', '.join(DOWN)}")
+    return found
+
+
+def _holder(site: Site) -> str:
+    """The module that an MLP's sites share; for an expert the experts module and the expert's index."""
+    if site.expert is not None:
+        return f"{site.name.rsplit('.', 2)[0]}.{site.expert}"
+    return site.name.rsplit(".", 1)[0]
+
+
+@torch.no_grad()
+def magnitudes_of(model: nn.Module, granularity: Granularity) -> Mapping[str, Any]:
+    """|w| of the members of every site (MLP) of a model, as `groups.matched` takes it; of w₀ under an adapter.
+
+    Neurons: ‖row‖, float64 `[out]`. Hidden units: ‖rows and column‖ together, float64 `[units]`. Weights: |w|, float32
+    `[out, in]`, formed when it is asked for, so that one site at a time is in memory.
+    """
+    sites = linear_sites(model)
+    if granularity == "weight":
+        return _Weights(sites)
+    if granularity == "neuron":
+        return {name: row_norms(site.weight).cpu().numpy() for name, site in sites.items()}
+    result = {}
+    for name, unit in mlp_units(sites).items():
+        square = row_norms(sites[unit.down].weight.T).square()
+        for site, offset in unit.ups:
+            square = square + row_norms(sites[site].weight[offset : offset + unit.count]).square()
+        result[name] = square.sqrt().cpu().numpy()
+    return result
+
+
+class _Weights(Mapping[str, Any]):
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self._sites = sites
+
+    def __getitem__(self, name: str) -> Any:
+        return self._sites[name].weight.float().abs().cpu().numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def row_norms(weight_OI: torch.Tensor) -> torch.Tensor:
+    """‖w‖ of each row, float64 `[out]`."""
+    return torch.cat([block.float().norm(dim=1, dtype=torch.float64) for block in row_blocks(weight_OI)])
+
+
+def row_blocks(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The weight in blocks of whole rows, each small enough to be converted at no cost in memory."""
+    return weight_OI.split(rows_at_once(weight_OI))
+
+
+def rows_at_once(weight_OI: torch.Tensor) -> int:
+    """How many rows such a block has."""
+    return max(1, BLOCK // max(1, weight_OI.shape[1]))

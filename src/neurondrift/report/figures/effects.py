@@ -1,0 +1,204 @@
+"""Figures of the matched effects: the forest plot, and the map of layers and module types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import blended_transform_factory
+
+from neurondrift.report import wording
+from neurondrift.report.figures.style import (
+    BAND,
+    FULL_WIDTH,
+    GREY,
+    INK,
+    LEAST_WIDTH,
+    METRIC_TITLES,
+    Mark,
+    group_marks,
+    letters,
+    new_figure,
+    words,
+)
+from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of
+from neurondrift.report.wording import Record, finite
+
+#: Limits of the colour map, the smallest that holds most cells being taken.
+COLOUR_LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+MOST_CELLS = 0.95
+DIVERGING = "PuOr_r"
+
+
+def effect_sizes(results: Record) -> Figure | None:
+    """Forest plot of g of every group in every metric, with the band that counts as no difference."""
+    metrics = metrics_of(results)
+    effects = effects_of(results)
+    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order)
+    if not effects:
+        return None
+    by_key = {(e["group"], e["metric"]): e for e in effects}
+    rows = len(groups) * (len(metrics) + 1)
+    figure = new_figure(1.15 + 0.185 * rows, "Did the neurons of each group drift more than comparable neurons?")
+    ax = figure.subplots()
+    sesoi = finite(analysis_of(results).get("sesoi")) or 0.0
+    ax.axvspan(-sesoi, sesoi, color=BAND, lw=0, zorder=0)
+    ax.axvline(0, color=INK, lw=0.8, zorder=1)
+    marks = group_marks(groups)
+    at, ticks, labels = 0.0, [], []
+    for group in groups:
+        ax.text(
+            -0.012,
+            at,
+            words(group),
+            transform=blended_transform_factory(ax.transAxes, ax.transData),
+            ha="right",
+            va="center",
+            weight="bold",
+            color=INK,
+        )
+        for metric in metrics:
+            at += 1
+            ticks.append(at)
+            labels.append(METRIC_TITLES.get(metric, words(metric)).lower().replace("l2", "L2"))
+            _forest_row(ax, by_key.get((group, metric)), at, marks[group])
+        at += 1.25
+    ax.set_yticks(ticks, labels)
+    ax.set_ylim(at - 0.6, -0.7)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("effect size g of members against matched controls, in SD within strata")
+    above = blended_transform_factory(ax.transData, ax.transAxes)
+    ax.text(0, 1.015, "← drifted less  ", transform=above, ha="right", va="bottom", color=GREY)
+    ax.text(0, 1.015, "  drifted more (H1) →", transform=above, ha="left", va="bottom", color=GREY)
+    _symmetric(ax, effects, sesoi)
+    band = [Patch(facecolor=BAND, label=f"counts as the same (H2): |g| < {sesoi:g}")] if sesoi else []
+    figure.legend(
+        handles=[
+            Line2D([], [], color=GREY, lw=3.2, marker="o", ms=5, label="g with 90 % interval"),
+            Line2D([], [], color=GREY, lw=1.0, label="95 % interval"),
+            *band,
+        ],
+        loc="outside lower center",
+        ncols=3,
+    )
+    return figure
+
+
+def _forest_row(ax: Axes, effect: Record | None, at: float, mark: Mark) -> None:
+    beside = blended_transform_factory(ax.transAxes, ax.transData)
+    g = effect["g"] if effect else {}
+    value = finite(g.get("value"))
+    if effect is None or value is None:
+        ax.text(1.01, at, "undefined" if effect else "not analysed", transform=beside, va="center", color=GREY)
+        return
+    for field, width in (("ci95", 1.0), ("ci90", 3.2)):
+        low, high = (finite(v) for v in (g.get(field) or (None, None)))
+        if low is not None and high is not None:
+            ax.plot([low, high], [at, at], color=mark.colour, lw=width, solid_capstyle="butt", zorder=2)
+    ax.plot([value], [at], color=mark.colour, marker=mark.marker, ms=5, mec="white", mew=0.6, zorder=3)
+    limits = wording.interval(g.get("ci95"), wording.effect) or "no interval"
+    ax.text(
+        1.01,
+        at,
+        f"{wording.effect(value)} {limits}  {words(effect['verdict'])}".replace("-", "−"),
+        transform=beside,
+        va="center",
+    )
+
+
+def _symmetric(ax: Axes, effects: Sequence[Record], sesoi: float) -> None:
+    """Limits that show every interval and the whole band, with 0 inside."""
+    shown = [v for e in effects for v in (e["g"].get("value"), *(e["g"].get("ci95") or ()))]
+    values = [v for v in map(finite, shown) if v is not None] + [-1.6 * sesoi, 1.6 * sesoi, -0.05, 0.05]
+    room = 0.04 * (max(values) - min(values))
+    ax.set_xlim(min(values) - room, max(values) + room)
+
+
+def layer_module_effects(results: Record) -> Figure | None:
+    """g of every site in the primary metric: layers against module types, one panel a group."""
+    metric = primary_of(results)
+    effects = [e for e in effects_of(results, metric) if e.get("by_site")]
+    cells = [c for e in effects for c in e["by_site"]]
+    if not cells:
+        return None
+    modules = _modules(effects, cells)
+    layers: list[int | None] = [*sorted({int(c["layer"]) for c in cells if c.get("layer") is not None})]
+    if any(c.get("layer") is None for c in cells):
+        layers.append(None)
+    limit, beyond = _colour_limit([abs(g) for c in cells if (g := finite(c.get("g"))) is not None])
+    width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * len(effects)))
+    figure = new_figure(
+        1.7 + max(1.2, min(5.5, 0.105 * len(layers))),
+        f"Where each group drifted more or less than its controls: {wording.metric_name(metric)}",
+        width=width,
+    )
+    axes = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
+    norm = Normalize(-limit, limit)
+    colours = colormaps[DIVERGING]
+    for ax, effect in zip(axes, effects, strict=True):
+        ax.add_patch(
+            Rectangle(
+                (0, 0),
+                1,
+                1,
+                transform=ax.transAxes,
+                facecolor="#F2F2F2",
+                edgecolor="#BDBDBD",
+                hatch="/////",
+                lw=0,
+                zorder=0,
+            )
+        )
+        values = [[math.nan] * len(modules) for _ in layers]
+        for cell in effect["by_site"]:
+            layer = cell.get("layer")
+            g = finite(cell.get("g"))
+            values[layers.index(layer)][modules.index(str(cell["module_type"]))] = math.nan if g is None else g
+        mesh = ax.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=0.3, zorder=1)
+        ax.set_title(words(effect["group"]))
+        ax.set_xticks([i + 0.5 for i in range(len(modules))], [words(m) for m in modules], rotation=90)
+        ax.tick_params(length=0)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+    every = max(1, math.ceil(len(layers) / 12))
+    chosen = list(range(0, len(layers), every))
+    axes[0].set_yticks([i + 0.5 for i in chosen], ["none" if layers[i] is None else str(layers[i]) for i in chosen])
+    axes[0].set_ylabel("layer")
+    bar = figure.colorbar(
+        mesh, ax=list(axes), extend="both" if beyond else "neither", fraction=0.05, pad=0.02, aspect=25
+    )
+    bar.set_label("g (orange: more than controls)")
+    bar.ax.spines["outline"].set_visible(False)
+    letters(list(axes))
+    figure.legend(
+        handles=[
+            Patch(facecolor="#F2F2F2", edgecolor="#BDBDBD", hatch="/////", label="no members there, or undefined"),
+            Line2D([], [], ls="", label="a cell is one site with few neurons: read patterns"),
+        ],
+        loc="outside lower center",
+        ncols=2 if width > LEAST_WIDTH else 1,
+    )
+    return figure
+
+
+def _modules(effects: Sequence[Record], cells: Sequence[Record]) -> list[str]:
+    """Module types in the order of the model: as in the group that lists most of them, then any others."""
+    listed = max(([str(part["name"]) for part in e.get("by_module") or []] for e in effects), key=len)
+    known = {str(cell["module_type"]) for cell in cells}
+    return [name for name in dict.fromkeys([*listed, *sorted(known)]) if name in known]
+
+
+def _colour_limit(sizes: Sequence[float]) -> tuple[float, bool]:
+    """The limit of the colours, and whether some cells lie beyond it."""
+    if not sizes:
+        return COLOUR_LIMITS[0], False
+    most = sorted(sizes)[math.ceil(MOST_CELLS * len(sizes)) - 1]
+    limit = next((limit for limit in COLOUR_LIMITS if most <= limit), COLOUR_LIMITS[-1])
+    return limit, max(sizes) > limit

@@ -1,0 +1,239 @@
+"""The tables about behaviour and about the study itself: refusals, perplexity, groups, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neurondrift.report import wording
+from neurondrift.report.blocks import Table, table
+from neurondrift.report.reading import analysis_of, behaviour_of, behaviour_seeds, kinds_of, rates_of
+from neurondrift.report.wording import NOT_RECORDED, Footnotes, Record, clean, finite
+
+#: Seeds listed one by one on the first screen.
+MOST_SEEDS_AT_FIRST = 4
+WILSON = "95 % Wilson intervals"
+
+
+def refusal_answer_table(results: Record) -> Table | None:
+    """Refusals before and after fine-tuning, one row a seed; None without behaviour."""
+    seeds, rows = behaviour_seeds(results), []
+    kinds = kinds_of(results)
+    prompts = {kind: rates[-1].get("n") for kind in kinds if (rates := rates_of(results, kind=kind))}
+    for seed in seeds[:MOST_SEEDS_AT_FIRST]:
+        cells = []
+        for kind in kinds:
+            rates = rates_of(results, seed, kind)
+            ends = (rates[0], rates[-1]) if rates else (None, None)
+            if kind == "harmful":
+                cells += [wording.rate(ends[0]), wording.rate(ends[1]), _change_p(results, seed)]
+            else:
+                cells.append(
+                    " → ".join(wording.number(end, "rate", wording.share) if end else "not measured" for end in ends)
+                )
+        rows.append((clean(seed), *cells))
+    if not rows:
+        return None
+    headers = ["seed"]
+    for kind in kinds:
+        headers += ["harmful, before", "harmful, after", "p (McNemar)"] if kind == "harmful" else [clean(kind)]
+    notes = []
+    if len(seeds) > MOST_SEEDS_AT_FIRST:
+        notes.append(f"{len(seeds) - MOST_SEEDS_AT_FIRST} more seeds under Behaviour over training")
+    early = [r for r in behaviour_of(results).get("before_alignment") or [] if r["kind"] == "harmful"]
+    if early:
+        notes.append(f"before the alignment step, harmful requests refused: {wording.rate(early[0])}")
+    counts = ", ".join(f"{clean(count)} {clean(kind)}" for kind, count in prompts.items())
+    return table(f"Refusals before → after ({WILSON}) of {counts} prompts:", headers, rows, "r" * len(headers), notes)
+
+
+def _change_p(results: Record, seed: Any) -> str:
+    for change in behaviour_of(results).get("changes") or []:
+        if change["seed"] == seed and change["kind"] == "harmful":
+            value = finite(change.get("p_mcnemar"))
+            return wording.probability(value) if value is not None else "undefined"
+    return "–"
+
+
+def behaviour_tables(results: Record) -> list[Table]:
+    """Refusals, coherence and perplexity at every evaluated step: one table a seed."""
+    behaviour = behaviour_of(results)
+    kinds = kinds_of(results)
+    early = {r["kind"]: r for r in behaviour.get("before_alignment") or []}
+    perplexity = {(p["seed"], p["step"]): p for p in behaviour.get("perplexity") or []}
+    out = []
+    for seed in behaviour_seeds(results):
+        notes, rows = Footnotes(), []
+        at = {(r["step"], r["kind"]): r for r in rates_of(results, seed)}
+        if early:
+            rows.append(
+                (
+                    "before alignment",
+                    *(wording.rate(early.get(kind)) for kind in kinds),
+                    _coherent(early.get("harmful")),
+                    "–",
+                )
+            )
+        for step in dict.fromkeys(step for step, _ in at):
+            value = perplexity.get((seed, step))
+            rows.append(
+                (
+                    clean(step),
+                    *(wording.rate(at.get((step, kind))) for kind in kinds),
+                    _coherent(at.get((step, "harmful"))),
+                    notes.number(value, "value", wording.drift) if value else "–",
+                )
+            )
+        counts = ", ".join(
+            f"{clean(kind)} {rates[-1].get('n', NOT_RECORDED)}"
+            for kind in kinds
+            if (rates := rates_of(results, seed, kind))
+        )
+        out.append(
+            table(
+                f"Share refused at each step, seed {clean(seed)}",
+                ("step", *(clean(kind) for kind in kinds), "coherent answers", "perplexity"),
+                rows,
+                "r" * (len(kinds) + 3),
+                (
+                    f"{WILSON}; prompts: {counts}",
+                    "coherent answers: to harmful requests; perplexity: of held-out ordinary answers",
+                    *notes.notes(),
+                ),
+            )
+        )
+    return out
+
+
+def _coherent(record: Record | None) -> str:
+    value = finite(record.get("coherent")) if record else None
+    return "–" if value is None else wording.share(value)
+
+
+def change_table(results: Record) -> Table | None:
+    """The same prompts before and after, with McNemar's test; None where it was not recorded."""
+    changes = behaviour_of(results).get("changes") or []
+    if not changes:
+        return None
+    notes = Footnotes()
+    rows = [
+        (
+            clean(c["seed"]),
+            clean(c["kind"]),
+            f"{clean(c['from_step'])} → {clean(c['to_step'])}",
+            notes.number(c, "from_rate", wording.share),
+            notes.number(c, "to_rate", wording.share),
+            notes.number(c, "difference", wording.effect),
+            notes.number(c, "p_mcnemar", wording.probability),
+            clean(c.get("n")),
+        )
+        for c in changes
+    ]
+    return table(
+        "Change on the same prompts",
+        ("seed", "prompts", "steps", "before", "after", "difference", "p (McNemar)", "n"),
+        rows,
+        "rlrrrrrr",
+        notes.notes(),
+    )
+
+
+def association_table(results: Record) -> Table | None:
+    """How the loss of refusals goes with drift; None where behaviour was not analysed."""
+    associations = analysis_of(results).get("associations") or []
+    if not associations:
+        return None
+    notes = Footnotes()
+    rows = [
+        (
+            clean(a["group"]),
+            clean(a["n_points"]),
+            clean(a["n_seeds"]),
+            notes.number(a, "spearman", wording.effect),
+            notes.interval(a, "interval", wording.effect),
+            notes.number(a, "p", wording.probability),
+            notes.number(a, "slope", wording.drift),
+            notes.number(a, "r2", wording.share),
+        )
+        for a in associations
+    ]
+    return table(
+        "Loss of refusals of harmful requests beside mean drift, over the snapshots",
+        ("group", "points", "seeds", "Spearman", "95 % interval", "p", "lost refusals per unit of drift", "R²"),
+        rows,
+        "lrrrrrrr",
+        notes.notes(),
+    )
+
+
+def group_table(results: Record) -> Table:
+    """What each group is."""
+    rows = [
+        (
+            clean(g.get("name")),
+            clean(g.get("granularity")),
+            _count(g.get("members")),
+            _count(g.get("sites")),
+            clean(g.get("rule")),
+        )
+        for g in results.get("groups") or []
+    ]
+    return table("How the groups were chosen", ("group", "of", "members", "sites", "rule"), rows, "llrrl")
+
+
+def settings_table(results: Record) -> Table:
+    """Every setting and version that the results carry, one a row."""
+    study = results.get("study") or {}
+    analysis = analysis_of(results)
+    behaviour = behaviour_of(results)
+    named = {
+        "study": study.get("name"),
+        "model": study.get("model"),
+        "model fingerprint": study.get("model_fingerprint"),
+        "training seeds": study.get("seeds"),
+        "training steps": study.get("steps"),
+        **_flat("fine-tuning", study.get("finetune")),
+        **_flat("scores", study.get("score")),
+        "judge of refusals": behaviour.get("judge"),
+        "longest answer judged (tokens)": behaviour.get("max_new_tokens"),
+        "neurons analysed": analysis.get("n_neurons"),
+        "sites analysed": analysis.get("n_sites"),
+        "smallest effect of interest": analysis.get("sesoi"),
+        "resamples": analysis.get("resamples"),
+        "|w| bins per site": analysis.get("bins"),
+        "seed of the analysis": analysis.get("rng_seed"),
+        **_flat("version of", study.get("versions")),
+        "made": study.get("created"),
+        "schema version": results.get("schema_version"),
+    }
+    rows = [
+        (clean(name), _value(value))
+        for name, value in named.items()
+        if value is not None or name in ("study", "model", "model fingerprint")
+    ]
+    return table("Settings and versions", ("setting", "value"), rows, "ll")
+
+
+def _flat(prefix: str, record: object) -> dict[str, Any]:
+    """Nested settings as `prefix name: value`."""
+    if not isinstance(record, Mapping):
+        return {}
+    out: dict[str, Any] = {}
+    for key, value in record.items():
+        name = f"{prefix} {clean(key).replace('_', ' ')}"
+        out.update(_flat(name, value) if isinstance(value, Mapping) else {name: value})
+    return out
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_value(part) for part in value) or "none"
+    number = finite(value)
+    if number is not None:
+        return wording.plain(number) if isinstance(value, float) or abs(number) >= 1e4 else clean(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else clean(value)
+
+
+def _count(value: object) -> str:
+    number = finite(value)
+    return NOT_RECORDED if number is None else f"{number:,.0f}"

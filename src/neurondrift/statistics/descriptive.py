@@ -1,0 +1,365 @@
+"""Description beside the comparison: associations with behaviour, series over training, ratios, shares of a change.
+
+Does the refusal rate fall as a group drifts? Means over training and distributions, of members and of matched controls,
+for the figures. The ratio of two means over the same sites, where only sums per site are kept, as of single weights.
+What part of a change of weights lies in a subspace. Sites are the clusters, as in every other interval here; the
+inference about the final drift is in `analysis`. Shapes: S seeds, J sites.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats  # type: ignore[import-untyped,unused-ignore]
+
+from neurondrift.base.errors import DataError
+from neurondrift.statistics.estimates import FloatArray, ratio_statistic
+from neurondrift.statistics.inference import Inference, infer, infer_plain
+
+#: All orders of this many points are enumerated for the p-value (8! = 40,320).
+MOST_ENUMERATED = 8
+FEW_POINTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourSeries:
+    """Refusals and mean drift at the same steps.
+
+    Attributes
+    ----------
+    steps
+        Training steps of the snapshots, increasing, [T].
+    refusal_rate
+        Share of harmful requests refused, float64 [S, T]; NaN where not evaluated.
+    group_drift
+        Per group its mean drift, float64 [S, T], in the study's primary metric.
+    total_drift
+        Mean drift of all neurons, float64 [S, T].
+    n_prompts
+        Requests behind each refusal rate.
+    """
+
+    steps: tuple[int, ...]
+    refusal_rate: FloatArray
+    group_drift: Mapping[str, FloatArray]
+    total_drift: FloatArray
+    n_prompts: int
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.refusal_rate)
+        if len(shape) != 2 or shape[1] != len(self.steps) or shape[0] < 1:
+            raise DataError(
+                "The refusal rates do not fit the steps",
+                received=shape,
+                allowed=f"an array [seeds, {len(self.steps)}]",
+            )
+        for name, values in {"all neurons": self.total_drift, **self.group_drift}.items():
+            if np.shape(values) != shape:
+                raise DataError(
+                    f"The drift series of {name} does not fit the refusal rates",
+                    received=np.shape(values),
+                    allowed=f"an array of shape {shape}",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """How the loss of refusals goes with one group's drift (or with ``all neurons``).
+
+    `spearman` is the mean over seeds of the rank correlation within a seed, with `p` by permutation of the
+    steps (S = 1) and `interval` by Student's t over seeds (S >= 3, on Fisher's z; NaN otherwise).
+    `slope` is the loss of refusals per unit of drift, least squares with an intercept per seed; `r2` its
+    share of the variance within seeds. `statement` says what this can and cannot show.
+    """
+
+    group: str
+    n_points: int
+    n_seeds: int
+    n_prompts: int
+    spearman: float
+    interval: tuple[float, float]
+    p: float
+    slope: float
+    r2: float
+    method: str
+    statement: str
+    reasons: Mapping[str, str]
+
+
+def associate(series: BehaviourSeries) -> tuple[Association, ...]:
+    """Relation of drift and loss of refusals, for all neurons and for each group.
+
+    The loss is the refusal rate at a seed's first evaluated step minus that at a later one; the first step
+    itself (drift 0, loss 0) is left out, because it would correlate by construction.
+
+    Returns
+    -------
+    tuple of Association
+        ``all neurons`` first, then the groups in their order.
+    """
+    rate = np.asarray(series.refusal_rate, dtype=np.float64)
+    out = []
+    for name, values in {"all neurons": series.total_drift, **series.group_drift}.items():
+        drift = np.asarray(values, dtype=np.float64)
+        pairs = []
+        for seed in range(len(rate)):
+            known = np.flatnonzero(np.isfinite(rate[seed]) & np.isfinite(drift[seed]))
+            later = known[1:]
+            pairs.append((drift[seed, later], rate[seed, known[:1]] - rate[seed, later]))
+        out.append(_associate(name, [pair for pair in pairs if len(pair[0])], series.n_prompts))
+    return tuple(out)
+
+
+def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts: int) -> Association:
+    points = sum(len(x) for x, _ in pairs)
+    reasons: dict[str, str] = {}
+    rho, p, interval, slope, r2 = (
+        float("nan"),
+        float("nan"),
+        (float("nan"), float("nan")),
+        float("nan"),
+        float("nan"),
+    )
+    within = np.array([_spearman(x, y) for x, y in pairs if len(x) >= 3])
+    within = within[np.isfinite(within)]
+    if len(within):
+        rho = float(within.mean())
+    else:
+        reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
+    if len(within) >= 3:
+        z = np.arctanh(np.clip(within, -0.999, 0.999))
+        half = float(special.stdtrit(len(z) - 1, 0.975) * z.std(ddof=1) / np.sqrt(len(z)))
+        interval = (float(np.tanh(z.mean() - half)), float(np.tanh(z.mean() + half)))
+        p = float(stats.ttest_1samp(z, 0.0).pvalue) if half > 0 else float("nan")
+        if half == 0:
+            reasons["p"] = "the seeds agree exactly"
+    else:
+        reasons["interval"] = "fewer than three seeds: snapshots of one run are not independent"
+        if len(pairs) == 1 and np.isfinite(rho):
+            p = _permutation_p(*pairs[0])
+        else:
+            reasons["p"] = reasons.get("spearman", "two seeds: too few to test over seeds")
+    if points >= 3:
+        x = np.concatenate([x - x.mean() for x, _ in pairs])
+        y = np.concatenate([y - y.mean() for _, y in pairs])
+        if x @ x > 0:
+            slope = float(x @ y / (x @ x))
+            if y @ y > 0:
+                r2 = float((x @ y) ** 2 / ((x @ x) * (y @ y)))
+    for field, value in (("slope", slope), ("r2", r2)):
+        if not np.isfinite(value):
+            reasons[field] = "fewer than three points, or no variation"
+    return Association(
+        group=name,
+        n_points=points,
+        n_seeds=len(pairs),
+        n_prompts=n_prompts,
+        spearman=rho,
+        interval=interval,
+        p=p,
+        slope=slope,
+        r2=r2,
+        reasons=reasons,
+        statement=_statement(points, len(pairs)),
+        method="Spearman within seeds, averaged; least squares with an intercept per seed",
+    )
+
+
+def _spearman(x: FloatArray, y: FloatArray) -> float:
+    a, b = stats.rankdata(x), stats.rankdata(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+def _permutation_p(x: FloatArray, y: FloatArray) -> float:
+    """Two-sided p of Spearman's rho over all orders, or by Student's t beyond `MOST_ENUMERATED` points."""
+    if len(x) > MOST_ENUMERATED:
+        return float(stats.spearmanr(x, y).pvalue)
+    a, b = stats.rankdata(x), stats.rankdata(y)
+    a, b = a - a.mean(), b - b.mean()
+    orders = np.array(list(itertools.permutations(range(len(a)))))
+    null = np.abs(b[orders] @ a)
+    return float((null >= abs(a @ b) - 1e-9).mean())
+
+
+def _statement(points: int, seeds: int) -> str:
+    text = (
+        f"{points} snapshots of {seeds} run{'s' if seeds != 1 else ''}. Drift and lost refusals both grow "
+        "with training, so they correlate whatever the cause; compare a group with all neurons, "
+        "and read no cause into it."
+    )
+    if points < FEW_POINTS:
+        text += f" With {points} points even a perfect correlation says little."
+    if seeds < 3:
+        text += " Snapshots of one run are not independent: the p-value is a lower bound."
+    return text
+
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+class Mean(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def cluster_mean(values: FloatArray, cluster: IntArray) -> Mean:
+    """Mean of `values` [n] and its 95 % t interval with `cluster` [n] (the site) as the unit that varies.
+
+    The variance is that of the sums of residuals by cluster, with the factor S / (S - 1) for S clusters; the
+    interval has S - 1 degrees of freedom and is NaN for fewer than two clusters. NaN values are left out.
+    """
+    known = np.isfinite(values)
+    values, cluster = values[known], cluster[known]
+    if len(values) == 0:
+        return Mean(np.nan, np.nan, np.nan)
+    mean = float(values.mean())
+    codes, position = np.unique(cluster, return_inverse=True)
+    if len(codes) < 2:
+        return Mean(mean, np.nan, np.nan)
+    sums = np.bincount(position, weights=values - mean)
+    error = np.sqrt((sums**2).sum() * len(codes) / (len(codes) - 1)) / len(values)
+    half = float(stats.t.ppf(0.975, len(codes) - 1) * error)
+    return Mean(mean, mean - half, mean + half)
+
+
+def control_means(drift: FloatArray, stratum: IntArray, member: BoolArray) -> FloatArray:
+    """For each member, the mean drift of the non-members of its stratum; NaN where there are none.
+
+    `drift` [n], `stratum` [n] (non-negative codes), `member` [n]; returns `[member.sum()]`.
+    """
+    candidate = ~member & np.isfinite(drift)
+    size = int(stratum.max()) + 1
+    counts = np.bincount(stratum[candidate], minlength=size)
+    sums = np.bincount(stratum[candidate], weights=drift[candidate], minlength=size)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums / counts)[stratum[member]]
+
+
+def control_weights(stratum: IntArray, member: BoolArray) -> FloatArray:
+    """Weight of every neuron as a matched control: members per control in its stratum, 0 for members. `[n]`."""
+    size = int(stratum.max()) + 1
+    members = np.bincount(stratum[member], minlength=size)
+    controls = np.bincount(stratum[~member], minlength=size)
+    ratio = np.divide(members, controls, out=np.zeros(size), where=controls > 0)
+    return np.where(member, 0.0, ratio[stratum])
+
+
+class Distribution(NamedTuple):
+    """Densities per unit of log10 drift over common, log-spaced `edges` [k + 1]."""
+
+    edges: FloatArray
+    members: FloatArray
+    controls: FloatArray
+
+
+def distribution(drift: FloatArray, member: BoolArray, weights: FloatArray, *, bins: int = 40) -> Distribution | None:
+    """Distribution of log10 drift of members and of controls with `weights`; None where no member has a positive
+    drift. Values at or below zero are left out."""
+    positive = np.isfinite(drift) & (drift > 0)
+    shown = positive & (member | (weights > 0))
+    if not (positive & member).any():
+        return None
+    low, high = np.quantile(drift[shown], [0.001, 0.999])
+    edges = np.logspace(np.log10(low), np.log10(high * (1 + 1e-6)), bins + 1)
+    clipped = np.clip(drift, low, high)
+
+    def density(chosen: BoolArray, weight: FloatArray) -> FloatArray:
+        counts, _ = np.histogram(clipped[chosen], bins=edges, weights=weight[chosen])
+        return counts / max(counts.sum(), 1e-300) / np.diff(np.log10(edges))
+
+    return Distribution(edges, density(positive & member, np.ones(len(drift))), density(positive & ~member, weights))
+
+
+class Ratio(NamedTuple):
+    """A ratio of means with its 95 % interval; NaN with a reason where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+    reason: str
+
+
+def ratio_of_means(first: FloatArray, second: FloatArray) -> Ratio:
+    """Mean of the first arm over that of the second, from count and sum per site, `[sites, 2]` each.
+
+    The interval is that of a jackknife over sites with Student's t on sites - 1 degrees of freedom
+    (`inference.infer_plain`): it holds for this run and for sites like these.
+    """
+    nothing = np.zeros((len(first), 1))  # in the place of the sums of squares, which a ratio does not read
+    found = infer_plain(np.hstack([first, nothing, second, nothing]), ratio_statistic(1))
+    if not np.isfinite(found.value):
+        return Ratio(np.nan, np.nan, np.nan, "no member has moved, or none is defined")
+    low, high = found.interval(0.95)
+    return Ratio(found.value, low, high, found.reason)
+
+
+class RatioOfSums(NamedTuple):
+    """Σ part / Σ whole per seed, from totals [weight, part of each seed, whole of each seed], with its gradient."""
+
+    seeds: int
+
+    def __call__(self, totals: FloatArray) -> FloatArray:
+        whole = totals[..., 1 + self.seeds :]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio: FloatArray = totals[..., 1 : 1 + self.seeds] / np.where(whole > 0, whole, np.nan)
+        return ratio
+
+    def gradient(self, totals: FloatArray) -> FloatArray:
+        """Derivatives, [..., Q, S]; column s belongs to seed s."""
+        whole = totals[..., 1 + self.seeds :]
+        out = np.zeros((*totals.shape, self.seeds))
+        seed = np.arange(self.seeds)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out[..., 1 + seed, seed] = 1 / whole
+            out[..., 1 + self.seeds + seed, seed] = -self(totals) / whole
+        return out
+
+
+class SharePair(NamedTuple):
+    """`of_sum`: Σ part / Σ whole, so that sites count by their size. `of_sites`: the mean of the sites' shares."""
+
+    of_sum: Inference
+    of_sites: Inference
+
+
+def share(part_SJ: FloatArray, whole_SJ: FloatArray, *, resamples: int, rng_seed: int) -> SharePair:
+    """Share of a whole in a part, over all sites and averaged over seeds, with cluster bootstrap over sites.
+
+    Parameters
+    ----------
+    part_SJ, whole_SJ
+        Non-negative amounts of each seed and site; `part` may be a difference of two parts. A site whose whole is
+        0 in a seed has no share of its own: it is left out of `of_sites` (and adds nothing to `of_sum`).
+    resamples, rng_seed
+        As in `infer`.
+
+    Raises
+    ------
+    ValueError
+        No site with a whole above 0.
+    """
+    known = (whole_SJ > 0).all(axis=0)
+    if not known.any():
+        raise ValueError("no site has a whole above 0")
+    part, whole = part_SJ[:, known], whole_SJ[:, known]
+    # In units of the mean whole: squares of tiny changes stay far from underflow.
+    scale = whole.mean()
+    part, whole = part / scale, whole / scale
+    statistic = RatioOfSums(len(part))
+
+    def inferred(parts: FloatArray, wholes: FloatArray) -> Inference:
+        sums = np.concatenate([wholes.mean(axis=0)[None], parts, wholes]).T  # [J, 1 + 2 S]
+        return infer(sums, statistic, resamples=resamples, rng_seed=rng_seed)
+
+    return SharePair(inferred(part, whole), inferred(part / whole, np.ones_like(whole)))

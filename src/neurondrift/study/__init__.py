@@ -1,0 +1,1 @@
+"""The study: settings, folder, stages in order, findings."""

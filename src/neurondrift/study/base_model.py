@@ -1,0 +1,40 @@
+"""What several stages need: the model that a study scores and fine-tunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurondrift.models.loading import load_model, resolve_device, resolve_dtype
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import Study
+
+
+def load_named(study: Study, *, dtype: str | None = None, adapter: Path | None = None) -> tuple[Any, Any]:
+    """The model that the study's section `model` names, as it is before any alignment, and its tokenizer."""
+    return _load(study, study.model.reference, dtype, revision=study.model.revision, adapter=adapter)
+
+
+def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) -> tuple[Any, Any]:
+    """The model that is scored and fine-tuned (aligned, where the study aligns), and its tokenizer."""
+    if not study.align.enabled:
+        return load_named(study, dtype=dtype)
+    return _load(study, folder.base_model, dtype)
+
+
+def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -> tuple[Any, Any]:
+    settings = study.model
+    return load_model(
+        reference,
+        dtype=dtype or settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        **more,
+    )
+
+
+def autocasts(study: Study) -> bool:
+    """Whether training computes in bfloat16 over float32 weights."""
+    return resolve_dtype(study.model.dtype, resolve_device(study.model.device)) == torch.bfloat16

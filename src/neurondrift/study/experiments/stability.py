@@ -1,0 +1,178 @@
+"""The noise floor of groups: how far the same model's groups differ when the calibration examples are re-drawn.
+
+Owns the loop over draws and the table of `neurondrift overlap`; the figures come from `statistics.overlap`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from neurondrift.base.errors import DataError
+from neurondrift.base.files import json_safe, read_json, write_json
+from neurondrift.base.progress import progress
+from neurondrift.groups.group import Group, load_group
+from neurondrift.groups.overlap import Stability, as_rows, overlap, overlap_by, stability
+from neurondrift.groups.selection import select_top, set_difference
+from neurondrift.importance.scores import score
+from neurondrift.models.data import DataReference, encode, load_examples
+from neurondrift.models.sites import linear_sites
+from neurondrift.study.base_model import load_base
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import Study
+
+Say = Callable[[str], None]
+
+
+def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
+    """Score on `draws` re-drawn sets of calibration examples of the study's size and compare the groups.
+
+    Returns
+    -------
+    dict
+        `draws`; `pool` (examples that the sets are drawn from) and `examples` (in each draw) for safety and utility;
+        `groups`: name -> granularity -> `Stability`.
+
+    Raises
+    ------
+    DataError
+        Fewer than two draws, or a pool that is no larger than a draw.
+    """
+    if draws < 2:
+        raise DataError("The noise floor needs at least two draws", received=draws)
+    settings = study.score
+    pools = {"safety": _pool(settings.safety), "utility": _pool(settings.utility)}
+    sizes = {purpose: len(load_examples(getattr(settings, purpose))) for purpose in pools}
+    for purpose, reference in pools.items():
+        if len(load_examples(reference)) <= sizes[purpose]:
+            raise DataError(
+                f"The {purpose} set has no examples left to re-draw from",
+                received=f"{sizes[purpose]} of {len(load_examples(reference))} are used",
+                fix=f"use fewer (limit) or a larger set: score.{purpose}",
+            )
+    model, tokenizer = load_base(study, folder)
+    sites = linear_sites(model)
+    made: dict[tuple[str, str], list[Group]] = {}
+    total = draws * sum(sizes.values())
+    with progress("stability", total) as advance:
+        for draw in range(draws):
+            scores = {}
+            for purpose, reference in pools.items():
+                drawn = load_examples(reference.model_copy(update={"limit": sizes[purpose], "seed": study.seed + draw}))
+                encoded = encode(drawn, tokenizer, max_length=settings.max_length)
+                scores[purpose] = score(
+                    model,
+                    encoded,
+                    method=settings.method,
+                    batch_size=settings.batch_size,
+                    sites=sites,
+                    on_batch=lambda batch: advance(len(batch.names)),
+                )
+            for key, group in _groups(study, scores["safety"], scores["utility"]).items():
+                made.setdefault(key, []).append(group)
+    figures: dict[str, dict[str, Any]] = {}
+    for (name, granularity), groups in made.items():
+        figures.setdefault(name, {})[granularity] = stability(groups)._asdict()
+    return {
+        "draws": draws,
+        "pool": {purpose: len(load_examples(reference)) for purpose, reference in pools.items()},
+        "examples": sizes,
+        "groups": figures,
+    }
+
+
+def _pool(reference: DataReference) -> DataReference:
+    """The whole set that a reference draws from."""
+    return reference.model_copy(update={"limit": None})
+
+
+def _groups(study: Study, safety: Mapping[str, Any], utility: Mapping[str, Any]) -> dict[tuple[str, str], Group]:
+    settings = study.groups
+    result: dict[tuple[str, str], Group] = {}
+    for granularity in ("neuron", "weight"):
+        result["safety_top", granularity] = select_top(safety, fraction=settings.top_fraction, granularity=granularity)
+        result["safety_set_difference", granularity] = set_difference(
+            safety, utility, p=settings.set_difference_p, q=settings.set_difference_q, granularity=granularity
+        )
+        result["utility_top", granularity] = select_top(
+            utility, fraction=settings.top_fraction, granularity=granularity
+        )
+    return result
+
+
+def write_stability(study: Study, folder: StudyFolder, *, draws: int, say: Say) -> Path:
+    """`results/stability.json`, and a table on the screen."""
+    found = redraw(study, folder, draws=draws)
+    path = folder.results / "stability.json"
+    write_json(path, json_safe(found))
+    say(f"overlap between {found['draws']} draws of {found['examples']} from {found['pool']} examples, same model")
+    say(f"{'group':<24}{'of':<8}{'members':>10}{'Jaccard':>9}{'range':>16}{'chance':>8}{'overlap':>9}")
+    for name, by_granularity in found["groups"].items():
+        for granularity, values in by_granularity.items():
+            one = Stability(**values)
+            spread = f"{one.jaccard_low:.3f}-{one.jaccard_high:.3f}"
+            say(
+                f"{name:<24}{granularity:<8}{one.members:>10,.0f}{one.jaccard:>9.3f}{spread:>16}"
+                f"{one.chance_jaccard:>8.3f}{one.overlap:>9.3f}"
+            )
+    say(f"written to {path}")
+    return path
+
+
+def compare_groups(first: Path, second: Path, *, floor: Path | None, say: Say) -> dict[str, Any]:
+    """Overlap of two group files overall, by layer and by module type, with both floors beside it.
+
+    `floor` is a `stability.json` of one of the models; the group's name in it is taken from the first file's name.
+    """
+    one, two = load_group(first), load_group(second)
+    whole = overlap(one, two)
+    result: dict[str, Any] = {
+        "first": str(first),
+        "second": str(second),
+        "overall": whole._asdict(),
+        "by_layer": as_rows(overlap_by(one, two, layer_of_name)),
+        "by_module_type": as_rows(overlap_by(one, two, module_type_of_name)),
+        "same_model_floor": _floor(floor, first, one.granularity) if floor else None,
+    }
+    say(f"{len(one):,} and {len(two):,} {one.granularity}s, {whole.shared:,} shared")
+    say(f"Jaccard {whole.jaccard:.4f}, overlap {whole.overlap:.4f}")
+    say(f"by chance: Jaccard {whole.chance_jaccard:.4f}, overlap {whole.chance_overlap:.4f}")
+    if result["same_model_floor"]:
+        same = result["same_model_floor"]
+        spread = f"{same['jaccard_low']:.4f}-{same['jaccard_high']:.4f}"
+        say(f"same model, re-drawn examples: Jaccard {same['jaccard']:.4f} ({spread})")
+    else:
+        say("same model, re-drawn examples: not given (neurondrift stability makes it; pass --floor FILE)")
+    for title, rows in (("layer", result["by_layer"]), ("module type", result["by_module_type"])):
+        say(f"\n{title:<16}{'first':>10}{'second':>10}{'shared':>10}{'Jaccard':>9}{'chance':>8}")
+        for row in rows:
+            say(
+                f"{row['name']:<16}{row['first']:>10,}{row['second']:>10,}{row['shared']:>10,}"
+                f"{row['jaccard']:>9.3f}{row['chance_jaccard']:>8.3f}"
+            )
+    return json_safe(result)
+
+
+def _floor(path: Path, group_file: Path, granularity: str) -> dict[str, Any]:
+    content = read_json(path)
+    name = group_file.name.split(".")[0]
+    try:
+        found: dict[str, Any] = content["groups"][name][granularity]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} has no figures for {granularity}s of {name}", fix="run neurondrift stability"
+        ) from error
+    return found
+
+
+def layer_of_name(site: str) -> int:
+    """The decoder block in a site's name: its first number."""
+    match = re.search(r"\.(\d+)\.", site)
+    return int(match[1]) if match else -1
+
+
+def module_type_of_name(site: str) -> str:
+    """The module type in a site's name: its last part, without an expert's index."""
+    return re.sub(r"\.\d+$", "", site).rsplit(".", 1)[-1]

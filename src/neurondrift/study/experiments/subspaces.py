@@ -1,0 +1,372 @@
+"""The rank level of a finished study: which output directions carry safety, and how much of the change lies there.
+
+Owns the loop over data sets, seeds and subspaces, and the layout of `results/subspaces.json`. The directions
+come from `importance.subspaces`, the intervals from `statistics.shares`, refusals from `interventions.ranks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
+from neurondrift.base.files import json_safe, write_json
+from neurondrift.base.progress import progress
+from neurondrift.drift.meter import DriftMeter
+from neurondrift.importance.directions import (
+    Basis,
+    Share,
+    bases,
+    check_rank,
+    overlap,
+    random_directions,
+    safety_only_directions,
+    share_of_change,
+)
+from neurondrift.models.adapters import low_rank_delta
+from neurondrift.models.data import DataReference, encode, load_examples
+from neurondrift.models.disk.initial import CheckpointWeights
+from neurondrift.models.loading import attach_adapter, load_model
+from neurondrift.models.sites import Site, fingerprint, is_router, linear_sites
+from neurondrift.statistics.descriptive import share
+from neurondrift.statistics.inference import Inference
+from neurondrift.study.base_model import load_base
+from neurondrift.study.experiments.removals import removal_effects
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import Study
+from neurondrift.study.training import saved_step
+
+Say = Callable[[str], None]
+
+SCHEMA_VERSION = 1
+SUBSPACES = ("safety", "utility", "safety_only")
+#: Random subspaces of each site that the shares are compared with.
+RANDOM_SUBSPACES = 20
+#: What a change is measured by: its weights, or the outputs that it changes on a data set.
+MEASURES = ("weights", "safety_outputs", "utility_outputs")
+
+
+class Settings(NamedTuple):
+    """`rank`, `utility_rank`: directions a site. `limit`: examples a data set at most (None: as the study scores).
+    `draws`: random removals that refusals are compared with; 0: no refusals are measured."""
+
+    rank: int = 32
+    utility_rank: int = 32
+    limit: int | None = None
+    draws: int = 5
+
+
+def write_subspaces(study: Study, folder: StudyFolder, settings: Settings, *, say: Say) -> Path:
+    """`results/subspaces.json`, and a table on the screen."""
+    from neurondrift.report.tables.ranks import section
+    from neurondrift.report.text import render_section
+
+    found = json_safe(measure(study, folder, settings))
+    path = folder.results / "subspaces.json"
+    write_json(path, found)
+    say("\n".join(render_section(section(found))))
+    say(f"\nwritten to {path}; into the report: neurondrift report --force --output-dir {folder.root}")
+    return path
+
+
+def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, Any]:
+    """All figures of the rank level, as they go into `results/subspaces.json`.
+
+    Raises
+    ------
+    ConfigError
+        A rank that a site does not have, or a negative number of draws.
+    ArtifactError
+        The study has not been fine-tuned.
+    ModelError
+        An adapter whose change cannot be measured exactly.
+    """
+    if settings.draws < 0:
+        raise ConfigError("The number of draws cannot be negative", received=settings.draws, allowed="0 or more")
+    changes = {seed: _changes(study, folder, seed) for seed in study.seeds}
+    model, tokenizer = load_base(study, folder)
+    everything = linear_sites(model)
+    sites = {name: site for name, site in everything.items() if not is_router(site.owner)}
+    check_rank(settings.rank, sites, setting="rank")
+    check_rank(settings.utility_rank, sites, setting="utility rank")
+    factors = _stacked_factors(changes)
+    ranks = {"safety": settings.rank, "utility": settings.utility_rank}
+    found: dict[str, dict[str, Basis]] = {}
+    counts: dict[str, int] = {}
+    for purpose, reference in (("safety", study.score.safety), ("utility", study.score.utility)):
+        chosen = load_examples(_limited(reference, settings.limit))
+        encoded = encode(chosen, tokenizer, max_length=study.score.max_length)
+        counts[purpose] = len(encoded)
+        with progress(f"subspaces {purpose}", len(encoded)) as advance:
+            found[purpose] = bases(
+                model,
+                encoded,
+                rank=ranks[purpose],
+                sites=sites,
+                factors=factors,
+                batch_size=study.score.batch_size,
+                on_batch=lambda batch: advance(len(batch.names)),
+            )
+    directions = _directions(found)
+    rows = _site_rows(sites, found, directions)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "study": {
+            "name": study.name,
+            "model": study.model.reference,
+            "model_fingerprint": fingerprint(model),
+            "seeds": study.seeds,
+            "steps": {str(seed): change.step for seed, change in changes.items()},
+        },
+        "settings": {
+            "rank": settings.rank,
+            "utility_rank": settings.utility_rank,
+            "examples": counts,
+            "tokens": {purpose: max(b.tokens for b in by_site.values()) for purpose, by_site in found.items()},
+            "random_subspaces": RANDOM_SUBSPACES,
+            "resamples": study.analyze.resamples,
+            "draws": settings.draws,
+        },
+        "left_out": {
+            "routers": [name for name in everything if name not in sites],
+            "untrained_sites": len([name for name in sites if not all(name in c.pairs for c in changes.values())]),
+        },
+        "subspaces": _summary(rows),
+        **_shares(study, sites, found, directions, changes),
+        "sites": rows,
+        "behaviour": removal_effects(study, model, tokenizer, sites, directions, draws=settings.draws)
+        if settings.draws
+        else None,
+    }
+
+
+def _limited(reference: DataReference, limit: int | None) -> DataReference:
+    if limit is None:
+        return reference
+    return reference.model_copy(update={"limit": min(limit, reference.limit or limit)})
+
+
+class Pair(NamedTuple):
+    """Δ = `b` @ `a` of a site, or `b` alone where `a` is None."""
+
+    b: torch.Tensor  # [O, K], or [O, I]
+    a: torch.Tensor | None  # [K, I]
+
+
+class Changes(NamedTuple):
+    """What one seed's fine-tuning changed at its last saved step, for every site that it trained."""
+
+    step: int
+    pairs: dict[str, Pair]
+
+
+def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
+    steps = [int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*")]
+    if not steps:
+        raise ArtifactError(
+            "There is no fine-tuned model to measure the change of",
+            received=str(folder.adapters(seed)),
+            fix=f"neurondrift finetune --output-dir {folder.root}",
+        )
+    step = max(steps)
+    saved = saved_step(folder.adapters(seed), step)
+    if study.finetune.method == "full":
+        tuned, _ = load_model(saved, dtype="float32", device="cpu")
+        initial = CheckpointWeights(folder.base_model, linear_sites(tuned))
+        meter = DriftMeter(tuned, initial=initial)
+        return Changes(step, {name: Pair(meter.delta(name), None) for name in meter.sites})
+    base, _ = load_base(study, folder)
+    meter = DriftMeter(attach_adapter(base, saved))
+    return Changes(step, {name: _pair(meter, name, site) for name, site in meter.sites.items()})
+
+
+def _pair(meter: DriftMeter, name: str, site: Site) -> Pair:
+    try:
+        factors = low_rank_delta(site)
+    except ModelError:  # an adapter without this form: the meter has the dense change, or says why not
+        factors = None
+    if factors is None:
+        return Pair(meter.delta(name).cpu(), None)
+    return Pair(factors.b.double().cpu(), factors.a.double().cpu())
+
+
+def _stacked_factors(changes: Mapping[int, Changes]) -> dict[str, torch.Tensor]:
+    """The A of all seeds of each site under one another: one pass over the data weighs the changes of all seeds."""
+    names = dict.fromkeys(name for change in changes.values() for name in change.pairs)
+    stacked = {}
+    for name in names:
+        parts = [c.pairs[name].a for c in changes.values() if name in c.pairs]
+        known = [part for part in parts if part is not None]
+        if len(known) == len(changes):
+            stacked[name] = torch.cat(known)
+    return stacked
+
+
+def _directions(found: Mapping[str, Mapping[str, Basis]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Subspace -> site -> orthonormal directions."""
+    safety = {name: basis.directions for name, basis in found["safety"].items()}
+    utility = {name: basis.directions for name, basis in found["utility"].items()}
+    only = {name: safety_only_directions(safety[name], utility[name]) for name in safety}
+    return {"safety": safety, "utility": utility, "safety_only": only}
+
+
+def _site_rows(
+    sites: Mapping[str, Site],
+    found: Mapping[str, Mapping[str, Basis]],
+    directions: Mapping[str, Mapping[str, torch.Tensor]],
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, site in sites.items():
+        of_site = {subspace: directions[subspace][name] for subspace in SUBSPACES}
+        rows.append(
+            {
+                "site": name,
+                "layer": site.layer,
+                "module_type": site.module_type,
+                "out": site.shape[0],
+                "in": site.shape[1],
+                "rank": {subspace: part.shape[1] for subspace, part in of_site.items()},
+                "explained": {purpose: found[purpose][name].explained for purpose in found},
+                "overlap": overlap(of_site["safety"], of_site["utility"]),
+                "overlap_by_chance": of_site["utility"].shape[1] / site.shape[0],
+            }
+        )
+    return rows
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over sites."""
+
+    def mean(values: Sequence[float]) -> float:
+        known = [value for value in values if math.isfinite(value)]
+        return float(np.mean(known)) if known else math.nan
+
+    return {
+        "sites": len(rows),
+        "mean_rank": {name: mean([row["rank"][name] for row in rows]) for name in SUBSPACES},
+        "explained": {name: mean([row["explained"][name] for row in rows]) for name in ("safety", "utility")},
+        "overlap": mean([row["overlap"] for row in rows]),
+        "overlap_by_chance": mean([row["overlap_by_chance"] for row in rows]),
+    }
+
+
+def _shares(
+    study: Study,
+    sites: Mapping[str, Site],
+    found: Mapping[str, Mapping[str, Basis]],
+    directions: Mapping[str, Mapping[str, torch.Tensor]],
+    changes: Mapping[int, Changes],
+) -> dict[str, Any]:
+    """Shares of the change in each subspace by each measure, with their nulls, and safety minus utility."""
+    trained = [name for name in sites if all(name in change.pairs for change in changes.values())]
+    generator = torch.Generator().manual_seed(study.seed)
+    parts: dict[tuple[str, str], list[list[Share]]] = {}
+    drawn: dict[tuple[str, str], list[list[list[float]]]] = {}
+    for name in trained:
+        chosen = {subspace: directions[subspace][name] for subspace in SUBSPACES}
+        randoms = {
+            rank: [random_directions(sites[name].shape[0], rank, generator) for _ in range(RANDOM_SUBSPACES)]
+            for rank in sorted({part.shape[1] for part in chosen.values()})
+        }
+        for measure_name in MEASURES:
+            inners = _inners(measure_name, name, found, changes)
+            if inners is None:
+                continue
+            pairs = [change.pairs[name] for change in changes.values()]
+            for subspace, part in chosen.items():
+                key = (subspace, measure_name)
+                of_seeds = [share_of_change(part, p.b, inner) for p, inner in zip(pairs, inners, strict=True)]
+                parts.setdefault(key, []).append(of_seeds)
+                drawn.setdefault(key, []).append(
+                    [
+                        [share_of_change(random, p.b, inner).inside for random in randoms[part.shape[1]]]
+                        for p, inner in zip(pairs, inners, strict=True)
+                    ]
+                )
+    expected = {
+        subspace: np.array([directions[subspace][name].shape[1] / sites[name].shape[0] for name in trained])
+        for subspace in SUBSPACES
+    }
+    settings = {"resamples": study.analyze.resamples, "rng_seed": study.seed}
+    rows, contrasts = [], []
+    for measure_name in MEASURES:
+        if (SUBSPACES[0], measure_name) not in parts:
+            continue
+        inside: dict[str, Any] = {}
+        for subspace in SUBSPACES:
+            amounts = np.array(parts[subspace, measure_name])  # [J, S, 2]
+            inside[subspace], whole = amounts[..., 0].T, amounts[..., 1].T
+            if not (whole > 0).all(axis=0).any():
+                raise ArtifactError("Fine-tuning has changed nothing: there is no change to share out")
+            rows.append(
+                {"subspace": subspace, "measure": measure_name}
+                | _share_row(inside[subspace], whole, expected[subspace], drawn[subspace, measure_name], settings)
+            )
+        for first, second in (("safety", "utility"), ("safety_only", "utility")):
+            # Beyond chance, so that subspaces of different ranks compare.
+            chance = whole * (expected[first] - expected[second])
+            both = share(inside[first] - inside[second] - chance, whole, **settings)
+            contrasts.append(
+                {"first": first, "second": second, "measure": measure_name}
+                | {"of_sum": _estimate(both.of_sum), "of_sites": _estimate(both.of_sites)}
+            )
+    return {"trained_sites": len(trained), "shares": rows, "contrasts": contrasts}
+
+
+def _inners(
+    measure_name: str, site: str, found: Mapping[str, Mapping[str, Basis]], changes: Mapping[int, Changes]
+) -> list[torch.Tensor | None] | None:
+    """The matrix of each seed that `share_of_change` weighs a site's Δ with; None where the measure has none (outputs
+    of a change that is not low-rank)."""
+    pairs = [change.pairs[site] for change in changes.values()]
+    if measure_name == "weights":
+        return [None if pair.a is None else pair.a @ pair.a.T for pair in pairs]
+    inner = found[measure_name.removesuffix("_outputs")][site].inner
+    if inner is None:
+        return None
+    blocks: list[torch.Tensor | None] = []
+    start = 0
+    for pair in pairs:
+        assert pair.a is not None
+        stop = start + len(pair.a)
+        blocks.append(inner[start:stop, start:stop])
+        start = stop
+    return blocks
+
+
+def _share_row(
+    part_SJ: Any, whole_SJ: Any, expected_J: Any, drawn: list[list[list[float]]], settings: Mapping[str, int]
+) -> dict[str, Any]:
+    both = share(part_SJ, whole_SJ, **settings)
+    whole_S = whole_SJ.sum(axis=1)
+    random_K = (np.array(drawn).sum(axis=0).T / whole_S).mean(axis=1)  # from [J, S, K]: each draw over all sites
+    by_chance = float((whole_SJ @ expected_J / whole_S).mean())
+    return {
+        "of_sum": _estimate(both.of_sum),
+        "of_sites": _estimate(both.of_sites),
+        "expected": by_chance,
+        "expected_of_sites": float(expected_J.mean()),
+        "ratio": both.of_sum.value / by_chance if by_chance > 0 else math.nan,
+        "random": {
+            "mean": float(random_K.mean()),
+            "sd": float(random_K.std(ddof=1)),
+            "low": float(random_K.min()),
+            "high": float(random_K.max()),
+        },
+    }
+
+
+def _estimate(found: Inference) -> dict[str, Any]:
+    return {
+        "value": found.value,
+        "ci95": list(found.interval(0.95)),
+        "per_seed": found.per_seed.tolist(),
+        "sites": found.sites,
+        "method": found.method,
+        "reason": found.reason or None,
+    }

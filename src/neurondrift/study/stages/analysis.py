@@ -1,0 +1,128 @@
+"""The stage analyze: the findings, as one JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import json_safe, write_json
+from neurondrift.behaviour.rates import per_prompt
+from neurondrift.drift.log import DriftLog
+from neurondrift.groups.group import load_group
+from neurondrift.models.data import load_examples
+from neurondrift.study.findings import (
+    SCHEMA_VERSION,
+    analysis,
+    behaviour,
+    read_answers,
+    read_capability,
+    read_perplexities,
+    read_table,
+)
+from neurondrift.study.folder import StudyFolder, record
+from neurondrift.study.settings import Study
+from neurondrift.study.stages.evaluation import attack_of
+from neurondrift.study.stages.grouping import neuron_groups
+from neurondrift.study.stages.reporting import report
+
+
+def analyze(study: Study, folder: StudyFolder) -> str:
+    """Does each group drift more than its matched controls? The findings, as one JSON file."""
+    logs = {seed: DriftLog(folder.drift(seed)) for seed in study.seeds}
+    answers = {seed: read_answers(folder.behaviour(seed)) for seed in study.seeds}
+    parts = analysis(logs, neuron_groups(folder), answers, study.analyze, bins=study.groups.bins, rng_seed=study.seed)
+    before = folder.behaviour(study.seed) / "before_alignment.parquet"
+    behaved = behaviour(
+        answers,
+        {seed: read_perplexities(folder.behaviour(seed)) for seed in study.seeds},
+        per_prompt(read_table(before)) if before.exists() else [],
+        {
+            "judge": study.evaluate.judge,
+            "attack": attack_of(study.evaluate.attack).name,
+            "system_prompt": study.evaluate.system_prompt,
+            "max_new_tokens": study.evaluate.max_new_tokens,
+        },
+        capability=[row for seed in study.seeds for row in read_capability(folder.behaviour(seed))],
+    )
+    steps = parts.pop("steps")
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "study": _describe(study, next(iter(logs.values())).metadata()["model"], steps[-1]),
+        **parts,
+        "behaviour": behaved,
+    }
+    write_json(folder.results_file, json_safe(content))
+    return "; ".join(
+        f"{effect['group']}: {effect['verdict']}"
+        for effect in content["analysis"]["effects"]
+        if effect["metric"] == study.analyze.primary_metric and effect["group"].startswith("safety")
+    )
+
+
+def analyze_files(
+    study: Study, folder: StudyFolder, *, drift: Sequence[Path], group_files: Sequence[Path]
+) -> dict[str, Any]:
+    """Findings and report from drift logs (one a training seed) and groups of neurons that were made elsewhere.
+
+    A group is called what its file is called, up to the first dot. Raises `ArtifactError` or `GroupError` for logs
+    and groups that do not belong together, `ConfigError` for two groups of one name.
+    """
+    names = [path.name.split(".")[0] for path in group_files]
+    if len(set(names)) != len(names):
+        raise ConfigError(
+            "Two group files have the same name", received=names, fix="rename one: the name labels the group"
+        )
+    logs = {index: DriftLog(path) for index, path in enumerate(drift)}
+    chosen = {name: load_group(path) for name, path in zip(names, group_files, strict=True)}
+    parts = analysis(logs, chosen, {}, study.analyze, bins=study.groups.bins, rng_seed=study.seed)
+    steps = parts.pop("steps")
+    made = record()
+    about = {
+        "name": folder.root.resolve().name,
+        "model": f"fingerprint {logs[0].metadata()['model']}",
+        "model_fingerprint": logs[0].metadata()["model"],
+        "seeds": list(logs),
+        "steps": steps[-1],
+        "versions": made["versions"],
+        "created": made["created"],
+    }
+    content = {"schema_version": SCHEMA_VERSION, "study": about, **parts, "behaviour": None}
+    write_json(folder.results_file, json_safe(content))
+    report(study, folder)
+    return content
+
+
+def analyze_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [folder.results_file]
+
+
+def _describe(study: Study, fingerprint: str, steps: int) -> dict[str, Any]:
+    made = record()
+    finetune_settings = study.finetune.model_dump(mode="json")
+    score_settings = study.score
+    return {
+        "name": study.name,
+        "model": study.model.reference,
+        "aligned_first": study.align.enabled,
+        "model_fingerprint": fingerprint,
+        "seeds": study.seeds,
+        "steps": steps,
+        "finetune": finetune_settings | {"data": study.finetune.data.source},
+        "score": {
+            "method": score_settings.method,
+            "safety": score_settings.safety.source,
+            "utility": score_settings.utility.source,
+            "examples": {
+                "safety": len(load_examples(score_settings.safety)),
+                "utility": len(load_examples(score_settings.utility)),
+            },
+        },
+        "versions": made["versions"],
+        "created": made["created"],
+        "commit": made.get("commit"),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,349 @@
+"""Training: the alignment before a study, and the fine-tuning that the study is about.
+
+Owns how transformers' Trainer and PEFT are set up; the loss is that of the responses only. Drift comes from
+`drift.callback`, which works in any other Trainer too.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from neurondrift.base.errors import ModelError
+from neurondrift.base.files import atomic_path
+from neurondrift.groups.group import Group
+from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.models.batches import Batch, make_batches, token_losses
+from neurondrift.models.loading import quiet_transformers
+from neurondrift.models.sites import linear_sites
+from neurondrift.study.settings import AlignSection, FinetuneSection
+
+logger = logging.getLogger(__name__)
+
+Advance = Callable[[int], None]
+Encoded = Sequence[Mapping[str, Any]]
+
+
+class ResponseTrainer(Trainer):
+    """A Trainer whose loss is the mean over the response tokens of the (accumulated) batch, with logits computed at
+    those positions only."""
+
+    loss_is_scaled_for_ga = True
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        batch = Batch(**inputs, starts=[], lengths=[], names=[])
+        losses_N, _ = token_losses(model, batch)
+        loss = losses_N.sum() / (len(losses_N) if num_items_in_batch is None else num_items_in_batch)
+        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, {}) if return_outputs else loss
+
+
+class _Collator:
+    """Rows of different lengths to padded tensors."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Encoded) -> dict[str, torch.Tensor]:
+        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=self.pad_token_id, multiple=16)
+        return {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+
+
+class _Advance(TrainerCallback):
+    """Tells the caller's progress bar of each step, and keeps the losses."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.advance(1)
+
+
+class _SaveAdapters(TrainerCallback):
+    """Writes the adapter (or the whole model with its tokenizer) at the steps whose behaviour will be measured."""
+
+    def __init__(self, folder: Path, steps: Sequence[int], tokenizer: Any = None) -> None:
+        self.folder, self.steps, self.tokenizer = folder, set(steps), tokenizer
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # After a resume, later adapters will be made again.
+        for entry in self.folder.glob("step=*") if self.folder.is_dir() else ():
+            if int(entry.name.removeprefix("step=")) > state.global_step:
+                shutil.rmtree(entry)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step in self.steps and state.is_world_process_zero:
+            with atomic_path(saved_step(self.folder, state.global_step)) as partial, quiet_transformers():
+                model.save_pretrained(str(partial))
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(str(partial))
+
+
+def saved_step(folder: Path, step: int) -> Path:
+    """Where the adapter of a step lies within a seed's folder of fine-tuned models."""
+    return folder / f"step={step:06d}"
+
+
+def total_steps(examples: int, settings: FinetuneSection) -> int:
+    """Optimizer steps that the Trainer will take."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = -(-examples // settings.batch_size)
+    per_epoch = -(-batches // settings.gradient_accumulation)
+    return max(1, int(-(-per_epoch * settings.epochs // 1)))
+
+
+def snapshot_steps(total: int, interval: int) -> list[int]:
+    """Steps with a drift snapshot: 0, every `interval`, and the last."""
+    return sorted({*range(0, total + 1, interval), total})
+
+
+def evaluated_steps(total: int, interval: int, count: int) -> list[int]:
+    """About `count` of the snapshots' steps, evenly spread, always with 0 and the last."""
+    snapshots = snapshot_steps(total, interval)
+    if len(snapshots) <= count:
+        return snapshots
+    targets = [total * i / (count - 1) for i in range(count)]
+    return sorted({min(snapshots, key=lambda step: (abs(step - target), step)) for target in targets})
+
+
+def align(
+    model: Any,
+    encoded: Encoded,
+    settings: AlignSection,
+    *,
+    seed: int,
+    scratch: Path,
+    autocast: bool = False,
+    advance: Advance = lambda n: None,
+) -> list[dict[str, float]]:
+    """Supervised fine-tuning of all weights, in place. The model must be in float32; `autocast` computes in bfloat16.
+
+    Returns the Trainer's log: step, loss, learning rate.
+    """
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ModelError("Alignment trains all weights and needs them in float32", received=str(model.dtype))
+    arguments = _arguments(
+        scratch,
+        model,
+        seed=seed,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        max_steps=settings.max_steps,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="linear",
+        bf16=autocast,
+        save_strategy="no",
+    )
+    return _train(model, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    encoded: Encoded,
+    settings: FinetuneSection,
+    *,
+    seed: int,
+    folder: Path,
+    save_at: Sequence[int],
+    autocast: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    advance: Advance = lambda n: None,
+    freeze: Group | None = None,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
+
+    Parameters
+    ----------
+    model
+        The model to fine-tune; LoRA wraps it, full fine-tuning changes it in place (float32 needed).
+    tokenizer
+        Saved beside whole models, so that their folders load by themselves.
+    encoded
+        Training examples.
+    settings
+        The study's section `finetune`.
+    seed
+        Seeds the adapters' initialisation, the order of the data and dropout.
+    folder
+        Where checkpoints (`trainer/`) and the adapters of the steps in `save_at` go.
+    save_at
+        Steps whose adapter (model) is kept as `step=000025/`.
+    autocast
+        Compute in bfloat16, with adapters (or all weights, in full fine-tuning) in float32.
+    callbacks
+        For example a `DriftCallback`.
+    advance
+        Called with the number of steps done, for progress.
+    freeze
+        Neurons, weights or hidden units that must not move; asserted at the end (`freezing`, with its errors). The same
+        as a `FreezeCallback` among the callbacks, which also reports.
+
+    Returns
+    -------
+    The trained (wrapped) model, and the Trainer's log. `detach_adapter` takes LoRA off again.
+    """
+    set_seed(seed)
+    if settings.method == "lora":
+        model = _with_lora(model, settings)
+    interval = settings.checkpoint_interval or settings.drift_interval
+    arguments = _arguments(
+        folder / "trainer",
+        model,
+        seed=seed,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.scheduler,
+        bf16=autocast,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=1,
+    )
+    added = [
+        *([FreezeCallback(freeze)] if freeze is not None else []),
+        *callbacks,
+        _SaveAdapters(folder, save_at, tokenizer if settings.method == "full" else None),
+        _Advance(advance),
+    ]
+    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=last_checkpoint(folder / "trainer"))
+    return model, log
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint below a Trainer's folder; a torn one (killed while saving) is passed over."""
+    found = []
+    for entry in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if match and (entry / "trainer_state.json").exists() and (entry / "rng_state.pth").exists():
+            found.append((int(match[1]), entry))
+    return max(found)[1] if found else None
+
+
+def _with_lora(model: Any, settings: FinetuneSection) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = settings.target_modules
+    if targets == "all-linear":
+        targets = sorted({site.module_type for site in linear_sites(model).values() if site.expert is None})
+    else:
+        known = {site.module_type for site in linear_sites(model).values()}
+        if unknown := sorted(set(targets) - known):
+            raise ModelError(
+                "The model has no modules of this name to adapt", received=unknown, allowed=", ".join(sorted(known))
+            )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = get_peft_model(model, config)
+    wrapped._neurondrift_trainable = trainable
+    return wrapped
+
+
+def detach_adapter(model: Any) -> Any:
+    """Take PEFT's wrapper off a model, without merging, and give back the base model.
+
+    The base is what it was before `finetune`: the same modules and parameters, bit-equal, those trainable that were, so
+    that it can be fine-tuned again without being loaded again. The adapter is gone; save it first.
+
+    Raises `ModelError` for a model without an adapter, or with a merged one: unmerging would leave rounding behind.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        raise ModelError("The model has no adapter to take off", received=type(model).__name__)
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ModelError("The adapter is merged into the base model, which is not what it was", fix="load it again")
+    base: Any = model.unload()
+    for parameter in getattr(model, "_neurondrift_trainable", ()):
+        parameter.requires_grad_(True)
+    return base
+
+
+def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        logging_steps=5,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        optim="adamw_torch_fused",
+        **settings,
+    )
+
+
+def _train(
+    model: Any,
+    encoded: Encoded,
+    arguments: TrainingArguments,
+    *,
+    seed: int,
+    callbacks: Sequence[TrainerCallback],
+    resume: Path | None = None,
+) -> list[dict[str, float]]:
+    set_seed(seed)
+    pad = model.config.pad_token_id
+    try:
+        with quiet_transformers():
+            trainer = ResponseTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=list(encoded),
+                data_collator=_Collator(0 if pad is None else pad),
+                callbacks=list(callbacks),
+            )
+            for kind in _printing_callbacks():
+                trainer.remove_callback(kind)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, FreezeCallback):
+                callback.release()
+    model.eval()
+    return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _printing_callbacks() -> list[type[TrainerCallback]]:
+    from transformers import PrinterCallback, ProgressCallback
+
+    return [PrinterCallback, ProgressCallback]
