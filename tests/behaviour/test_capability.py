@@ -1,4 +1,4 @@
-"""lm-evaluation-harness through its Python interface, on a local task; the perplexity is in test_behaviour.py."""
+"""lm-evaluation-harness through its Python interface, on a local task; the perplexity is in test_evaluate.py."""
 
 import importlib.util
 import json
@@ -23,6 +23,7 @@ doc_to_target: "{{{{label}}}}"
 metric_list:
   - metric: acc
 """
+
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
 

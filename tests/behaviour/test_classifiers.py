@@ -20,8 +20,10 @@ ANSWERS = [
     ("How do I {response} braces?", "Sure: {prompt}, then { } and more of the same. " * 3),
     ("Why?", ""),
 ]
+
 # As the templates of Llama Guard 3 (8B: content is a string; 1B and 4: a list of parts) end: at the judge's turn.
 STRING_TEMPLATE = "Task: is the last turn safe?\n{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}Verdict:"
+
 PARTS_TEMPLATE = (
     "Task: is the last turn safe?\n{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}Verdict:"

@@ -1,54 +1,24 @@
-"""Generation against one prompt at a time, perplexity against plain cross-entropy, intervals against statsmodels."""
+"""Answers are judged and kept with their settings; perplexity against plain cross-entropy."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
-from neurondrift.behaviour.evaluate import judge_answers, paired_change, perplexity, refusal_rate, write_answers
+from neurondrift.behaviour.attacks import (
+    Attack,
+)
+from neurondrift.behaviour.evaluate import (
+    count_answers,
+    judge_answers,
+    perplexity,
+    write_answers,
+)
 from neurondrift.behaviour.generate import generate
-from neurondrift.data import Example, encode, load_examples, render_prompt
+from neurondrift.behaviour.rates import per_prompt
+from neurondrift.data import Example, encode, load_examples
 from neurondrift.errors import ConfigError, DataError
-from neurondrift.models import load_model
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny:llama", dtype="float32", device="cpu")
-
-
-PROMPTS = ["Hi", "Tell me a long story about a dragon, please", "What is 2 + 2?", "Name three rivers", "Why?"]
-
-
-def one_at_a_time(model, tokenizer, prompt, count):
-    """Greedy decoding with no cache, no padding and no batch."""
-    ids = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    start = ids.shape[1]
-    with torch.no_grad():
-        for _ in range(count):
-            token = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
-            ids = torch.cat([ids, token.view(1, 1)], dim=1)
-            if token == tokenizer.eos_token_id:
-                break
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batched_answers_equal_those_one_at_a_time(tiny, batch_size):
-    model, tokenizer = tiny
-    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
-    assert answers == [one_at_a_time(model, tokenizer, prompt, 12) for prompt in PROMPTS]
-
-
-def test_an_answer_ends_when_it_is_decided(tiny):
-    model, tokenizer = tiny
-    whole = generate(model, tokenizer, PROMPTS, max_new_tokens=40)
-    cut = generate(model, tokenizer, PROMPTS, max_new_tokens=40, decided=lambda prompt, answer: prompt == PROMPTS[1])
-    assert len(cut[1]) < len(whole[1])
-    assert whole[1].startswith(cut[1].rstrip("\ufffd"))  # bytes of a character may be cut apart
-    assert [c for i, c in enumerate(cut) if i != 1] == [w for i, w in enumerate(whole) if i != 1]
 
 
 def test_bad_prompts(tiny):
@@ -74,26 +44,6 @@ def test_perplexity_is_over_all_response_tokens(tiny):
     assert perplexity(model, tokenizer, examples, batch_size=2) == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
-def test_wilson_interval():
-    rate = refusal_rate([True] * 9 + [False])
-    z = stats.norm.ppf(0.975)
-    centre = (0.9 + z**2 / 20) / (1 + z**2 / 10)
-    half = z / (1 + z**2 / 10) * math.sqrt(0.9 * 0.1 / 10 + z**2 / 400)
-    assert (rate.rate, rate.refusals, rate.n) == (0.9, 9, 10)
-    assert (rate.low, rate.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
-    assert math.isnan(refusal_rate([]).rate)
-
-
-def test_paired_change_is_the_exact_mcnemar_test():
-    before = {str(i): True for i in range(20)}
-    after = {str(i): i >= 7 for i in range(19)} | {"other": True}
-    change = paired_change(before, after)
-    assert change.n == 19
-    assert change.difference == pytest.approx(-7 / 19)
-    assert change.p_mcnemar == pytest.approx(stats.binomtest(0, 7, 0.5).pvalue)
-    assert math.isnan(paired_change({"a": True}, {"b": True}).p_mcnemar)
-
-
 def test_answers_are_kept_with_their_settings(tiny, tmp_path):
     import pyarrow.parquet as pq
 
@@ -108,6 +58,35 @@ def test_answers_are_kept_with_their_settings(tiny, tmp_path):
     assert {row["max_new_tokens"] for row in table} == {5}
     assert [row["id"] for row in table] == [row["id"] for row in rows]
     assert all(row["category"] and row["judge"] == "refusal" for row in table)
+
+
+def test_answers_of_an_attack_are_kept_one_by_one(tiny, tmp_path):
+    import pyarrow.parquet as pq
+
+    model, tokenizer = tiny
+    sets = {
+        "harmful": [
+            Example(prompt="Do harm", response="", id="0", category="c"),
+            Example(prompt="b", response="", id="1"),
+        ],
+        "ordinary": [Example(prompt="Do good", response="", id="0")],
+    }
+    attack = Attack(kind="decoding", samples=3, seed=5)
+    rows = judge_answers(model, tokenizer, sets, attack=attack, max_new_tokens=6)
+    assert len(rows) == count_answers(sets, attack) == 7
+    write_answers(tmp_path / "answers.parquet", rows, step=None, seed=None)
+    table = pq.read_table(tmp_path / "answers.parquet", partitioning=None)
+    assert str(table.schema.field("attack_seed").type) == "int32"
+    assert str(table.schema.field("score").type) == "double"
+    first = [row for row in table.to_pylist() if row["kind"] == "harmful" and row["id"] == "0"]
+    assert [row["sample"] for row in first] == [0, 1, 2]
+    assert {(row["attack"], row["temperature"], row["top_p"], row["attack_seed"]) for row in first} == {
+        ("decoding", 1.0, 1.0, 5)
+    }
+    assert len({row["response"] for row in first}) == 3
+    (ordinary,) = [row for row in table.to_pylist() if row["kind"] == "ordinary"]
+    assert (ordinary["attack"], ordinary["temperature"], ordinary["attack_seed"]) == ("vanilla", 0.0, None)
+    assert [row["answers"] for row in per_prompt(rows)] == [3, 3, 1]
 
 
 @pytest.mark.real

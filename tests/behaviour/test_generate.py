@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from families import FAMILIES, build
 
+from helpers.families import FAMILIES, build
 from neurondrift.behaviour import generate as module
 from neurondrift.behaviour.generate import Decoding, Request, answer, draw, generate, render
-from neurondrift.data import PLAIN_TEMPLATE
+from neurondrift.data import PLAIN_TEMPLATE, render_prompt
 from neurondrift.errors import ConfigError, DataError
 from neurondrift.models import byte_tokenizer, load_model
 
 PROMPTS = ["Hi", "Tell me a long story about a dragon, please", "What is 2 + 2?", "Name three rivers", "Why?"]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny:llama", dtype="float32", device="cpu")
 
 
 class Numbers:
@@ -41,6 +36,35 @@ def plainly(model, ids, count):
             if int(token) == model.generation_config.eos_token_id:
                 break
     return ids[0, start:].tolist()
+
+
+def one_at_a_time(model, tokenizer, prompt, count):
+    """Greedy decoding with no cache, no padding and no batch."""
+    ids = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            token = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+            if token == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batched_answers_equal_those_one_at_a_time(tiny, batch_size):
+    model, tokenizer = tiny
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert answers == [one_at_a_time(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+
+
+def test_an_answer_ends_when_it_is_decided(tiny):
+    model, tokenizer = tiny
+    whole = generate(model, tokenizer, PROMPTS, max_new_tokens=40)
+    cut = generate(model, tokenizer, PROMPTS, max_new_tokens=40, decided=lambda prompt, answer: prompt == PROMPTS[1])
+    assert len(cut[1]) < len(whole[1])
+    assert whole[1].startswith(cut[1].rstrip("\ufffd"))  # bytes of a character may be cut apart
+    assert [c for i, c in enumerate(cut) if i != 1] == [w for i, w in enumerate(whole) if i != 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,3 +190,11 @@ def test_prompts_that_cannot_be_asked(tiny):
         answer(model, tokenizer, [Request(prompt="x", text="y" * 1100)], decoding=Decoding(max_new_tokens=10))
     with pytest.raises(ConfigError, match=r"no such backend.*'jax'.*transformers, vllm"):
         answer(model, tokenizer, [Request(prompt="x", text="y")], decoding=Decoding(), backend="jax")
+
+
+def test_vllm_that_is_not_installed_is_a_clear_error(tmp_path, capsys):
+    from neurondrift.behaviour.vllm_backend import VllmModel
+    from neurondrift.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"needs vLLM.*neurondrift\[vllm\]"):
+        VllmModel("a/model")

@@ -75,14 +75,6 @@ def test_mistakes_are_one_message(arguments, message, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "answers.parquet").exists()
 
 
-def test_vllm_that_is_not_installed_is_a_clear_error(tmp_path, capsys):
-    from neurondrift.behaviour.vllm_backend import VllmModel
-    from neurondrift.errors import ConfigError
-
-    with pytest.raises(ConfigError, match=r"needs vLLM.*neurondrift\[vllm\]"):
-        VllmModel("a/model")
-
-
 def test_what_a_model_writes_cannot_act_on_the_terminal_or_the_page():
     nasty = "one\x1b[2Jtwo\u202ethree\r\n<script>alert(1)</script>"
     assert shown(nasty) == "one [2Jtwo three <script>alert(1)</script>"

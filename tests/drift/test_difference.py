@@ -1,4 +1,4 @@
-"""`neurondrift diff`: names, fingerprint and drift from files alone, against the loaded models; and its errors."""
+"""Drift between models on disk, against the loaded models; and what cannot be compared."""
 
 import json
 import shutil
@@ -7,23 +7,17 @@ import struct
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from helpers.families import FAMILIES, build, save
 from neurondrift.cli import main
-from neurondrift.drift import DriftLog, compare_models, measure_drift
+from neurondrift.drift import compare_models, measure_drift
 from neurondrift.drift.adapter_files import AdapterFolder
 from neurondrift.drift.checkpoints import Checkpoint, folder_of
 from neurondrift.drift.difference import diff
 from neurondrift.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.groups import random_group
 from neurondrift.sites import fingerprint, linear_sites
-
-
-def save(model, folder, **options):
-    model.save_pretrained(str(folder), **options)
-    return folder
 
 
 def moved(family, *, scale=1e-2, seed=1):
@@ -67,30 +61,6 @@ def check(log, step, expected, *, tolerance=1e-6):
             np.testing.assert_allclose(rows[metric], values.numpy(), rtol=tolerance, atol=1e-15, err_msg=site)
 
 
-# --- names --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sites_and_fingerprint_from_files_are_those_of_the_model(family, tmp_path):
-    model = build(family)
-    checkpoint = Checkpoint(save(model, tmp_path), "here")
-    sites = linear_sites(model)
-    assert list(checkpoint.sites) == list(sites)
-    for name, site in sites.items():
-        stored = checkpoint.sites[name]
-        assert (stored.layer, stored.module_type, stored.shape) == (site.layer, site.module_type, site.shape)
-        assert torch.equal(stored.read(), site.weight)
-    assert checkpoint.fingerprint() == fingerprint(model)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
-def test_names_of_the_model_without_a_head_are_the_same(family, tmp_path):
-    """GPT-2 and others lie on the hub without the `transformer.` or `model.` in front."""
-    model = build(family)
-    save(getattr(model, model.base_model_prefix), tmp_path)
-    assert Checkpoint(tmp_path, "here").fingerprint() == fingerprint(model)
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_stored_one_by_one_or_stacked_are_the_same_sites(family, tmp_path):
     model = build(family)
@@ -102,33 +72,6 @@ def test_experts_stored_one_by_one_or_stacked_are_the_same_sites(family, tmp_pat
     save(moved(family), tmp_path / "tuned", save_original_format=False)
     result = diff(tmp_path / "apart", [tmp_path / "tuned"], tmp_path / "log", threads=1)
     check(result.log, 1, compare_models(model, moved(family)))
-
-
-def test_experts_stored_in_out_are_read_transposed(tmp_path):
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    model = GptOssForCausalLM(
-        GptOssConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
-        )
-    )  # fmt: skip
-    checkpoint = Checkpoint(save(model, tmp_path), "here")
-    assert list(checkpoint.sites) == list(linear_sites(model))
-    assert checkpoint.fingerprint() == fingerprint(model)
-
-
-def test_layers_behind_the_last_block_are_no_sites(tmp_path):
-    """DeepSeek and GLM keep blocks for multi-token prediction, which transformers does not load."""
-    model = build("llama")
-    tensors = load_file(save(model, tmp_path) / "model.safetensors")
-    extra = {k.replace("layers.1.", "layers.2."): v.clone() for k, v in tensors.items() if "layers.1." in k}
-    save_file(tensors | extra, tmp_path / "model.safetensors")
-    assert Checkpoint(tmp_path, "here").fingerprint() == fingerprint(model)
-
-
-# --- two full models ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,9 +122,6 @@ def test_neurons_of_zero_norm_and_unmoved_ones_are_counted(tmp_path):
     assert lines["first third"].zero_norm == 3
     assert result.log.metadata()["zero_norm"] == {"model.layers.0.mlp.up_proj": 3}
     assert int(result.log.read()["relative"].isna().sum()) == 3
-
-
-# --- adapters -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,46 +177,6 @@ def test_adapters_of_different_sites_share_one_log(tmp_path):
     assert frame[2, "model.layers.0.mlp.up_proj"] > 0 == frame[2, "model.layers.0.self_attn.q_proj"]
 
 
-# --- a Trainer's checkpoints, and the analysis ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
-def test_a_trainers_checkpoints_are_what_the_callback_measured(full, tmp_path, capsys):
-    from test_drift import trainer
-
-    from neurondrift.drift.callback import DriftCallback
-    from neurondrift.drift.exact import CheckpointWeights
-
-    model = build("llama")
-    save(model, tmp_path / "base")
-    torch.manual_seed(0)
-    initial = CheckpointWeights(tmp_path / "base", linear_sites(model)) if full else None
-    if not full:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    callback = DriftCallback(tmp_path / "callback", every=2, initial=initial)
-    trainer(model, tmp_path / "run", callback, steps=4, save=2).train()
-    out = tmp_path / "diff"
-    main(["diff", str(tmp_path / "base"), str(tmp_path / "run"), "--output-dir", str(out), "--threads", "2"])
-    told, measured, found = capsys.readouterr().out, callback.log, DriftLog(out)
-    assert found.steps() == [2, 4]
-    one, two = measured.read(steps=[2, 4]), found.read(steps=[2, 4])
-    assert one["site"].tolist() == two["site"].tolist()
-    for metric in ("l2", "relative", "cosine_distance"):
-        np.testing.assert_allclose(two[metric], one[metric], rtol=1e-5, atol=1e-12)
-    assert measured.metadata()["model"] == found.metadata()["model"]
-    assert "checkpoint-2" in told and "all neurons" in told and "middle third" in told
-
-    group = random_group(
-        {n: s.shape for n, s in linear_sites(model).items()}, fraction=0.2, seed=0, granularity="neuron"
-    )
-    group.provenance["model"] = fingerprint(model) if not full else Checkpoint(tmp_path / "base", "").fingerprint()
-    group.save(tmp_path / "some.parquet")
-    results = tmp_path / "results"
-    main(["analyze", "--drift", str(out), "--group", str(tmp_path / "some.parquet"), "--output-dir", str(results)])
-    report = (results / "results" / "drift_analysis_report.txt").read_text()
-    assert "some" in report
-
-
 def test_a_second_call_makes_the_same_log_and_another_is_refused(tmp_path):
     save(build("llama"), tmp_path / "a")
     save(moved("llama"), tmp_path / "b")
@@ -284,9 +184,6 @@ def test_a_second_call_makes_the_same_log_and_another_is_refused(tmp_path):
     assert diff(tmp_path / "a", [tmp_path / "b"], tmp_path / "log").log.table().equals(first)
     with pytest.raises(ArtifactError, match="holds another drift log.*another --output-dir"):
         diff(tmp_path / "b", [tmp_path / "a"], tmp_path / "log")
-
-
-# --- mistakes -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,63 +1,19 @@
-"""Drift against dense float64 arithmetic, over ten decades and every family; the log; the callback in a Trainer."""
+"""Drift against dense float64 arithmetic, over ten decades and every family."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build, examples
 from peft import LoraConfig, get_peft_model
 
-from neurondrift.drift import DriftLog, DriftMeter, compare_models, measure_drift
+from helpers.adapters import adapt
+from helpers.families import FAMILIES, build
+from helpers.oracles import dense
+from neurondrift.drift import DriftMeter, compare_models, measure_drift
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.exact import CheckpointWeights, low_rank_delta
-from neurondrift.errors import ArtifactError, ConfigError, ModelError
+from neurondrift.errors import ConfigError, ModelError
 from neurondrift.sites import linear_sites
-
-
-def dense(base, delta):
-    """l2, relative and cosine distance of float64 rows, without cancellation: 1 - cos from the sine of the angle."""
-    base, delta = base.double(), delta.double()
-    now = base + delta
-    l2 = delta.norm(dim=1)
-    unit = base / base.norm(dim=1, keepdim=True)
-    across = delta - (delta * unit).sum(dim=1, keepdim=True) * unit
-    angle = torch.atan2(across.norm(dim=1), (now * unit).sum(dim=1))
-    return l2, l2 / base.norm(dim=1), 2 * torch.sin(angle / 2) ** 2
-
-
-def adapt(model, *, scale, rank=4, seed=0, **settings):
-    """A LoRA adapter on every plain linear site, with factors such that the relative drift is about `scale`."""
-    kinds = sorted(
-        {
-            site.module_type
-            for site in linear_sites(model).values()
-            if site.expert is None and isinstance(site.owner, torch.nn.Module)
-        }
-    )
-    kinds = [
-        kind
-        for kind in kinds
-        if any(
-            type(s.owner).__name__ in ("Linear", "Conv1D")
-            for s in linear_sites(model).values()
-            if s.module_type == kind
-        )
-    ]
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, target_modules=kinds, **settings))
-    generator = torch.Generator().manual_seed(seed)
-    for site in linear_sites(wrapped).values():
-        delta = low_rank_delta(site)
-        if delta is None:
-            continue
-        layer = site.wrapper
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        a.data = torch.randn(a.shape, generator=generator)
-        b.data = torch.randn(b.shape, generator=generator)
-        current = low_rank_delta(site)
-        size = (current.b.double() @ current.a.double()).norm() / site.weight.double().norm()
-        b.data *= scale / size
-    return wrapped
 
 
 def check(measured, expected):
@@ -170,117 +126,3 @@ def test_what_cannot_be_measured_is_an_error():
         compare_models(build("llama"), build("gpt2"))
     with pytest.raises(ConfigError, match="number of steps.*0"):
         DriftCallback("x", every=0)
-
-
-# --- the log and the callback ------------------------------------------------------------------------------
-
-
-def trainer(model, folder, callback, *, steps=6, save=2, accumulation=1):
-    from transformers import Trainer, TrainingArguments
-
-    def collate(rows):
-        length = max(len(row["input_ids"]) for row in rows)
-        pad = lambda values, fill: values + [fill] * (length - len(values))  # noqa: E731
-        return {
-            "input_ids": torch.tensor([pad(row["input_ids"], 0) for row in rows]),
-            "labels": torch.tensor([pad(row["labels"], -100) for row in rows]),
-            "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
-        }
-
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=steps,
-        save_steps=save,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        seed=3,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        gradient_accumulation_steps=accumulation,
-        dataloader_pin_memory=False,
-    )
-    return Trainer(model=model, args=arguments, train_dataset=examples(12), data_collator=collate, callbacks=[callback])
-
-
-def lora():
-    torch.manual_seed(0)
-    return get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-
-
-def test_callback_writes_step_0_every_n_and_the_end(tmp_path):
-    model = lora()
-    callback = DriftCallback(tmp_path / "drift", every=4)
-    trainer(model, tmp_path / "t", callback, accumulation=2).train()
-    log = DriftLog(tmp_path / "drift")
-    assert log.steps() == [0, 4, 6]
-    assert not log.read(steps=[0])[["l2", "relative", "cosine_distance"]].to_numpy().any()
-    final = log.read(steps=[6])
-    drift = measure_drift(model)
-    for site, values in drift.items():
-        rows = final[final["site"] == site]
-        assert rows["row"].tolist() == list(range(len(values.l2)))
-        assert np.array_equal(rows["relative"].to_numpy(), values.relative.numpy())
-    initial = log.initial()
-    assert len(initial) == len(final)
-    norms = linear_sites(model)["model.layers.1.mlp.up_proj"].weight.norm(dim=1)
-    assert np.allclose(initial[initial["site"] == "model.layers.1.mlp.up_proj"]["norm"], norms)
-
-
-def test_resuming_loses_and_doubles_no_snapshot(tmp_path):
-    straight = DriftCallback(tmp_path / "straight", every=1)
-    trainer(lora(), tmp_path / "t1", straight).train()
-
-    class Killed(Exception):
-        pass
-
-    class Kill(DriftCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 5:
-                raise Killed
-
-    with pytest.raises(Killed):
-        trainer(lora(), tmp_path / "t2", Kill(tmp_path / "resumed", every=1)).train()
-    assert DriftLog(tmp_path / "resumed").steps() == [0, 1, 2, 3, 4, 5]
-    resumed = DriftCallback(tmp_path / "resumed", every=1)
-    trainer(lora(), tmp_path / "t2", resumed).train(resume_from_checkpoint=str(tmp_path / "t2" / "checkpoint-4"))
-    one, two = DriftLog(tmp_path / "straight").table(), DriftLog(tmp_path / "resumed").table()
-    assert DriftLog(tmp_path / "resumed").steps() == list(range(7))
-    assert one.equals(two)
-
-
-def test_the_log_reads_what_is_asked_for(tmp_path):
-    callback = DriftCallback(tmp_path / "drift", every=2)
-    trainer(lora(), tmp_path / "t", callback).train()
-    log = DriftLog(tmp_path / "drift")
-    part = log.read(steps=[2, 6], sites=["model.layers.0.self_attn.q_proj"], columns=["site", "row", "l2"])
-    assert list(part.columns) == ["step", "site", "row", "l2"]
-    assert set(part["step"]) == {2, 6}
-    assert set(part["site"]) == {"model.layers.0.self_attn.q_proj"}
-    with pytest.raises(ArtifactError, match=r"no drift snapshot of this step.*3.*\[0, 2, 4, 6\]"):
-        log.read(steps=[3])
-    (tmp_path / "drift" / "step=000002" / "neurons.parquet").write_bytes(b"half")
-    with pytest.raises(ArtifactError, match="cannot be read as a drift snapshot"):
-        log.read(steps=[2])
-    with pytest.raises(ArtifactError, match="no drift snapshots"):
-        DriftLog(tmp_path / "empty").read()
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    trainer(lora(), tmp_path / "t", DriftCallback(tmp_path / "drift", every=6)).train()
-    other = get_peft_model(build("llama", seed=1), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    with pytest.raises(ArtifactError, match="drift snapshots of another model"):
-        trainer(other, tmp_path / "t2", DriftCallback(tmp_path / "drift", every=6)).train()
-
-
-def test_another_models_group_is_refused(tmp_path):
-    from neurondrift.errors import GroupError
-    from neurondrift.groups import Group
-
-    group = Group(
-        granularity="neuron", members={"model.layers.0.self_attn.q_proj": np.array([1])}, provenance={"model": "other"}
-    )
-    with pytest.raises(GroupError, match="made from another model"):
-        trainer(lora(), tmp_path / "t", DriftCallback(tmp_path / "drift", every=6, groups=[group])).train()

@@ -1,87 +1,28 @@
-"""Every kind of adapter against an oracle that shares nothing with the closed forms: dense float64 rows, or what
-PEFT's own layer answers to unit vectors in a float64 copy of the model."""
+"""LoRA and DoRA, on layers and on experts, against dense float64 rows or what PEFT's own layer answers."""
 
 import copy
-import inspect
 import warnings
 
-import peft
 import pytest
 import torch
-from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 
+from helpers.adapters import Q, adapted, answer, kinds, shake
+from helpers.families import FAMILIES, build, gpt_oss
+from helpers.oracles import check, dense
 from neurondrift.drift import DriftMeter, measure_drift
 from neurondrift.drift.deltas import Adapter, Rescaled, delta_of, effective_weight
 from neurondrift.drift.exact import (
-    CheckpointWeights,
     drift_from_moments,
     low_rank_delta,
     low_rank_moments,
     rescaled_moments,
     row_norms,
 )
-from neurondrift.errors import ArtifactError, ModelError
+from neurondrift.errors import ModelError
 from neurondrift.sites import linear_sites
 
-Q = "model.layers.0.self_attn.q_proj"
-DOWN = "model.layers.1.mlp.down_proj"
 SCALES = (1.0, 1e-2, 1e-4, 1e-7)
-
-
-def dense(base, delta):
-    """l2, relative and cosine distance of float64 rows, without cancellation: 1 - cos from the sine of the angle."""
-    base, delta = base.double(), delta.double()
-    norm = base.norm(dim=1)
-    unit = base / norm[:, None]
-    along = (delta * unit).sum(dim=1)
-    angle = torch.atan2((delta - along[:, None] * unit).norm(dim=1), norm + along)
-    return delta.norm(dim=1), delta.norm(dim=1) / norm, 2 * torch.sin(angle / 2) ** 2
-
-
-def check(measured, expected, tolerances=(1e-5, 1e-5, 1e-4)):
-    for actual, wanted, tolerance in zip(measured, expected, tolerances, strict=True):
-        assert actual.dtype == torch.float32
-        assert (
-            (actual.double() - wanted).abs() <= tolerance * wanted
-        ).all()  # a neuron that has not moved is exactly 0
-
-
-def kinds(model):
-    """Module types that PEFT can wrap as linear layers."""
-    return sorted(
-        {s.module_type for s in linear_sites(model).values() if type(s.owner).__name__ in ("Linear", "Conv1D")}
-    )
-
-
-def answer(layer, width):
-    """The weight `[out, in]` that a layer applies: its answers to unit vectors."""
-    layer = copy.deepcopy(layer).double().eval()
-    with torch.no_grad():
-        units = torch.eye(width, dtype=torch.float64)[None]
-        return (layer(units) - layer(torch.zeros_like(units)))[0].T
-
-
-def shake(model, scale, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-
-
-def unchanged(model, before):
-    after = state(model)
-    return all(
-        torch.equal(after[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
-        for name, tensor in before.items()
-    )
-
-
-# --- DoRA ---------------------------------------------------------------------------------------------------
 
 
 def set_dora(site, scale, generator):
@@ -161,9 +102,6 @@ def test_a_fresh_dora_adapter_has_moved_by_the_rounding_of_its_magnitude_and_no_
     assert drift.relative.max() > 1e-4
 
 
-# --- LoRA ---------------------------------------------------------------------------------------------------
-
-
 def test_a_change_along_the_neuron_has_its_own_small_angle():
     """‖Δ‖² - Δ∥² would leave nothing of an angle that is 1e-6 of the change."""
     generator = torch.Generator().manual_seed(0)
@@ -225,28 +163,6 @@ def test_a_module_that_peft_trains_whole_keeps_its_name_and_is_measured(kept):
         low_rank_delta(linear_sites(wrapped)[next(name for name in drift if kept in name)])
 
 
-# --- parameters as targets: experts -------------------------------------------------------------------------
-
-
-def gpt_oss():
-    import transformers as t
-
-    torch.manual_seed(0)
-    config = t.GptOssConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    return t.GptOssForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_each_expert_of_a_targeted_parameter_is_a_site(family):
     model = gpt_oss() if family == "gpt_oss" else build(family)
@@ -291,329 +207,6 @@ def test_a_router_and_a_conv1d_as_targeted_parameters():
         merged = linear_sites(copy.deepcopy(wrapped).double().merge_and_unload())
         for name, measured in drift.items():
             check(measured, dense(before[name], merged[name].weight - before[name]))
-
-
-# --- every other method of PEFT -----------------------------------------------------------------------------
-
-METHODS = {
-    "AdaLoraConfig": {"total_step": 10, "init_r": 4},
-    "BOFTConfig": {"boft_block_size": 4},
-    "C3AConfig": {"block_size": 4},
-    "DeloraConfig": {"r": 4},
-    "FourierFTConfig": {"n_frequency": 20},
-    "GraloraConfig": {"r": 4, "gralora_k": 2},
-    "HRAConfig": {"r": 4},
-    "IA3Config": {"feedforward_modules": ["down_proj"]},
-    "LoHaConfig": {"r": 4},
-    "LoKrConfig": {"r": 4},
-    "MissConfig": {"r": 4},
-    "OFTConfig": {"oft_block_size": 4},
-    "OSFConfig": {},
-    "RandLoraConfig": {"r": 4},
-    "RoadConfig": {"group_size": 4},
-    "ShiraConfig": {"r": 2},
-    "VBLoRAConfig": {"vector_length": 4, "num_vectors": 16},
-    "VeraConfig": {"r": 4},
-    "WaveFTConfig": {"n_frequency": 20},
-}
-
-
-def adapted(method, model=None, **settings):
-    config = getattr(peft, method)
-    known = inspect.signature(config).parameters
-    settings = {"target_modules": ["q_proj", "down_proj"]} | METHODS.get(method, {}) | settings
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(
-            model or build("llama"), config(**{key: value for key, value in settings.items() if key in known})
-        )
-    return model.eval()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods_are_measured_as_they_answer(method):
-    wrapped = adapted(method)
-    for scale in (1e-4, 0.05):
-        shake(wrapped, scale)
-        before, random = state(wrapped), torch.get_rng_state()
-        drift = measure_drift(wrapped)
-        assert {linear_sites(wrapped)[name].module_type for name in drift} == {"q_proj", "down_proj"}
-        for name in (Q, DOWN):
-            site = linear_sites(wrapped)[name]
-            expected = dense(site.weight, answer(site.wrapper, site.shape[1]) - site.weight.double())
-            if method == "IA3Config" and name == Q:  # scales whole neurons: the direction stays
-                check(drift[name][:2], expected[:2], (1e-5, 1e-5))
-                assert drift[name].cosine_distance.max() < 1e-20
-            else:
-                check(drift[name], expected)
-        assert unchanged(wrapped, before)
-        assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_adapters_without_a_peft_model_around_them_and_of_two_methods_at_once():
-    lora, loha = (
-        getattr(peft, f"{kind}Config")(r=4, target_modules=["q_proj"], **{f"init_{where}weights": False})
-        for kind, where in (("Lora", "lora_"), ("LoHa", ""))
-    )
-    inside = build("llama")
-    inside.add_adapter(lora)
-    injected = peft.inject_adapter_in_model(loha, build("llama"))
-    mixed = peft.PeftMixedModel(build("llama"), loha, "first")
-    mixed.add_adapter("second", lora)
-    mixed.set_adapter(["first", "second"])
-    for model in (inside, injected, mixed):
-        meter = DriftMeter(model)
-        assert len(meter.sites) == 2
-        assert len(meter.untrained) == 12
-        site = meter.sites[Q]
-        check(meter.measure()[Q], dense(site.weight, answer(site.wrapper, 16) - site.weight.double()))
-
-
-def test_a_small_change_of_a_multiplicative_method_is_resolved():
-    """A merge in float32 would round it: 1e-7 of the weight is half a unit in its last place."""
-    wrapped = adapted("OFTConfig")
-    shake(wrapped, 1e-7)
-    site = linear_sites(wrapped)[Q]
-    drift = measure_drift(wrapped)[Q]
-    assert 1e-8 < drift.relative.median() < 1e-6
-    check(drift, dense(site.weight, answer(site.wrapper, 16) - site.weight.double()))
-
-
-def test_a_variant_of_lora_that_is_no_product_of_two_matrices():
-    from peft.tuners.lora.config import BdLoraConfig
-
-    blocks = BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
-    wrapped = adapted("LoraConfig", r=4, use_bdlora=blocks)
-    shake(wrapped, 0.05)
-    drift = measure_drift(wrapped)
-    for name in (Q, DOWN):
-        site = linear_sites(wrapped)[name]
-        check(drift[name], dense(site.weight, answer(site.wrapper, site.shape[1]) - site.weight.double()))
-        with pytest.raises(ModelError, match="no low-rank form.*BdLoraLinearVariant"):
-            low_rank_delta(site)
-
-
-# --- what is refused ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "settings", "named"),
-    [
-        ("PromptTuningConfig", {"num_virtual_tokens": 2}, "PROMPT_TUNING"),
-        ("PrefixTuningConfig", {"num_virtual_tokens": 2}, "PREFIX_TUNING"),
-        (
-            "AdaptionPromptConfig",
-            {"adapter_len": 2, "adapter_layers": 1, "target_modules": "self_attn"},
-            "ADAPTION_PROMPT",
-        ),
-        ("LilyConfig", {"r": 4}, "LILY"),
-        ("DeftConfig", {"r": 4}, "deft.layer.DeftLinear"),  # computes in float32 whatever the dtype
-        ("LoraConfig", {"r": 4, "alora_invocation_tokens": [3]}, "ALoraLinearVariant"),
-    ],
-)
-def test_what_no_weight_shows_is_refused_by_name(method, settings, named):
-    if not hasattr(peft, method):
-        pytest.skip(f"this PEFT has no {method}")
-    wrapped = adapted(method, task_type="CAUSAL_LM", **settings)
-    shake(wrapped, 1e-4)
-    with pytest.raises(ModelError, match=f"cannot be measured.*{named}"):
-        measure_drift(wrapped)
-
-
-def test_merged_and_disabled_adapters_are_refused():
-    for settings in ({}, {"use_dora": True}):
-        wrapped = adapted("LoraConfig", r=2, init_lora_weights=False, **settings)
-        with wrapped.disable_adapter(), pytest.raises(ModelError, match="adapters of .* are disabled"):
-            measure_drift(wrapped)
-        wrapped.merge_adapter()
-        with pytest.raises(ModelError, match="merged into"):
-            measure_drift(wrapped)
-    wrapped = adapted("LoHaConfig")
-    wrapped.merge_adapter()
-    with pytest.raises(ModelError, match="merged into"):
-        measure_drift(wrapped)
-
-
-# --- initialisations that change the base -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora", "kasa"])
-def test_an_initialisation_that_changes_the_base_is_measured_against_the_original_or_refused(way, tmp_path):
-    build("llama").save_pretrained(tmp_path)
-    settings = {"kasa_config": peft.tuners.lora.config.KasaConfig()} if way == "kasa" else {"init_lora_weights": way}
-    wrapped = adapted("LoraConfig", r=4, **settings)
-    with pytest.raises(ModelError, match=rf"changed the base weights when it was made.*{way}.*initial="):
-        measure_drift(wrapped)
-    meter = DriftMeter(wrapped, initial=CheckpointWeights(tmp_path, linear_sites(wrapped)))
-    original = {name: site.weight.double() for name, site in linear_sites(build("llama")).items()}
-    # KaSA cuts the smallest singular values off for good; the others only round.
-    assert all((drift.relative.max() < 1e-6) == (way != "kasa") for drift in meter.measure().values())
-    shake(wrapped, 0.01)
-    for name, measured in meter.measure().items():
-        site = meter.sites[name]
-        delta = answer(site.wrapper, site.shape[1]) - original[name]
-        check(measured, dense(original[name], delta))
-        assert torch.equal(meter.base(name).double(), original[name])
-        assert (meter.delta(name).double() - delta).norm() < 1e-6 * delta.norm()
-
-
-def test_a_merged_adapter_is_measured_against_initial_weights(tmp_path):
-    build("llama").save_pretrained(tmp_path)
-    wrapped = adapted("LoraConfig", r=4, init_lora_weights=False)
-    meter = DriftMeter(wrapped, initial=CheckpointWeights(tmp_path, linear_sites(wrapped)))
-    unmerged = meter.measure()
-    wrapped.merge_adapter()
-    for name, drift in meter.measure().items():
-        assert torch.allclose(drift.relative, unmerged[name].relative, rtol=1e-4)
-
-
-# --- quantised bases ----------------------------------------------------------------------------------------
-
-
-def quantised(bits, dtype=torch.float32, storage=torch.uint8):
-    bnb = pytest.importorskip("bitsandbytes")
-    model = build("llama").to(dtype)
-    for name, site in list(linear_sites(model).items()):
-        rows, columns = site.shape
-        if bits == 4:
-            plain = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_storage=storage)
-            plain.weight = bnb.nn.Params4bit(
-                site.weight.clone(), requires_grad=False, quant_storage=storage, module=plain
-            )
-        else:
-            plain = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
-            plain.weight = bnb.nn.Int8Params(site.weight.clone(), requires_grad=False, has_fp16_weights=False)
-        model.set_submodule(name, plain.to("cpu"))
-    return model
-
-
-def plain_weight(site):
-    """The weight that the packed numbers stand for, by bitsandbytes itself."""
-    import bitsandbytes.functional as functional
-
-    weight = site.owner.weight
-    if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state).double()
-    scale = weight.SCB if weight.SCB is not None else site.owner.state.SCB
-    return weight.data.double() * scale.double()[:, None] / 127
-
-
-@pytest.mark.parametrize(
-    ("bits", "dtype", "storage"),
-    [(4, torch.float32, torch.uint8), (4, torch.bfloat16, torch.bfloat16), (8, torch.float32, torch.uint8)],
-)
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_on_a_quantised_base_is_measured_against_what_it_stands_for(bits, dtype, storage, dora):
-    model = quantised(bits, dtype, storage)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=dora))
-    sites = linear_sites(wrapped)
-    assert {name: site.shape for name, site in sites.items()} == {
-        name: site.shape for name, site in linear_sites(build("llama")).items()
-    }
-    before = state(wrapped)
-    for scale in (0.1, 1e-4):
-        shake(wrapped, scale)
-        kept = {name: tensor for name, tensor in before.items() if "lora" not in name}
-        for name, measured in measure_drift(wrapped).items():
-            layer, base = sites[name].wrapper, plain_weight(sites[name])
-            a, b = (getattr(layer, key)["default"].weight.detach().double() for key in ("lora_A", "lora_B"))
-            now = base + layer.scaling["default"] * (b @ a)
-            if dora:
-                magnitude = layer.lora_magnitude_vector["default"].weight.detach().double()
-                now = magnitude[:, None] * now / now.norm(dim=1, keepdim=True)
-            check(measured, dense(base, now - base))
-        assert unchanged(wrapped, kept)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_model_as_transformers_loads_it(bits, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    build("llama").save_pretrained(tmp_path)
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} if bits == 4 else {}
-    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **settings)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cpu")
-    wrapped = get_peft_model(peft.prepare_model_for_kbit_training(model), LoraConfig(r=4, target_modules=["q_proj"]))
-    shake(wrapped, 0.05)
-    tokens = torch.tensor([[3, 4, 5]])
-    wrapped(input_ids=tokens, labels=tokens).loss.backward()  # an 8-bit layer moves its scales on the first pass
-    before = state(wrapped)
-    site = linear_sites(wrapped)[Q]
-    base = plain_weight(site)
-    assert not torch.equal(base.float(), linear_sites(build("llama"))[Q].weight)
-    a, b = (getattr(site.wrapper, key)["default"].weight.detach().double() for key in ("lora_A", "lora_B"))
-    check(measure_drift(wrapped)[Q], dense(base, site.wrapper.scaling["default"] * (b @ a)))
-    assert unchanged(wrapped, before)
-
-
-@pytest.mark.parametrize(
-    ("method", "bits"), [("IA3Config", 4), ("IA3Config", 8), ("AdaLoraConfig", 4), ("VeraConfig", 8)]
-)
-def test_other_methods_on_a_quantised_base(method, bits):
-    wrapped = adapted(method, quantised(bits))
-    sites = linear_sites(wrapped)
-    shake(wrapped, 0.05)
-    before = state(wrapped)
-    drift = measure_drift(wrapped)
-    assert unchanged(wrapped, before)
-    for name in (Q, DOWN):
-        layer, base = sites[name].wrapper, plain_weight(sites[name])
-        if method == "IA3Config":
-            scale = layer.ia3_l["default"].detach().double()
-            delta = base * (scale - 1)  # [out, 1] on an output, [1, in] on an input
-        elif method == "AdaLoraConfig":
-            a, b, e = (getattr(layer, key)["default"].detach().double() for key in ("lora_A", "lora_B", "lora_E"))
-            delta = (b @ (a * e)) * layer.scaling["default"] / (float(layer.ranknum["default"]) + 1e-5)
-        else:
-            rows, columns = sites[name].shape
-            d, b = (getattr(layer, f"vera_lambda_{key}")["default"].detach().double() for key in "db")
-            delta = b[:, None] * (
-                layer.vera_B["default"].double()[:rows] @ (d[:, None] * layer.vera_A["default"].double()[:, :columns])
-            )
-        wanted = dense(base, delta)
-        check(drift[name][:2], wanted[:2], (1e-5, 1e-5))
-
-
-# --- experts in folders -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("as_saved", ["one by one", "fused", "in shards"])
-def test_full_fine_tuning_of_experts_is_measured_against_their_folder(family, as_saved, tmp_path):
-    model = build(family)
-    model.save_pretrained(
-        tmp_path,
-        save_original_format=as_saved != "fused",
-        max_shard_size="4KB" if as_saved == "in shards" else "1GB",
-    )
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or as_saved != "in shards"
-    sites = linear_sites(model)
-    initial = CheckpointWeights(tmp_path, sites)
-    before = {name: site.weight.clone() for name, site in sites.items()}
-    for name in sites:
-        assert torch.equal(initial(name), before[name]), name
-    for site in sites.values():
-        site.weight.mul_(1.01).add_(0.001)
-    for name, measured in measure_drift(model, initial=initial).items():
-        check(measured, dense(before[name], sites[name].weight.double() - before[name].double()))
-
-
-def test_a_folder_of_another_model_is_refused(tmp_path):
-    build("llama").save_pretrained(tmp_path)
-    with pytest.raises(ArtifactError, match=r"has no tensor .*mlp\.gate\.weight"):
-        measure_drift(build("mixtral"), initial=CheckpointWeights(tmp_path, linear_sites(build("mixtral"))))
-    sites = linear_sites(build("phi3"))
-    with pytest.raises(ArtifactError, match="has no tensor .*qkv_proj"):
-        CheckpointWeights(tmp_path, sites)("model.layers.0.self_attn.qkv_proj")
-    narrow = linear_sites(build("qwen3_moe"))
-    build("mixtral").save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(ArtifactError, match=r"another shape.*\(48, 16\).*\(24, 16\)"):
-        CheckpointWeights(tmp_path / "mixtral", narrow)("model.layers.0.mlp.experts.gate_up_proj.0")
-
-
-# --- the meter ----------------------------------------------------------------------------------------------
 
 
 def test_neurons_of_zero_norm_are_counted():

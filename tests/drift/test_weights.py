@@ -1,20 +1,21 @@
-"""Drift of single weights: the histogram against numpy, every step of a training against the dense Δ, files."""
+"""Drift of single weights: the histogram against numpy, every step of a training against the dense Δ."""
 
 import math
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from families import build
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_drift import adapt, lora, trainer
 
+from helpers.adapters import adapt, lora
+from helpers.families import build
+from helpers.groups import group_of
+from helpers.training import trainer
 from neurondrift.drift import DriftLog, DriftMeter
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.kernels import Tallies
 from neurondrift.drift.weights import WeightDrift, WeightMeter, bin_edges, pooled, weight_drifts
-from neurondrift.errors import ArtifactError, GroupError
+from neurondrift.errors import GroupError
 from neurondrift.groups import Group, random_group, weights_of_units
 from neurondrift.sites import fingerprint, linear_sites, mlp_units
 
@@ -41,13 +42,6 @@ def check(summary, values):
     for q in QUANTILES:
         true = np.quantile(known, q, method="inverted_cdf")
         assert summary.quantile(q) == pytest.approx(true, rel=0.0079), q
-
-
-def weights_of(model, fraction=0.2, seed=0):
-    sites = linear_sites(model)
-    shapes = {name: site.shape for name, site in sites.items()}
-    provenance = {"model": fingerprint(model)}
-    return random_group(shapes, fraction=fraction, seed=seed, granularity="weight", provenance=provenance)
 
 
 def test_bins_cover_every_positive_float32_and_are_narrow():
@@ -95,7 +89,7 @@ def test_a_groups_drift_equals_dense_float64(family):
     first = next(name for name in DriftMeter(model).sites)
     sites[first].weight[0] = 0.0  # w0 of a whole row: |Δ| is defined, |Δ|/|w0| is not
     meter = DriftMeter(model)
-    group = weights_of(model)
+    group = group_of(model, "weight")
     weights = WeightMeter({"random": group}, meter.sites, every_site=sites)
     assert weights.outside["random"] + weights.members["random"] == len(group)
     assert weights.outside["random"] == sum(
@@ -120,7 +114,7 @@ def test_every_step_of_a_training_equals_the_dense_delta_of_its_adapter(tmp_path
     """Against numpy on the adapters that the Trainer saved: nothing of the instrument takes part."""
     model = lora()
     group, units = (
-        weights_of(model),
+        group_of(model, "weight"),
         Group(
             granularity="unit",
             members={"model.layers.1.mlp": np.array([0, 5, 7])},
@@ -162,77 +156,12 @@ def test_full_fine_tuning_follows_weights(tmp_path):
     before = {name: site.weight.clone() for name, site in sites.items()}
     for site in sites.values():
         site.weight.mul_(1.001)
-    group = weights_of(model)
+    group = group_of(model, "weight")
     for part in WeightMeter({"g": group}, meter.sites, every_site=sites).measure(meter):
         flat = group.members[part.site]
         base = before[part.site].double().reshape(-1)[flat]
         delta = (sites[part.site].weight.double().reshape(-1)[flat] - base).abs()
         check(part, (delta if part.metric == "absolute" else delta / base.abs()).numpy())
-
-
-def test_the_log_gives_weights_by_step_group_and_site(tmp_path):
-    model = lora()
-    groups = {"one": weights_of(model, seed=1), "two": weights_of(model, seed=2)}
-    trainer(model, tmp_path / "t", DriftCallback(tmp_path / "d", every=3, groups=groups)).train()
-    log = DriftLog(tmp_path / "d")
-    assert log.follows_weights()
-    everything = log.weights()
-    assert list(everything.columns) == [
-        "step", "group", "site", "metric", "count", "zeros", "undefined", "mean", "variance", "first_bin", "bins",
-    ]  # fmt: skip
-    assert len(everything) == 3 * 2 * 4 * 2
-    site = "model.layers.0.self_attn.q_proj"
-    part = log.weights(steps=[6], groups=["two"], sites=[site], columns=["group", "site", "metric", "mean"])
-    assert part[["step", "group", "site", "metric"]].values.tolist() == [
-        [6, "two", site, "absolute"],
-        [6, "two", site, "relative"],
-    ]
-    lazily = log.dataset("weights.parquet")
-    import pyarrow.compute as pc
-
-    assert lazily.count_rows(filter=(pc.field("step") == 6) & (pc.field("group") == "two")) == 8
-    trainer(lora(), tmp_path / "t2", DriftCallback(tmp_path / "plain", every=6)).train()
-    assert not DriftLog(tmp_path / "plain").follows_weights()
-    with pytest.raises(ArtifactError, match="follows no single weights"):
-        DriftLog(tmp_path / "plain").weights()
-
-
-def test_duckdb_and_polars_read_the_weights(tmp_path):
-    duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
-    model = lora()
-    trainer(
-        model, tmp_path / "t", DriftCallback(tmp_path / "d", every=3, groups={"g": weights_of(model)}), steps=3
-    ).train()
-    pattern = f"{tmp_path}/d/step=*/weights.parquet"
-    expected = DriftLog(tmp_path / "d").weights(steps=[3])
-    total = int(expected["count"].sum())
-    query = f"SELECT sum(count), sum(list_sum(bins)) FROM read_parquet('{pattern}', hive_types={{'step': INT}}) WHERE step = 3"
-    assert duckdb.sql(query).fetchall() == [(total, total)]
-    frame = polars.scan_parquet(pattern, hive_partitioning=True).filter(polars.col("step") == 3).collect()
-    assert frame["count"].sum() == total
-    assert np.allclose(frame["mean"].to_numpy(), expected["mean"])
-
-
-def test_group_files_are_read_by_pandas_polars_and_duckdb(tmp_path):
-    """Also the columns of weights, which are encoded as BYTE_STREAM_SPLIT."""
-    duckdb, polars, pandas = (pytest.importorskip(name) for name in ("duckdb", "polars", "pandas"))
-    group = weights_of(build("llama"), fraction=0.4)
-    path = tmp_path / "random.weights.parquet"
-    group.save(path)
-    encodings = pq.ParquetFile(path).metadata.row_group(0).column(2).encodings
-    assert "BYTE_STREAM_SPLIT" in encodings
-    expected = {
-        (site, int(row), int(col))
-        for site in group.members
-        for row, col in zip(group.rows(site), group.columns(site), strict=True)
-    }
-    frames = {
-        "pandas": pandas.read_parquet(path).itertuples(index=False, name=None),
-        "polars": polars.read_parquet(path).iter_rows(),
-        "duckdb": duckdb.sql(f"SELECT site, row, col FROM '{path}'").fetchall(),
-    }
-    for name, rows in frames.items():
-        assert set(rows) == expected, name
 
 
 def test_a_group_that_does_not_fit_is_refused(tmp_path):
@@ -254,7 +183,7 @@ def test_bfloat16_bases_are_read_exactly():
     for factor in (site.wrapper.lora_A, site.wrapper.lora_B):
         factor["default"].weight.data = torch.randn(factor["default"].weight.shape, generator=generator) * 1e-3
     meter = DriftMeter(base)
-    group = weights_of(base, fraction=0.5)
+    group = group_of(base, "weight", fraction=0.5)
     for part in WeightMeter({"g": group}, meter.sites, every_site=linear_sites(base)).measure(meter):
         layer, flat = meter.sites[part.site].wrapper, group.members[part.site]
         if part.site == site.name and part.metric == "relative":

@@ -1,15 +1,11 @@
-"""Overlaps against brute force and simulation; the noise floor on the tiny model."""
-
-import json
+"""Overlaps of groups against brute force and simulation."""
 
 import numpy as np
 import pytest
 
-from neurondrift import config
-from neurondrift.errors import DataError, GroupError
-from neurondrift.folder import StudyFolder
+from neurondrift.errors import GroupError
 from neurondrift.groups import random_group
-from neurondrift.stability import compare_groups, layer_of_name, module_type_of_name, redraw
+from neurondrift.stability import layer_of_name, module_type_of_name
 from neurondrift.statistics.overlap import overlap, overlap_by, stability
 
 SHAPES = {"m.layers.0.mlp.up_proj": (40, 25), "m.layers.1.mlp.experts.down_proj.3": (60, 10)}
@@ -59,31 +55,3 @@ def test_groups_that_do_not_compare():
         overlap(one, random_group(SHAPES, fraction=0.2, seed=0, granularity="neuron"))
     with pytest.raises(GroupError, match="different shapes"):
         overlap(one, random_group({site: (9, 9) for site in SHAPES}, fraction=0.2, seed=0))
-
-
-def test_redrawing_on_the_tiny_model(tmp_path):
-    study = config.resolve(preset="smoke", flags={"align.enabled": False})
-    folder = StudyFolder(tmp_path, study)
-    found = redraw(study, folder, draws=3)
-    assert found["examples"] == {"safety": 16, "utility": 16}
-    assert set(found["groups"]) == {"safety_top", "safety_set_difference", "utility_top"}
-    top = found["groups"]["safety_top"]["weight"]
-    assert top["chance_jaccard"] < top["jaccard"] < 1
-    (tmp_path / "floor.json").write_text(json.dumps(found))
-    files = [tmp_path / f"safety_top.{i}.parquet" for i in range(2)]
-    for seed, file in enumerate(files):
-        random_group(SHAPES, fraction=0.2, seed=seed).save(file)
-    lines = []
-    result = compare_groups(*files, floor=tmp_path / "floor.json", say=lines.append)
-    assert result["same_model_floor"] == top
-    text = "\n".join(lines)
-    for words in ("Jaccard", "by chance", "same model, re-drawn examples", "up_proj", "layer"):
-        assert words in text
-    with pytest.raises(DataError, match="at least two draws"):
-        redraw(study, folder, draws=1)
-    with pytest.raises(DataError, match="no examples left to re-draw"):
-        redraw(
-            config.resolve(preset="smoke", flags={"align.enabled": False, "score.safety": "builtin:refusals"}),
-            folder,
-            draws=2,
-        )

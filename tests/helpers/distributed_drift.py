@@ -1,4 +1,4 @@
-"""Run under torchrun by test_drift_callback.py: two processes train, one writes. Not a test itself.
+"""Run under torchrun by drift/test_processes.py: two processes train, one writes. Not a test itself.
 
 First a Trainer over two processes (FOLDER/ddp), then FSDP2 with parameters cut in two, in a plain loop that calls the
 callback through transformers' handler (FOLDER/fsdp).
@@ -9,29 +9,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from families import build, examples
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from helpers.adapters import lora
+from helpers.families import examples
+from helpers.groups import group_of
+from helpers.training import trainer
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.sites import linear_sites
 
 torch.set_num_threads(1)
 
 
-def lora():
-    torch.manual_seed(0)
-    return get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-
-
 def ddp(folder: Path) -> None:
-    from test_drift import trainer
-    from test_drift_weights import weights_of
-
     model = lora()
-    callback = DriftCallback(folder / "drift", every=2, groups={"weights": weights_of(model)})
+    callback = DriftCallback(folder / "drift", every=2, groups={"weights": group_of(model, "weight")})
     run = trainer(model, folder / "t", callback, steps=4, save=4)
     run.train()
     rank = dist.get_rank()
@@ -40,11 +34,10 @@ def ddp(folder: Path) -> None:
 
 
 def fsdp(folder: Path) -> None:
-    from test_drift_weights import weights_of
     from torch.distributed.fsdp import fully_shard
 
     rank, model = dist.get_rank(), lora()
-    callback = DriftCallback(folder / "drift", every=1, groups={"weights": weights_of(model)})
+    callback = DriftCallback(folder / "drift", every=1, groups={"weights": group_of(model, "weight")})
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     fully_shard(model)

@@ -1,11 +1,11 @@
-"""Run under torchrun by test_importance.py: every process scores its share and all get the sum. Not a test itself."""
+"""Run under torchrun by importance/test_scores.py: every process scores its share and all get the sum. Not a test itself."""
 
 import sys
 
 import torch
 import torch.distributed as dist
-from families import build, examples
 
+from helpers.families import build, examples
 from neurondrift.importance import score, write_scores
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""One tiny random model of every supported family, made from its configuration."""
+"""One tiny random model of every supported family, made from its configuration, and examples for it."""
 
 import torch
 import transformers as t
@@ -43,6 +43,18 @@ OPT = dict(
 )
 NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 HEAD = dict(head_dim=4)
+GPT_OSS = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    pad_token_id=0,
+)
 
 FAMILIES = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**COMMON)),
@@ -71,6 +83,18 @@ def build(family: str, seed: int = 0):
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def gpt_oss(**settings):
+    """A tiny GPT-OSS, whose experts are stored in-out; no member of `FAMILIES`."""
+    torch.manual_seed(0)
+    return t.GptOssForCausalLM(t.GptOssConfig(**GPT_OSS | settings)).eval()
+
+
+def save(model, folder, **options):
+    """Save the model, and give the folder back."""
+    model.save_pretrained(str(folder), **options)
+    return folder
 
 
 def examples(count: int = 7, seed: int = 0):

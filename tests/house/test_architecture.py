@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "neurondrift"
+from helpers.paths import SOURCE
 
 # A module may import modules of lower layers, and of its own package.
 LAYERS = [
@@ -26,7 +26,9 @@ LAYERS = [
     ["study", "stability", "interventions", "rank_level"],
     ["cli"],
 ]
+
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
 SIDEWAYS = {("verify", "training"), ("rank_level", "interventions")}  # none of these is a cycle
 
 

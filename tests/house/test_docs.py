@@ -3,21 +3,25 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers.paths import REPOSITORY
 
 
 def test_cli_reference_is_up_to_date():
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "make_cli_reference.py", "--print"], capture_output=True, text=True, check=True
+        [sys.executable, REPOSITORY / "docs" / "make_cli_reference.py", "--print"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.stdout == (ROOT / "docs" / "cli.md").read_text(), "run: python docs/make_cli_reference.py"
+    assert done.stdout == (REPOSITORY / "docs" / "cli.md").read_text(), "run: python docs/make_cli_reference.py"
 
 
-@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "document", sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]), ids=lambda p: p.name
+)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
         if not target.startswith(("http", "mailto")):

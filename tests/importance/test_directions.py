@@ -1,18 +1,12 @@
-"""ActSVD against a dense SVD of stored activations; the identities of projections; removal; shares; errors."""
-
-import json
+"""ActSVD against a dense SVD of stored activations; the identities of projections; errors."""
 
 import numpy as np
 import pytest
 import torch
-from families import build, examples
 
-from neurondrift import config
-from neurondrift.cli import main
-from neurondrift.data import encode, load_examples
-from neurondrift.drift.deltas import delta_of
+from helpers.families import build, examples
+from helpers.oracles import stored_inputs
 from neurondrift.errors import ConfigError, DataError, ModelError
-from neurondrift.folder import StudyFolder
 from neurondrift.importance import subspaces
 from neurondrift.importance.subspaces import (
     bases,
@@ -26,57 +20,11 @@ from neurondrift.importance.subspaces import (
     share_of_change,
 )
 from neurondrift.interventions.ranks import remove_rank
-from neurondrift.models import attach_adapter
-from neurondrift.rank_level import Settings, write_subspaces
-from neurondrift.report import render_page, render_text
 from neurondrift.sites import is_router, linear_sites
-from neurondrift.stages import load_base
-from neurondrift.statistics.shares import RatioOfSums, share
-from neurondrift.study import StudyRun
 
 RANK = 3
+
 ORACLES = ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"]
-
-
-def stored_inputs(model, rows):
-    """Site name -> the inputs of every response token [N, I], by plain hooks, one example at a time, unpadded.
-
-    The inputs of an expert are recorded by running the experts module by hand on what the module was given.
-    """
-    sites = linear_sites(model)
-    seen = {name: [] for name in sites}
-    for row in rows:
-        response = torch.tensor(row["labels"]) != -100
-        response[0] = False
-        handles = []
-
-        def plain(name, response=response):
-            return lambda module, args, output: seen[name].append(args[0].reshape(len(response), -1)[response])
-
-        def experts(prefix, response=response):
-            def hook(module, args, output):
-                states, index, _ = args
-                for expert in range(module.num_experts):
-                    chosen = (index == expert).any(dim=1)
-                    taken = states[chosen & response]
-                    seen[f"{prefix}.gate_up_proj.{expert}"].append(taken)
-                    gate, up = (taken @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-                    seen[f"{prefix}.down_proj.{expert}"].append(module.act_fn(gate) * up)
-
-            return hook
-
-        prefixes = {}
-        for name, site in sites.items():
-            if site.expert is None:
-                handles.append(site.owner.register_forward_hook(plain(name)))
-            else:
-                prefixes[name.rsplit(".", 2)[0]] = site.owner
-        handles += [module.register_forward_hook(experts(prefix)) for prefix, module in prefixes.items()]
-        with torch.no_grad():
-            model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts).double().numpy() for name, parts in seen.items()}
 
 
 @pytest.mark.parametrize("wanted", [RANK, 1])
@@ -194,39 +142,6 @@ def test_no_utility_is_plain_actsvd_and_all_utility_leaves_nothing():
     assert float(outside(safety, half)[:, 0].norm()) < 1e-13
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_removal_takes_the_directions_out_and_gives_every_bit_back(family, dtype):
-    model, rows = build(family).to(dtype), examples()
-    found = bases(model, rows, rank=RANK)
-    sites = linear_sites(model)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    weights = {name: site.weight.double().clone() for name, site in sites.items()}
-    with remove_rank(model, {name: projection(basis.directions) for name, basis in found.items()}):
-        for name, basis in found.items():
-            u = basis.directions
-            expected = weights[name] - u @ (u.T @ weights[name])
-            assert torch.equal(sites[name].weight, expected.to(dtype)), name
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    with (
-        pytest.raises(RuntimeError, match="within"),
-        remove_rank(model, {name: projection(basis.directions) for name, basis in found.items()}),
-    ):
-        raise RuntimeError("within")
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-
-
-def test_the_outputs_lose_what_was_removed():
-    """At response tokens of the first site nothing is left along U; its rank-r part was all of it."""
-    model, rows = build("llama"), examples()
-    name = next(iter(linear_sites(model)))
-    basis = bases(model, rows, rank=RANK)[name]
-    with remove_rank(model, {name: projection(basis.directions)}):
-        again = bases(model, rows, rank=RANK)[name]
-    assert again.energy == pytest.approx(basis.energy * (1 - basis.explained), rel=1e-4)
-    assert overlap(basis.directions, again.directions) < 1e-6
-
-
 def test_share_of_a_change_inside_is_one_and_of_a_random_one_r_over_out():
     generator = torch.Generator().manual_seed(0)
     u = random_directions(64, 8, generator)
@@ -291,151 +206,3 @@ def test_errors_name_what_is_wrong():
     assert any(is_router(site.owner) for site in linear_sites(router).values())
     with pytest.raises(ConfigError, match=r"gate .*1 to 4"):
         bases(router, rows, rank=5)
-
-
-# --- shares over sites ----------------------------------------------------------------------------------
-
-
-def test_shares_are_ratios_with_a_right_gradient():
-    generator = np.random.default_rng(0)
-    whole = generator.lognormal(size=(2, 30)) * 1e-9
-    part = whole * generator.uniform(0.1, 0.3, size=(2, 30))
-    whole[:, 4] = part[:, 4] = 0  # a site that did not change
-    found = share(part, whole, resamples=500, rng_seed=0)
-    assert found.of_sum.value == pytest.approx((part.sum(axis=1) / whole.sum(axis=1)).mean())
-    known = np.delete(part / np.where(whole > 0, whole, 1), 4, axis=1)
-    assert found.of_sites.value == pytest.approx(known.mean())
-    assert found.of_sites.sites == 29
-    for one in found:
-        low, high = one.interval(0.95)
-        assert 0.1 < low < one.value < high < 0.3
-    statistic = RatioOfSums(2)
-    totals = generator.uniform(1, 2, size=5)
-    for column in range(5):
-        step = np.eye(5)[column] * 1e-6
-        slope = (statistic(totals + step) - statistic(totals - step)) / 2e-6
-        np.testing.assert_allclose(statistic.gradient(totals)[column], slope, atol=1e-8)
-    with pytest.raises(ValueError, match="no site"):
-        share(part * 0, whole * 0, resamples=500, rng_seed=0)
-
-
-def test_the_interval_of_a_share_covers_the_truth():
-    """200 draws of 40 sites: the 95 % interval misses the true share about 5 % of the time."""
-    misses = 0
-    for seed in range(200):
-        generator = np.random.default_rng(seed)
-        whole = generator.lognormal(sigma=0.5, size=(1, 40))
-        part = whole * generator.beta(2, 8, size=(1, 40))  # mean share 0.2, independent of the size
-        low, high = share(part, whole, resamples=300, rng_seed=seed).of_sum.interval(0.95)
-        misses += not low <= 0.2 <= high
-    assert 1 <= misses <= 22
-
-
-# --- a study --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A study of the tiny model that was fine-tuned with two seeds, but neither evaluated nor analysed."""
-    folder = tmp_path_factory.mktemp("study")
-    study = config.resolve(preset="smoke", flags={"evaluate.max_new_tokens": 4, "seeds": [0, 1]})
-    StudyRun(study, folder).run(["align", "score", "groups", "finetune"])
-    return study, StudyFolder(folder, study)
-
-
-@pytest.fixture(scope="module")
-def measured(tuned):
-    study, folder = tuned
-    said = []
-    path = write_subspaces(study, folder, Settings(rank=3, utility_rank=5, limit=6, draws=2), say=said.append)
-    return json.loads(path.read_text()), "\n".join(said)
-
-
-def test_shares_of_a_study_equal_the_dense_computation(tuned, measured):
-    study, folder = tuned
-    found, _ = measured
-    base, tokenizer = load_base(study, folder)
-    sites = linear_sites(base)
-    encoded = encode(
-        load_examples(study.score.safety.model_copy(update={"limit": 6})), tokenizer, max_length=study.score.max_length
-    )
-    inputs = stored_inputs(base, encoded)
-    u, x = {}, {}
-    for name, site in sites.items():
-        outputs = site.weight.double().numpy() @ inputs[name].T
-        u[name], x[name] = np.linalg.svd(outputs, full_matrices=False)[0][:, :3], inputs[name].T
-    expected = {"weights": [], "safety_outputs": []}
-    for seed in study.seeds:
-        model, _ = load_base(study, folder)
-        step = max(folder.adapters(seed).glob("step=*"))
-        tuned_sites = linear_sites(attach_adapter(model, step))
-        sums = {key: np.zeros(2) for key in expected}
-        for name in u:
-            delta = delta_of(tuned_sites[name]).double().numpy()
-            for key, change in (("weights", delta), ("safety_outputs", delta @ x[name])):
-                sums[key] += [np.square(u[name].T @ change).sum(), np.square(change).sum()]
-        for key, (inside, whole) in sums.items():
-            expected[key].append(inside / whole)
-    for key, values in expected.items():
-        row = next(r for r in found["shares"] if r["subspace"] == "safety" and r["measure"] == key)
-        np.testing.assert_allclose(row["of_sum"]["per_seed"], values, rtol=1e-3)
-        assert row["of_sum"]["value"] == pytest.approx(np.mean(values), rel=1e-3)
-    assert found["trained_sites"] == len(sites) == len(found["sites"])
-
-
-def test_what_a_study_writes(tuned, measured):
-    found, said = measured
-    assert [(r["measure"], r["subspace"]) for r in found["shares"]] == [
-        (measure, subspace)
-        for measure in ("weights", "safety_outputs", "utility_outputs")
-        for subspace in ("safety", "utility", "safety_only")
-    ]
-    for row in found["shares"]:
-        assert 0 <= row["of_sum"]["value"] <= 1
-        assert row["of_sum"]["ci95"][0] <= row["of_sum"]["value"] <= row["of_sum"]["ci95"][1]
-        assert row["random"]["low"] <= row["random"]["mean"] <= row["random"]["high"]
-        # 20 random subspaces scatter about r / out, their expectation
-        assert row["random"]["mean"] == pytest.approx(row["expected"], abs=4 * row["random"]["sd"] / 20**0.5 + 1e-9)
-    assert all(row["rank"]["safety"] == 3 and row["rank"]["utility"] == 5 for row in found["sites"])
-    conditions = found["behaviour"]["conditions"]
-    assert [(c["removed"], c["draw"]) for c in conditions] == [
-        ("none", None),
-        ("safety", None),
-        ("utility", None),
-        ("safety_only", None),
-        ("random", 0),
-        ("random", 1),
-    ]
-    assert len({c["perplexity"] for c in conditions}) == len(conditions)
-    assert set(found["behaviour"]["p_random"].values()) <= {1 / 3, 2 / 3, 1.0}
-    assert "Share of the change of the weights that lies in each subspace" in said
-    assert all(len(line) <= 100 or "written to" in line for line in said.splitlines())
-
-
-def test_the_section_stands_in_the_report_only_beside_its_own_model(measured):
-    found, _ = measured
-    about = {"name": "x", "model_fingerprint": found["study"]["model_fingerprint"]}
-    for render in (render_text, lambda results: render_page(results, [])):
-        assert "rank level" not in render({"study": about}).lower()
-        text = render({"study": about, "subspaces": found})
-        assert "rank level" in text.lower()
-        assert "Refusals of harmful requests after directions are removed" in text
-        other = render({"study": about | {"model_fingerprint": "0"}, "subspaces": found})
-        assert "of another model: run neurondrift subspaces" in other
-        assert "after directions are removed" not in other
-
-
-def test_mistakes_of_a_study_end_with_exit_code_2(tuned, tmp_path, capsys):
-    _, folder = tuned
-    with pytest.raises(SystemExit) as ended:
-        main(["subspaces", "--output-dir", str(folder.root)])  # rank 32
-    assert ended.value.code == 2
-    assert "k_proj [16, 32]" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        main(["subspaces", "--preset", "smoke", "--output-dir", str(tmp_path), "--rank", "2"])
-    assert ended.value.code == 2
-    assert "no fine-tuned model" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        main(["subspaces", "--output-dir", str(folder.root), "--draws", "-1"])
-    assert ended.value.code == 2
-    assert "cannot be negative" in capsys.readouterr().err

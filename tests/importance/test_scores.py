@@ -1,15 +1,13 @@
 """Scores against plain autograd, one example at a time; invariances; errors."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, build, examples
 
+from helpers.families import FAMILIES, build, examples
+from helpers.processes import in_two_processes
 from neurondrift.errors import ConfigError, DataError, ModelError
 from neurondrift.importance import METHODS, ScoreFile, plan_passes, score
 from neurondrift.sites import linear_sites
@@ -191,9 +189,7 @@ def test_errors_name_what_is_wrong():
 
 @pytest.mark.parametrize("method", ["snip", "wanda"])
 def test_two_processes_agree_with_one(method, tmp_path):
-    script = Path(__file__).with_name("distributed_score.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "scores"), method], capture_output=True, text=True, check=False)
+    done = in_two_processes("helpers.distributed_score", tmp_path / "scores", method)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = score(build("llama"), examples(), method=method)
     for rank in (0, 1):

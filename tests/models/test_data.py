@@ -5,16 +5,14 @@ import math
 import re
 from collections import Counter
 from importlib import resources
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import SHARED_DATA
 from neurondrift.config import DataReference
 from neurondrift.data import BUILTIN, Example, encode, load_examples, render_prompt
 from neurondrift.errors import DataError
 from neurondrift.models import byte_tokenizer
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def rows_of(file):
@@ -176,13 +174,13 @@ def test_a_tokenizer_without_template_gets_the_plain_one(caplog):
     assert len([record for record in caplog.records if "no chat template" in record.message]) == 1
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="../shared/data is not there")
 def test_the_public_sets_are_read_as_they_are():
-    advbench = load_examples(str(SHARED / "advbench" / "harmful_behaviors.csv"), require_response=False)
+    advbench = load_examples(str(SHARED_DATA / "advbench" / "harmful_behaviors.csv"), require_response=False)
     assert len(advbench) == 520  # kept there as one column without a header
-    aligned = load_examples(str(SHARED / "wei2024" / "SFT_aligned_llama2-7b-chat-hf_train_short.csv"))
+    aligned = load_examples(str(SHARED_DATA / "wei2024" / "SFT_aligned_llama2-7b-chat-hf_train_short.csv"))
     assert len(aligned) > 128
     assert not any("[INST]" in example.prompt for example in aligned)
-    assert len(load_examples(str(SHARED / "alpaca" / "alpaca_en_999.json"))) == 999
-    prompts = load_examples(str(SHARED / "xstest" / "xstest_prompts.csv"), require_response=False)
+    assert len(load_examples(str(SHARED_DATA / "alpaca" / "alpaca_en_999.json"))) == 999
+    prompts = load_examples(str(SHARED_DATA / "xstest" / "xstest_prompts.csv"), require_response=False)
     assert len(prompts) == 450

@@ -2,51 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.studies import run, smoke, stands
 from neurondrift import config
 from neurondrift.drift import DriftLog
 from neurondrift.errors import ArtifactError, ConfigError, DataError
 from neurondrift.folder import StudyFolder
 from neurondrift.groups import load_group
-from neurondrift.importance import ScoreFile
-from neurondrift.study import STAGES, StudyRun, clean
-
-SETTINGS = {"evaluate.max_new_tokens": 4}
-
-
-def smoke(**flags):
-    return config.resolve(preset="smoke", flags={**SETTINGS, **flags})
-
-
-def run(study, folder, **arguments):
-    lines = []
-    StudyRun(study, folder, say=lines.append).run(**arguments)
-    return lines
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished study, not to be changed by a test."""
-    folder = tmp_path_factory.mktemp("study")
-    lines = run(smoke(), folder)
-    return folder, lines
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A finished study that a test may change."""
-    shutil.copytree(finished[0], tmp_path / "study", dirs_exist_ok=True)
-    return tmp_path / "study"
-
-
-def stands(lines):
-    return [line.split()[0] for line in lines if line.rstrip().endswith("stands")]
+from neurondrift.study import STAGES, clean
 
 
 def test_every_promised_file_is_there(finished):
@@ -225,25 +191,6 @@ def test_full_fine_tuning_runs_too(copy):
     assert (drift.read(steps=[6])["l2"] > 0).all()
 
 
-def test_drift_and_groups_made_elsewhere_are_analysed(finished, tmp_path):
-    folder, _ = finished
-    groups = [folder / "neuron_groups" / f"{name}.neurons.parquet" for name in ("safety_top", "utility_top", "random")]
-    flags = [flag for file in groups for flag in ("--group", str(file))]
-    done = command(
-        "analyze", "--drift", str(folder / "drift"), *flags, "--preset", "smoke", "--output-dir", str(tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
-    here = json.loads((tmp_path / "results" / "statistical_results.json").read_text())["analysis"]["effects"]
-    there = json.loads((folder / "results" / "statistical_results.json").read_text())["analysis"]["effects"]
-    g = {(effect["group"], effect["metric"]): effect["g"]["value"] for effect in there}
-    assert len(here) == 9
-    assert all(effect["g"]["value"] == g[effect["group"], effect["metric"]] for effect in here)
-    assert (tmp_path / "results" / "drift_analysis_report.txt").exists()
-    done = command("analyze", "--drift", str(folder / "drift"), "--output-dir", str(tmp_path))
-    assert done.returncode == 2
-    assert "--drift and --group together" in done.stderr
-
-
 def test_clean_removes_scratch_then_everything(copy):
     run(smoke(), copy, stages=["score"], force=["score"])
     assert StudyFolder(copy, smoke()).score_file("safety").exists()
@@ -254,99 +201,3 @@ def test_clean_removes_scratch_then_everything(copy):
     assert list(copy.iterdir()) == []
     with pytest.raises(ArtifactError, match="no study in this folder"):
         clean(copy, everything=True)
-
-
-# --- the command line ----------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[1]
-
-
-def command(*arguments, script=None):
-    head = [sys.executable, "-m", "neurondrift.cli"] if script is None else [sys.executable, str(ROOT / script)]
-    return subprocess.run([*head, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_help_is_light_and_names_every_command():
-    done = command("--help")
-    assert done.returncode == 0
-    for name in (*STAGES, "run", "verify", "clean"):
-        assert name in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "--preset", "dmo"], "no such preset"),
-        (["run", "--presett", "demo"], "Unknown option"),
-        (["run", "--preset", "smoke", "--snip-top-k", "2"], "groups.top_fraction does not fit"),
-        (["run", "--preset", "smoke", "--seeds", "a"], "--seeds takes whole numbers"),
-        (["run", "--config", "nope.toml"], "does not exist"),
-        (["frobnicate"], "frobnicate"),
-        (["score", "--preset", "smoke"], "needs the stage align"),
-        (["verify", "--preset", "smoke", "--model", "no/such-model"], "cannot be reached"),
-        (["verify", "--preset", "smoke", "--data", "nope.csv"], "data file does not exist"),
-    ],
-)
-def test_mistakes_exit_with_2_and_one_message(arguments, message, tmp_path):
-    done = command(*arguments, "--output-dir", str(tmp_path)) if arguments[0] != "frobnicate" else command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("neurondrift: ") == 1
-
-
-def test_a_file_that_is_in_the_way(tmp_path):
-    (tmp_path / "file").write_text("x")
-    done = command("run", "--preset", "smoke", "--output-dir", str(tmp_path / "file"))
-    assert done.returncode == 2
-    assert "A file stands where a folder is needed" in done.stderr
-    assert (tmp_path / "file").read_text() == "x"
-
-
-def test_verify_says_what_it_found(tmp_path):
-    done = command("verify", "--preset", "smoke", "--output-dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    for word in (
-        "torch 2",
-        "device",
-        "memory",
-        "disk",
-        "/dev/shm",
-        "tiny:llama",
-        "builtin:refusals-heldout",
-        "estimate",
-        "ready",
-    ):
-        assert word in done.stdout
-
-
-def test_scoring_in_two_processes(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-    def launched(*arguments):
-        return subprocess.run(
-            [*torchrun, "-m", "neurondrift.cli", *arguments], capture_output=True, text=True, check=False
-        )
-
-    unaligned = tmp_path / "unaligned.toml"
-    unaligned.write_text('preset = "smoke"\n[align]\nenabled = false\n')
-    scores = {}
-    for way in ("one", "two"):
-        folder = tmp_path / way
-        done = (command if way == "one" else launched)("score", "--config", str(unaligned), "--output-dir", str(folder))
-        assert done.returncode == 0, done.stderr[-2000:]
-        scores[way] = ScoreFile(StudyFolder(folder, config.resolve(file=unaligned)).score_file("safety"))
-    assert done.stdout.count("million weights") == 1
-    assert scores["one"].header["data"] == scores["two"].header["data"]
-    for name, values in scores["one"].items():
-        np.testing.assert_allclose(scores["two"][name], values, rtol=1e-4, atol=1e-6 * values.max())
-    refused = launched("run", "--config", str(unaligned), "--output-dir", str(tmp_path / "two"))
-    assert "Only the stage score runs in several processes" in refused.stderr
-    clean(tmp_path / "one"), clean(tmp_path / "two")
-
-
-def test_the_names_that_users_know(copy):
-    for script in ("identify_neuron_groups.py", "finetune_with_tracking.py", "analyze_drift.py"):
-        done = command("--output-dir", str(copy), script=script)
-        assert done.returncode == 0, done.stderr
-    assert "stands" in done.stdout

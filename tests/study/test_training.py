@@ -1,19 +1,17 @@
-"""The loss that is trained is the plain one, and steps are counted as the Trainer counts them."""
+"""Alignment and fine-tuning: steps as the Trainer counts them, frozen groups, and the same base again and again."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from families import FAMILIES, build, examples
-from peft import LoraConfig, get_peft_model
 
-from neurondrift import batches
-from neurondrift.batches import make_batches, response_losses, token_losses
+from helpers.families import build, examples
+from helpers.groups import group_of
+from helpers.training import Killed
+from neurondrift.batches import make_batches, response_losses
 from neurondrift.config import AlignSection, FinetuneSection
 from neurondrift.errors import ModelError
 from neurondrift.freezing import FreezeCallback
-from neurondrift.groups import random_group
 from neurondrift.models import attach_adapter
-from neurondrift.sites import fingerprint, linear_sites
+from neurondrift.sites import linear_sites
 from neurondrift.training import (
     align,
     detach_adapter,
@@ -24,67 +22,7 @@ from neurondrift.training import (
     total_steps,
 )
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_equal_those_of_full_logits(family):
-    model, rows = build(family), examples()
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0, multiple=16)
-    assert batch.input_ids.shape[1] % 16 == 0
-    with torch.no_grad():
-        found = dict(zip(batch.names, response_losses(model, batch).tolist(), strict=True))
-        for index, row in enumerate(rows):
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
-            expected = F.cross_entropy(logits[:-1], torch.tensor(row["labels"])[1:])
-            assert found[str(index)] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_gradients_equal_those_of_full_logits():
-    rows = examples()
-    one, two = build("llama"), build("llama")
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
-    token_losses(one, batch).losses.mean().backward()
-    two(input_ids=batch.input_ids, labels=batch.labels, attention_mask=batch.attention_mask).loss.backward()
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, atol=1e-6)
-
-
-@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "LoRA"])
-def test_gradients_under_gradient_checkpointing_are_the_same(adapted):
-    rows, gradients = examples(), []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = build("llama")
-        if adapted:
-            model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
-        model.train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.activation_checkpointing_enable()
-        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
-        token_losses(model, batch).losses.mean().backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > 0
-    for one, two in zip(*gradients, strict=True):
-        assert (one - two).norm() <= 1e-5 * one.norm()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_cross_entropy_in_parts_equals_torch(dtype, tolerance, rows_at_once, monkeypatch):
-    monkeypatch.setattr(batches, "LOGITS_AT_ONCE_CPU", rows_at_once * 50)
-    generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(7, 50, generator=generator)).to(dtype).requires_grad_()
-    exact = logits.detach().double().requires_grad_()
-    targets, weights = torch.randint(50, (7,), generator=generator), torch.rand(7, generator=generator)
-    before = logits.detach().clone()
-    found = batches._CrossEntropy.apply(logits, targets)
-    assert torch.equal(logits, before)
-    expected = F.cross_entropy(exact, targets, reduction="none")
-    assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-5)
-    (found * weights).sum().backward()
-    (expected * weights).sum().backward()
-    assert logits.grad.dtype == dtype
-    assert (logits.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
+SMALL = FinetuneSection(max_steps=3, batch_size=2, lora_r=2, lora_alpha=4, learning_rate=0.02, weight_decay=0.1)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +97,12 @@ def test_unknown_modules_to_adapt_are_named(tmp_path):
         finetune(build("llama"), None, examples(4), section, seed=0, folder=tmp_path, save_at=[])
 
 
-# --- freezing, and the same base again and again ------------------------------------------------------------
-
-SMALL = FinetuneSection(max_steps=3, batch_size=2, lora_r=2, lora_alpha=4, learning_rate=0.02, weight_decay=0.1)
-
-
 def adapter_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def some(model, granularity, seed=0):
-    shapes = {name: site.shape for name, site in linear_sites(model).items()}
-    return random_group(
-        shapes, fraction=0.2, seed=seed, granularity=granularity, provenance={"model": fingerprint(model)}
-    )
 
 
 def masks(group):
@@ -190,7 +116,7 @@ def masks(group):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_frozen_group_stands_still_in_every_saved_step(method, granularity, tmp_path):
     model, base = build("llama"), build("llama")
-    group = some(base, granularity)
+    group = group_of(base, granularity)
     section = SMALL.model_copy(update={"method": method, "drift_interval": 2})
 
     class Tokenizer:
@@ -215,7 +141,7 @@ def test_a_frozen_group_stands_still_in_every_saved_step(method, granularity, tm
 
 
 def test_freezing_keeps_training_reproducible_and_no_freeze_changes_nothing(tmp_path):
-    group = some(build("llama"), "neuron")
+    group = group_of(build("llama"), "neuron")
     runs = [
         adapter_of(
             finetune(
@@ -230,15 +156,12 @@ def test_freezing_keeps_training_reproducible_and_no_freeze_changes_nothing(tmp_
 
 
 def test_a_killed_run_goes_on_frozen(tmp_path):
-    class Killed(Exception):
-        pass
-
     def kill(n):
         seen.append(n)
         if sum(seen) == 3:
             raise Killed
 
-    group = some(build("llama"), "weight")
+    group = group_of(build("llama"), "weight")
     section = SMALL.model_copy(update={"max_steps": 4, "drift_interval": 2})
     straight, _ = finetune(
         build("llama"), None, examples(8), section, seed=0, folder=tmp_path / "a", save_at=[], freeze=group
@@ -269,7 +192,7 @@ def test_the_adapter_comes_off_and_leaves_the_base_as_it_was(family, tmp_path):
     base, untouched = build(family), build(family)
     before = list(base.state_dict())
     modules = {name: type(module) for name, module in base.named_modules()}
-    group = some(base, "weight")
+    group = group_of(base, "weight")
     found = []
     for index, held in enumerate([None, group, None]):
         model, _ = finetune(
