@@ -88,7 +88,10 @@ TRIPS = (
         (Place("drift.callback", "on_step_end"), Place("drift.log", "write")),
         (Place("stages.analysis", "analyze"), Place("", "decide")),
     ),
-    Trip("a flag, from the command line to its stage", (Place("cli.app", "study_of"), Place("stages.finetuning", "finetune"))),
+    Trip(
+        "a flag, from the command line to its stage",
+        (Place("cli.app", "study_of"), Place("stages.finetuning", "finetune")),
+    ),
 )
 
 if __name__ == "__main__":
