@@ -1,5 +1,7 @@
 """Files of groups: the order of their rows is the one that docs/results.md states."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -36,7 +38,7 @@ def test_weights_lie_in_two_halves_then_by_site_tile_row_and_column(group, tmp_p
     assert rows == sorted(rows, key=place)
     assert len(set(rows)) == len(group)
     halves = [(column % 256 >= 128, site) for site, _, column in rows]
-    stretches = 1 + sum(one != two for one, two in zip(halves, halves[1:], strict=False))
+    stretches = 1 + sum(one != two for one, two in pairwise(halves))
     assert stretches == len(set(halves)), "a site's weights lie in two stretches of the file at most"
     first = [row * SHAPES["b"][1] + column for site, row, column in rows if site == "b"]
     assert first != sorted(first), "flat indices do not ascend, as the document says"

@@ -49,6 +49,6 @@ def test_in_an_svg_each_side_has_a_place_of_its_own(tmp_path):
     text = (tmp_path / "effect_sizes.svg").read_text()
     ends = {
         word: float(re.search(rf'text-anchor: {anchor};[^>]* x="([\d.]+)"[^>]*>[^<]*{word}', text)[1])
-        for word, anchor in (("less", "end"), ("more", "start"))
+        for word, anchor in (("drifted less", "end"), (r"more \(H1\)", "start"))
     }
-    assert ends["more"] - ends["less"] > 8
+    assert ends[r"more \(H1\)"] - ends["drifted less"] > 8
