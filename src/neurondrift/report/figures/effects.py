@@ -27,7 +27,7 @@ from neurondrift.report.figures.style import (
     new_figure,
     words,
 )
-from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of
+from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of, roles_of
 from neurondrift.report.wording import Record, finite
 
 #: Limits of the colour map, the smallest that holds most cells being taken.
@@ -42,7 +42,7 @@ def effect_sizes(results: Record) -> Figure | None:
     """Forest plot of g of every group in every metric, with the band that counts as no difference."""
     metrics = metrics_of(results)
     effects = effects_of(results)
-    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order)
+    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order(results))
     if not effects:
         return None
     by_key = {(e["group"], e["metric"]): e for e in effects}
@@ -52,7 +52,7 @@ def effect_sizes(results: Record) -> Figure | None:
     sesoi = finite(analysis_of(results).get("sesoi")) or 0.0
     ax.axvspan(-sesoi, sesoi, color=BAND, lw=0, zorder=0)
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
-    marks = group_marks(groups)
+    marks = group_marks(groups, roles_of(results))
     at, ticks, labels = 0.0, [], []
     for group in groups:
         ax.text(
