@@ -84,7 +84,7 @@ def test_confounded_group_differs_naively_and_is_similar_when_matched():
     )
     result = run(population, {"safety_top": member})
     relative, absolute = result.effect("safety_top", "relative"), result.effect("safety_top", "l2")
-    assert relative.ratio_unmatched.value < 1 / 5
+    assert relative.raw.ratio_unmatched.value < 1 / 5
     assert relative.verdict == "similar"
     assert absolute.verdict == "similar"
     assert abs(relative.balance.after) < abs(relative.balance.before) / 5
@@ -109,7 +109,7 @@ def test_a_group_is_judged_alone_and_in_any_unit(study):
     assert alone.effect("safety_top", "relative").g.ci95 == pytest.approx(
         result.effect("safety_top", "relative").g.ci95
     )
-    assert alone.effect("safety_top", "relative").d_random.reason
+    assert alone.effect("safety_top", "relative").raw.d_random.reason
 
 
 def test_undefined_drift_is_counted_and_left_out():
@@ -123,7 +123,7 @@ def test_undefined_drift_is_counted_and_left_out():
     assert math.isfinite(found.g.value)
     assert result.effect("safety_top", "l2").n_undefined == 0
     assert "7 members of safety_top have no defined drift" in conclusion(result)
-    assert found.n_measured == found.g.n + found.n_unmatched
+    assert found.n_measured == found.g.n + found.matched.n_unmatched
 
 
 def test_strata_without_controls_are_counted():
@@ -131,8 +131,8 @@ def test_strata_without_controls_are_counted():
     member = groups["safety_top"].copy()
     member[population.site == 0] = True
     found = run(population, {"safety_top": member}).effect("safety_top", "relative")
-    assert found.n_unmatched == 192
-    assert found.strata_unmatched >= 10
+    assert found.matched.n_unmatched == 192
+    assert found.matched.strata_unmatched >= 10
     assert found.g.n == member.sum() - 192
     assert found.g.sites == 23
     every = np.ones(len(member), dtype=bool)

@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.roles import Role
 from neurondrift.models.data import DataReference
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -23,8 +24,14 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
-# The groups that a study makes.
-GROUP_NAMES = ("safety_top", "safety_set_difference", "utility_top", "random")
+# The groups that a study makes, and what each is to it.
+GROUP_ROLES: dict[str, Role] = {
+    "safety_top": "safety",
+    "safety_set_difference": "safety",
+    "utility_top": "utility",
+    "random": "random",
+}
+GROUP_NAMES = tuple(GROUP_ROLES)
 
 
 class Section(BaseModel):

@@ -38,7 +38,7 @@ from neurondrift.models.sites import Site, fingerprint, linear_sites, magnitudes
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, record
-from neurondrift.study.settings import GROUP_NAMES, Study
+from neurondrift.study.settings import GROUP_NAMES, GROUP_ROLES, Study
 from neurondrift.study.stages.reporting import weights_digest
 from neurondrift.study.training import detach_adapter, finetune, saved_step
 
@@ -232,7 +232,7 @@ def _adapted(sites: Mapping[str, Site]) -> set[str]:
 
 
 def _groups(folder: StudyFolder, options: Options) -> dict[str, Group]:
-    names = options.groups or tuple(name for name in GROUP_NAMES if "safety" in name)
+    names = options.groups or tuple(name for name, role in GROUP_ROLES.items() if role == "safety")
     found: dict[str, Group] = {}
     for name in names:
         path = Path(name)

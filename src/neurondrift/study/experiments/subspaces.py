@@ -1,13 +1,13 @@
 """The rank level of a finished study: which output directions carry safety, and how much of the change lies there.
 
 Owns the loop over data sets, seeds and subspaces, and the layout of `results/subspaces.json`. The directions
-come from `importance.subspaces`, the intervals from `statistics.shares`, refusals from `interventions.ranks`.
+come from `importance.directions`, the intervals from `statistics.descriptive`, refusals from `removals`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Site, fingerprint, is_router, linear_sites
 from neurondrift.statistics.descriptive import share
+from neurondrift.statistics.estimates import FloatArray
 from neurondrift.statistics.inference import Inference
 from neurondrift.study.base_model import load_base
 from neurondrift.study.experiments.removals import removal_effects
@@ -49,10 +50,12 @@ SUBSPACES = ("safety", "utility", "safety_only")
 RANDOM_SUBSPACES = 20
 #: What a change is measured by: its weights, or the outputs that it changes on a data set.
 MEASURES = ("weights", "safety_outputs", "utility_outputs")
+#: Subspaces that are compared: the first minus the second.
+CONTRASTS = (("safety", "utility"), ("safety_only", "utility"))
 
 
 class Settings(NamedTuple):
-    """`rank`, `utility_rank`: directions a site. `limit`: examples a data set at most (None: as the study scores).
+    """`rank`, `utility_rank`: directions per site. `limit`: examples per data set at most (None: as the study scores).
     `draws`: random removals that refusals are compared with; 0: no refusals are measured."""
 
     rank: int = 32
@@ -255,6 +258,30 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+class SiteShare(NamedTuple):
+    """What lies in one subspace of a site, of each seed's change; beside K random subspaces of its rank, and chance."""
+
+    of_seeds: list[Share]  # S
+    random_SK: list[list[float]]
+    expected: float
+
+
+class Question(NamedTuple):
+    """In which subspace, and by which measure, a change is looked for."""
+
+    subspace: str
+    measure: str
+
+
+class Amounts(NamedTuple):
+    """The answer to a question over all sites that were measured: S seeds, J sites, K random subspaces."""
+
+    inside_SJ: FloatArray
+    whole_SJ: FloatArray
+    random_JSK: FloatArray
+    expected_J: FloatArray
+
+
 def _shares(
     study: Study,
     sites: Mapping[str, Site],
@@ -264,58 +291,64 @@ def _shares(
 ) -> dict[str, Any]:
     """Shares of the change in each subspace by each measure, with their nulls, and safety minus utility."""
     trained = [name for name in sites if all(name in change.pairs for change in changes.values())]
+    answers: dict[Question, list[SiteShare]] = {}
     generator = torch.Generator().manual_seed(study.seed)
-    parts: dict[tuple[str, str], list[list[Share]]] = {}
-    drawn: dict[tuple[str, str], list[list[list[float]]]] = {}
     for name in trained:
         chosen = {subspace: directions[subspace][name] for subspace in SUBSPACES}
-        randoms = {
-            rank: [random_directions(sites[name].shape[0], rank, generator) for _ in range(RANDOM_SUBSPACES)]
-            for rank in sorted({part.shape[1] for part in chosen.values()})
-        }
-        for measure_name in MEASURES:
-            inners = _inners(measure_name, name, found, changes)
-            if inners is None:
-                continue
-            pairs = [change.pairs[name] for change in changes.values()]
-            for subspace, part in chosen.items():
-                key = (subspace, measure_name)
-                of_seeds = [share_of_change(part, p.b, inner) for p, inner in zip(pairs, inners, strict=True)]
-                parts.setdefault(key, []).append(of_seeds)
-                drawn.setdefault(key, []).append(
-                    [
-                        [share_of_change(random, p.b, inner).inside for random in randoms[part.shape[1]]]
-                        for p, inner in zip(pairs, inners, strict=True)
-                    ]
-                )
-    expected = {
-        subspace: np.array([directions[subspace][name].shape[1] / sites[name].shape[0] for name in trained])
-        for subspace in SUBSPACES
-    }
+        randoms = _random_subspaces(chosen, sites[name].shape[0], generator)
+        for question, share_of_site in _site_shares(name, chosen, randoms, found, changes):
+            answers.setdefault(question, []).append(share_of_site)
+    amounts = {question: _amounts(of_sites) for question, of_sites in answers.items()}
     settings = {"resamples": study.analyze.resamples, "rng_seed": study.seed}
-    rows, contrasts = [], []
+    measures = [name for name in MEASURES if Question(SUBSPACES[0], name) in amounts]
+    return {
+        "trained_sites": len(trained),
+        "shares": [
+            question._asdict() | _share_row(amounts[question], settings)
+            for question in (Question(subspace, measure) for measure in measures for subspace in SUBSPACES)
+        ],
+        "contrasts": [
+            {"first": first, "second": second, "measure": measure}
+            | _contrast_row(amounts[Question(first, measure)], amounts[Question(second, measure)], settings)
+            for measure in measures
+            for first, second in CONTRASTS
+        ],
+    }
+
+
+def _random_subspaces(
+    chosen: Mapping[str, torch.Tensor], outputs: int, generator: torch.Generator
+) -> dict[int, list[torch.Tensor]]:
+    """Rank -> `RANDOM_SUBSPACES` random subspaces of a site's outputs, for every rank that its subspaces have."""
+    ranks = sorted({part.shape[1] for part in chosen.values()})
+    return {rank: [random_directions(outputs, rank, generator) for _ in range(RANDOM_SUBSPACES)] for rank in ranks}
+
+
+def _site_shares(
+    site: str,
+    chosen: Mapping[str, torch.Tensor],
+    randoms: Mapping[int, Sequence[torch.Tensor]],
+    found: Mapping[str, Mapping[str, Basis]],
+    changes: Mapping[int, Changes],
+) -> Iterator[tuple[Question, SiteShare]]:
+    """What lies in each subspace of a site, by each measure that its change has."""
     for measure_name in MEASURES:
-        if (SUBSPACES[0], measure_name) not in parts:
+        inners = _inners(measure_name, site, found, changes)
+        if inners is None:
             continue
-        inside: dict[str, Any] = {}
-        for subspace in SUBSPACES:
-            amounts = np.array(parts[subspace, measure_name])  # [J, S, 2]
-            inside[subspace], whole = amounts[..., 0].T, amounts[..., 1].T
-            if not (whole > 0).all(axis=0).any():
-                raise ArtifactError("Fine-tuning has changed nothing: there is no change to share out")
-            rows.append(
-                {"subspace": subspace, "measure": measure_name}
-                | _share_row(inside[subspace], whole, expected[subspace], drawn[subspace, measure_name], settings)
+        weighed = [(change.pairs[site].b, inner) for change, inner in zip(changes.values(), inners, strict=True)]
+        for subspace, part_OR in chosen.items():
+            outputs, rank = part_OR.shape
+            yield (
+                Question(subspace, measure_name),
+                SiteShare(
+                    of_seeds=[share_of_change(part_OR, b, inner) for b, inner in weighed],
+                    random_SK=[
+                        [share_of_change(random, b, inner).inside for random in randoms[rank]] for b, inner in weighed
+                    ],
+                    expected=rank / outputs,
+                ),
             )
-        for first, second in (("safety", "utility"), ("safety_only", "utility")):
-            # Beyond chance, so that subspaces of different ranks compare.
-            chance = whole * (expected[first] - expected[second])
-            both = share(inside[first] - inside[second] - chance, whole, **settings)
-            contrasts.append(
-                {"first": first, "second": second, "measure": measure_name}
-                | {"of_sum": _estimate(both.of_sum), "of_sites": _estimate(both.of_sites)}
-            )
-    return {"trained_sites": len(trained), "shares": rows, "contrasts": contrasts}
 
 
 def _inners(
@@ -339,18 +372,27 @@ def _inners(
     return blocks
 
 
-def _share_row(
-    part_SJ: Any, whole_SJ: Any, expected_J: Any, drawn: list[list[list[float]]], settings: Mapping[str, int]
-) -> dict[str, Any]:
-    both = share(part_SJ, whole_SJ, **settings)
-    whole_S = whole_SJ.sum(axis=1)
-    random_K = (np.array(drawn).sum(axis=0).T / whole_S).mean(axis=1)  # from [J, S, K]: each draw over all sites
-    by_chance = float((whole_SJ @ expected_J / whole_S).mean())
+def _amounts(of_sites: Sequence[SiteShare]) -> Amounts:
+    """The sites' shares as arrays. Raises `ArtifactError` where nothing has changed in any of them."""
+    shares_JS2 = np.array([site.of_seeds for site in of_sites])
+    whole_SJ = shares_JS2[..., 1].T
+    if not (whole_SJ > 0).all(axis=0).any():
+        raise ArtifactError("Fine-tuning has changed nothing: there is no change to share out")
+    random_JSK = np.array([site.random_SK for site in of_sites])
+    return Amounts(shares_JS2[..., 0].T, whole_SJ, random_JSK, np.array([site.expected for site in of_sites]))
+
+
+def _share_row(amounts: Amounts, settings: Mapping[str, int]) -> dict[str, Any]:
+    """The share of the change that lies in one subspace, beside random subspaces of its rank and chance."""
+    both = share(amounts.inside_SJ, amounts.whole_SJ, **settings)
+    whole_S = amounts.whole_SJ.sum(axis=1)
+    random_K = (amounts.random_JSK.sum(axis=0).T / whole_S).mean(axis=1)  # each draw over all sites
+    by_chance = float((amounts.whole_SJ @ amounts.expected_J / whole_S).mean())
     return {
         "of_sum": _estimate(both.of_sum),
         "of_sites": _estimate(both.of_sites),
         "expected": by_chance,
-        "expected_of_sites": float(expected_J.mean()),
+        "expected_of_sites": float(amounts.expected_J.mean()),
         "ratio": both.of_sum.value / by_chance if by_chance > 0 else math.nan,
         "random": {
             "mean": float(random_K.mean()),
@@ -361,12 +403,20 @@ def _share_row(
     }
 
 
-def _estimate(found: Inference) -> dict[str, Any]:
+def _contrast_row(first: Amounts, second: Amounts, settings: Mapping[str, int]) -> dict[str, Any]:
+    """The share in one subspace minus that in another, each beyond chance, so that different ranks compare."""
+    whole_SJ = first.whole_SJ
+    chance_SJ = whole_SJ * (first.expected_J - second.expected_J)
+    both = share(first.inside_SJ - second.inside_SJ - chance_SJ, whole_SJ, **settings)
+    return {"of_sum": _estimate(both.of_sum), "of_sites": _estimate(both.of_sites)}
+
+
+def _estimate(inferred: Inference) -> dict[str, Any]:
     return {
-        "value": found.value,
-        "ci95": list(found.interval(0.95)),
-        "per_seed": found.per_seed.tolist(),
-        "sites": found.sites,
-        "method": found.method,
-        "reason": found.reason or None,
+        "value": inferred.value,
+        "ci95": list(inferred.interval(0.95)),
+        "per_seed": inferred.per_seed.tolist(),
+        "sites": inferred.sites,
+        "method": inferred.method,
+        "reason": inferred.reason or None,
     }

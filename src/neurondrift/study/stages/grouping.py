@@ -34,11 +34,20 @@ def groups(study: Study, folder: StudyFolder) -> str:
     counts = []
     for granularity in GRANULARITIES:
         made: dict[str, Group] = {
-            "safety_top": select_top(safety, fraction=settings.top_fraction, granularity=granularity),
-            "safety_set_difference": set_difference(
-                safety, utility, p=settings.set_difference_p, q=settings.set_difference_q, granularity=granularity
+            "safety_top": select_top(
+                safety, fraction=settings.top_fraction, granularity=granularity, provenance={"role": "safety"}
             ),
-            "utility_top": select_top(utility, fraction=settings.top_fraction, granularity=granularity),
+            "safety_set_difference": set_difference(
+                safety,
+                utility,
+                p=settings.set_difference_p,
+                q=settings.set_difference_q,
+                granularity=granularity,
+                provenance={"role": "safety"},
+            ),
+            "utility_top": select_top(
+                utility, fraction=settings.top_fraction, granularity=granularity, provenance={"role": "utility"}
+            ),
             "random": random_group(
                 shapes,
                 fraction=settings.top_fraction,
@@ -82,6 +91,7 @@ def _unit_groups(
     frozen."""
     settings, units = study.groups, mlp_units(linear_sites(model))
     about: dict[str, Any] = {name: safety.header[name] for name in ("model", "method", "data") if name in safety.header}
+    about["role"] = "safety"
     of_safety, of_utility = unit_scores(safety, units), unit_scores(utility, units)
     magnitudes = magnitudes_of(model, "unit")
     made = {
@@ -98,7 +108,7 @@ def _unit_groups(
             of_utility,
             fraction=settings.top_fraction,
             granularity="unit",
-            provenance={**about, "data": utility.header.get("data")},
+            provenance={**about, "data": utility.header.get("data"), "role": "utility"},
         ),
         "random": random_group(
             {name: (unit.count, 1) for name, unit in units.items()},
