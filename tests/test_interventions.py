@@ -397,7 +397,8 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
 
     model = adapted("llama")
     group = everything(model, "neuron")
-    arguments = {"doses": [1.0], "magnitudes": magnitudes_of(model, "neuron"), "bins": 5, "seed": 0, "importance": {}}
+    norms = magnitudes_of(linear_sites(model), "neuron")
+    arguments = {"doses": [1.0], "magnitudes": norms, "bins": 5, "seed": 0, "importance": {}}
     with pytest.raises(GroupError, match=r"big is larger than its controls can match .*layers\.0.*too few candidates"):
         plan({"big": group}, interventions=["prune"], draws=Draws(), **arguments)
     with pytest.raises(nd.UserError, match="no such intervention"):
@@ -405,7 +406,7 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
     with pytest.raises(nd.UserError, match="at least one random group"):
         plan({"big": group}, interventions=["prune"], draws=Draws(whole=0), **arguments)
     units = some(model, "unit")
-    norms = magnitudes_of(model, "unit")
+    norms = magnitudes_of(linear_sites(model), "unit")
     trials = plan({"u": units}, interventions=["prune"], draws=Draws(whole=2), **arguments | {"magnitudes": norms})
     assert [trial.draw for trial in trials] == [None, None, None, 0, 1]
     name, unit = next(iter(mlp_units(linear_sites(model)).items()))
@@ -543,7 +544,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
             interventions=["rewind", "transplant"],
             doses=[1.0],
             draws=draws,
-            magnitudes=magnitudes_of(model, "neuron"),
+            magnitudes=magnitudes_of(linear_sites(model), "neuron"),
             bins=2,
             seed=0,
             importance={},
@@ -607,7 +608,7 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
 
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups.group import load_group
-    from neurondrift.models.parts import parts_of
+    from neurondrift.models.parts import parts
     from neurondrift.study.experiments.intervene import Options, _subject
 
     settings, folder = study
@@ -619,8 +620,8 @@ def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
         with subject.train_frozen(group) as (trained, applied):
             assert applied.acted_on == len(group)
             changes.append(delta_now(trained))
-            for name, part in parts_of(group, linear_sites(trained)).items():
-                assert not changes[-1][name][part.index].any()
+            for name, part in parts(group, linear_sites(trained)).items():
+                assert not changes[-1][name][part.rows].any()
             assert any(delta.any() for delta in changes[-1].values())
     assert all(torch.equal(changes[0][name], changes[1][name]) for name in base)  # the second starts from the same base
     for name, site in linear_sites(subject.train_frozen.base).items():
