@@ -15,7 +15,8 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
 
     model = random_lora("llama")
     group = everything(model, "neuron")
-    arguments = {"doses": [1.0], "magnitudes": magnitudes_of(model, "neuron"), "bins": 5, "seed": 0, "importance": {}}
+    norms = magnitudes_of(linear_sites(model), "neuron")
+    arguments = {"doses": [1.0], "magnitudes": norms, "bins": 5, "seed": 0, "importance": {}}
     with pytest.raises(GroupError, match=r"big is larger than its controls can match .*layers\.0.*too few candidates"):
         plan({"big": group}, interventions=["prune"], draws=Draws(), **arguments)
     with pytest.raises(nd.UserError, match="no such intervention"):
@@ -23,7 +24,7 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
     with pytest.raises(nd.UserError, match="at least one random group"):
         plan({"big": group}, interventions=["prune"], draws=Draws(whole=0), **arguments)
     units = some(model, "unit")
-    norms = magnitudes_of(model, "unit")
+    norms = magnitudes_of(linear_sites(model), "unit")
     trials = plan({"u": units}, interventions=["prune"], draws=Draws(whole=2), **arguments | {"magnitudes": norms})
     assert [trial.draw for trial in trials] == [None, None, None, 0, 1]
     name, unit = next(iter(mlp_units(linear_sites(model)).items()))
@@ -74,7 +75,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
             interventions=["rewind", "transplant"],
             doses=[1.0],
             draws=draws,
-            magnitudes=magnitudes_of(model, "neuron"),
+            magnitudes=magnitudes_of(linear_sites(model), "neuron"),
             bins=2,
             seed=0,
             importance={},

@@ -8,7 +8,7 @@ from helpers.frozen import mask_of
 from helpers.groups import group_of
 from neurondrift.base.errors import GroupError
 from neurondrift.groups.selection import select_top
-from neurondrift.models.parts import row_marks, selections, weights_of_units
+from neurondrift.models.parts import parts, row_marks, weights_of_units
 from neurondrift.models.sites import linear_sites, mlp_units
 
 
@@ -21,16 +21,16 @@ def test_rows_columns_and_entries_cover_the_group_once(family):
     some = group_of(model, "weight") | weights_of_units(units, mlp_units(sites), shapes)
     for group in (units, some, group_of(model, "neuron")):
         masks = mask_of(model, group)
-        for name, selection in selections(model, group, sites).items():
+        for name, part in parts(group, sites).items():
             seen = torch.zeros(shapes[name], dtype=torch.bool)
-            for index in selection.indices(shapes[name][1], torch.device("cpu")):
+            for index in part.indices(torch.device("cpu")):
                 seen[index] = True
             assert torch.equal(seen, masks[name])
-            assert selection.count(shapes[name]) == int(seen.sum())
+            assert part.weights == int(seen.sum())
             if group is units:
-                assert not len(selection.entries)
-    wide = selections(model, weights_of_units(units, mlp_units(sites), shapes), sites)
-    assert all(not len(selection.entries) for selection in wide.values())  # units as weights need no mask either
+                assert not len(part.entries)
+    wide = parts(weights_of_units(units, mlp_units(sites), shapes), sites)
+    assert all(not len(part.entries) for part in wide.values())  # units as weights need no mask either
 
 
 def test_marks_of_rows_notice_one_bit():

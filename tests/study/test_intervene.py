@@ -121,7 +121,7 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
 
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups.group import load_group
-    from neurondrift.models.parts import parts_of
+    from neurondrift.models.parts import parts
     from neurondrift.study.experiments.intervene import Options, _subject
 
     settings, folder = study
@@ -133,8 +133,8 @@ def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
         with subject.train_frozen(group) as (trained, applied):
             assert applied.acted_on == len(group)
             changes.append({name: adapter_delta(site) for name, site in linear_sites(trained).items()})
-            for name, part in parts_of(group, linear_sites(trained)).items():
-                assert not changes[-1][name][part.index].any()
+            for name, part in parts(group, linear_sites(trained)).items():
+                assert not changes[-1][name][part.rows].any()
             assert any(delta.any() for delta in changes[-1].values())
     assert all(torch.equal(changes[0][name], changes[1][name]) for name in base)  # the second starts from the same base
     for name, site in linear_sites(subject.train_frozen.base).items():

@@ -6,7 +6,7 @@ Files are Parquet (site, row, col) that pandas, polars and DuckDB read, and plai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -121,6 +121,11 @@ class Group:
 
     def check_model(self, fingerprint: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `GroupError` unless the group was made from the model with this fingerprint and these sites."""
+        self.check_origin(fingerprint)
+        self.check_members(shapes)
+
+    def check_origin(self, fingerprint: str) -> None:
+        """Raise `GroupError` where the group says that it was made from a model with another fingerprint."""
         own = self.provenance.get("model")
         if own is not None and own != fingerprint:
             raise GroupError(
@@ -128,6 +133,9 @@ class Group:
                 received=f"group of {own}, model {fingerprint}",
                 fix="make the group from this model: neurondrift score and groups",
             )
+
+    def check_members(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `GroupError` unless every member lies in a site of one of these names, and not beyond its end."""
         for site, indices in self.members.items():
             if site not in shapes:
                 raise GroupError(f"The model has no site {site}, which the group names")
@@ -168,13 +176,6 @@ def require_same_model(first: Group, second: Group) -> None:
     models = {group.provenance["model"] for group in (first, second) if "model" in group.provenance}
     if len(models) > 1:
         raise GroupError("The groups were made from different models", received=sorted(models))
-
-
-def iterate_members(group: Group) -> Iterator[tuple[str, int, int | None]]:
-    """Members as `(site, row, column)`, column None for neurons: for small groups and for tests."""
-    for site in group.members:
-        columns = group.columns(site).tolist() if group.granularity == "weight" else [None] * len(group.members[site])
-        yield from ((site, row, column) for row, column in zip(group.rows(site).tolist(), columns, strict=True))
 
 
 FORMAT = 1

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,7 +29,8 @@ from neurondrift.groups.group import Group
 from neurondrift.interventions.contexts import Applied, PruneMode, prune, rewind, transplant
 from neurondrift.models.batches import make_batches, token_losses
 from neurondrift.models.data import Example, encode
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.disk.initial import Weights
+from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,16 @@ class Subject:
     @property
     def is_adapted(self) -> bool:
         return self.before is self.after
+
+    @cached_property
+    def sites_before(self) -> Sites:
+        """The sites of `before`, found once for all runs."""
+        return Sites(self.before)
+
+    @cached_property
+    def sites_after(self) -> Sites:
+        """The sites of `after`: the same handle where both are one model."""
+        return self.sites_before if self.is_adapted else Sites(self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +206,7 @@ def acted(subject: Subject, trial: Trial, mode: PruneMode) -> Iterator[tuple[nn.
     else:
         assert group is not None
         if what == "prune":
-            with _without_change(subject) as model, prune(model, group, mode=mode) as applied:
+            with _without_change(subject) as model, prune(subject.sites_before, group, mode=mode) as applied:
                 yield model, applied
         elif what == "freeze":
             if subject.train_frozen is None:
@@ -207,13 +219,13 @@ def acted(subject: Subject, trial: Trial, mode: PruneMode) -> Iterator[tuple[nn.
             with subject.train_frozen(group) as trained:
                 yield trained
         elif subject.is_adapted:
-            with (rewind if what == "rewind" else transplant)(subject.after, group) as applied:
+            with (rewind if what == "rewind" else transplant)(subject.sites_after, group) as applied:
                 yield subject.after, applied
         elif what == "rewind":
-            with rewind(subject.after, group, initial=_WeightsOf(subject.before)) as applied:
+            with rewind(subject.sites_after, group, initial=_weights_of(subject.sites_before)) as applied:
                 yield subject.after, applied
         else:
-            with transplant(subject.before, group, tuned=_WeightsOf(subject.after)) as applied:
+            with transplant(subject.sites_before, group, tuned=_weights_of(subject.sites_after)) as applied:
                 yield subject.before, applied
 
 
@@ -227,14 +239,9 @@ def _without_change(subject: Subject) -> Iterator[nn.Module]:
         yield subject.before
 
 
-class _WeightsOf:
+def _weights_of(sites: Sites) -> Weights:
     """The weights of a model in memory, by the name of the site."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.sites = linear_sites(model)
-
-    def __call__(self, site: str) -> torch.Tensor:
-        return self.sites[site].weight
+    return lambda name: sites[name].weight
 
 
 def measure(model: Any, tokenizer: Any, bench: Bench, *, whole: bool) -> Rows:

@@ -23,7 +23,7 @@ from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
 from neurondrift.models.batches import Batch, make_batches, token_losses
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
 logger = logging.getLogger(__name__)
@@ -254,10 +254,11 @@ def _with_lora(model: Any, settings: FinetuneSection) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = settings.target_modules
+    sites = Sites(model)
     if targets == "all-linear":
-        targets = sorted({site.module_type for site in linear_sites(model).values() if site.expert is None})
+        targets = sorted({site.module_type for site in sites.values() if site.expert is None})
     else:
-        known = {site.module_type for site in linear_sites(model).values()}
+        known = {site.module_type for site in sites.values()}
         if unknown := sorted(set(targets) - known):
             raise ModelError(
                 "The model has no modules of this name to adapt", received=unknown, allowed=", ".join(sorted(known))

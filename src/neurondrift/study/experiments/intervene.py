@@ -32,9 +32,10 @@ from neurondrift.interventions.trials import (
     planned_draws,
     run_trials,
 )
+from neurondrift.models.adapters import is_trained
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.loading import attach_adapter, load_model, resolve_device, resolve_dtype
-from neurondrift.models.sites import Site, fingerprint, linear_sites, magnitudes_of, mlp_units
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, record
@@ -87,7 +88,7 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
     began = time.perf_counter()
     seed = study.seed if options.seed is None else options.seed
     subject, adapter = _subject(study, folder, options, seed)
-    base = fingerprint(subject.before)
+    base = subject.sites_before.fingerprint
     step = None if options.adapter is not None else last_step(folder, seed)
     groups = _groups(folder, options)
     asked = options.interventions or tuple(
@@ -101,7 +102,7 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
         interventions=asked,
         doses=doses,
         draws=options.draws,
-        magnitudes=magnitudes_of(subject.before, options.granularity),
+        magnitudes=magnitudes_of(subject.sites_before, options.granularity),
         bins=bins,
         seed=study.seed,
         importance=importance,
@@ -211,8 +212,8 @@ class _Trainer:
                 freeze=group,
             )
         trained.eval()
-        sites = linear_sites(trained)
-        reached = reach(group, sites, _adapted(sites), "freeze")
+        sites = Sites(trained)
+        reached = reach(group, sites, _trained(sites), "freeze")
         if settings.method == "full":
             yield trained.to(dtype), Applied(len(group), len(group), 0)
             return
@@ -227,8 +228,8 @@ class _Trainer:
         return AutoTokenizer.from_pretrained(str(self.folder.adapters(self.seed) / "tokenizer"))
 
 
-def _adapted(sites: Mapping[str, Site]) -> set[str]:
-    return {name for name, site in sites.items() if site.wrapper is not site.owner}
+def _trained(sites: Sites) -> set[str]:
+    return {name for name, site in sites.items() if is_trained(site)}
 
 
 def _groups(folder: StudyFolder, options: Options) -> dict[str, Group]:
@@ -258,13 +259,13 @@ def _groups(folder: StudyFolder, options: Options) -> dict[str, Group]:
 
 def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequence[str]) -> None:
     """Mistakes before any run: a group of another model, or outside the trained sites."""
-    sites = linear_sites(subject.before)
-    trained = _adapted(sites) if subject.is_adapted else set(sites)
+    sites = subject.sites_before
+    trained = _trained(sites) if subject.is_adapted else set(sites)
     for group in groups.values():
         if group.granularity == "unit":
-            shapes = {name: (unit.count, 1) for name, unit in mlp_units(sites).items()}
+            shapes = {name: (unit.count, 1) for name, unit in sites.units.items()}
         else:
-            shapes = {name: site.shape for name, site in sites.items()}
+            shapes = sites.shapes
         group.check_model(base, shapes)
         for what in asked:
             if what != "prune":

@@ -18,7 +18,7 @@ from neurondrift.behaviour.rates import refusal_rate
 from neurondrift.importance.directions import Projection, projection, random_directions, safety_only
 from neurondrift.interventions.removal import remove_rank
 from neurondrift.models.data import load_examples
-from neurondrift.models.sites import Site
+from neurondrift.models.sites import Sites
 from neurondrift.study.settings import Study
 
 
@@ -26,7 +26,7 @@ def removal_effects(
     study: Study,
     model: Any,
     tokenizer: Any,
-    sites: Mapping[str, Site],
+    sites: Sites,
     directions: Mapping[str, Mapping[str, torch.Tensor]],
     *,
     draws: int,
@@ -55,10 +55,10 @@ def removal_effects(
                 chosen = removals[label]
             else:
                 chosen = {
-                    name: projection(random_directions(sites[name].shape[0], part.shape[1], generator))
+                    name: projection(random_directions(sites.shapes[name][0], part.shape[1], generator))
                     for name, part in safety.items()
                 }
-            with remove_rank(model, chosen):
+            with remove_rank(sites, chosen):
                 rows = judge_answers(
                     model,
                     tokenizer,

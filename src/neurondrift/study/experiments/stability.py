@@ -18,7 +18,7 @@ from neurondrift.groups.overlap import Stability, as_rows, overlap, overlap_by, 
 from neurondrift.groups.selection import select_top, set_difference
 from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -53,7 +53,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
                 fix=f"use fewer (limit) or a larger set: score.{purpose}",
             )
     model, tokenizer = load_base(study, folder)
-    sites = linear_sites(model)
+    sites = Sites(model)
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:

@@ -32,7 +32,7 @@ from neurondrift.models.adapters import low_rank_delta
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.loading import attach_adapter, load_model
-from neurondrift.models.sites import Site, fingerprint, is_router, linear_sites
+from neurondrift.models.sites import Site, Sites, is_router
 from neurondrift.statistics.descriptive import share
 from neurondrift.statistics.estimates import FloatArray
 from neurondrift.statistics.inference import Inference
@@ -93,7 +93,7 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
         raise ConfigError("The number of draws cannot be negative", received=settings.draws, allowed="0 or more")
     changes = {seed: _changes(study, folder, seed) for seed in study.seeds}
     model, tokenizer = load_base(study, folder)
-    everything = linear_sites(model)
+    everything = Sites(model)
     sites = {name: site for name, site in everything.items() if not is_router(site.owner)}
     check_rank(settings.rank, sites, setting="rank")
     check_rank(settings.utility_rank, sites, setting="utility rank")
@@ -122,7 +122,7 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
         "study": {
             "name": study.name,
             "model": study.model.reference,
-            "model_fingerprint": fingerprint(model),
+            "model_fingerprint": everything.fingerprint,
             "seeds": study.seeds,
             "steps": {str(seed): change.step for seed, change in changes.items()},
         },
@@ -142,7 +142,7 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
         "subspaces": _summary(rows),
         **_shares(study, sites, found, directions, changes),
         "sites": rows,
-        "behaviour": removal_effects(study, model, tokenizer, sites, directions, draws=settings.draws)
+        "behaviour": removal_effects(study, model, tokenizer, everything, directions, draws=settings.draws)
         if settings.draws
         else None,
     }
@@ -180,8 +180,8 @@ def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
     saved = saved_step(folder.adapters(seed), step)
     if study.finetune.method == "full":
         tuned, _ = load_model(saved, dtype="float32", device="cpu")
-        initial = CheckpointWeights(folder.base_model, linear_sites(tuned))
-        meter = DriftMeter(tuned, initial=initial)
+        sites = Sites(tuned)
+        meter = DriftMeter(sites, initial=CheckpointWeights(folder.base_model, sites))
         return Changes(step, {name: Pair(meter.delta(name), None) for name in meter.sites})
     base, _ = load_base(study, folder)
     meter = DriftMeter(attach_adapter(base, saved))

@@ -12,7 +12,7 @@ from neurondrift.drift.callback import DriftCallback
 from neurondrift.interventions.freezing import FreezeCallback
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -40,7 +40,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     encoded = encode(load_examples(settings.data), tokenizer, max_length=settings.max_length)
     total = total_steps(len(encoded), settings)
     keep = evaluated_steps(total, settings.drift_interval, settings.evaluated_steps)
-    initial = CheckpointWeights(folder.base_model, linear_sites(model)) if full else None
+    initial = CheckpointWeights(folder.base_model, Sites(model)) if full else None
     callback = DriftCallback(
         folder.drift(seed),
         every=settings.drift_interval,

@@ -13,7 +13,7 @@ from neurondrift.groups.group import Granularity, Group, load_group
 from neurondrift.groups.selection import random_group, select_top, set_difference
 from neurondrift.importance.scores import ScoreFile, check_compatible
 from neurondrift.models.parts import unit_scores
-from neurondrift.models.sites import linear_sites, magnitudes_of, mlp_units
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.population import MATCHED
@@ -28,8 +28,7 @@ def groups(study: Study, folder: StudyFolder) -> str:
     safety, utility = (ScoreFile(folder.score_file(purpose)) for purpose in ("safety", "utility"))
     check_compatible(safety, utility)
     model, _ = load_base(study, folder)
-    sites = linear_sites(model)
-    shapes = {name: site.shape for name, site in sites.items()}
+    sites = Sites(model)
     folder.groups.mkdir(parents=True, exist_ok=True)
     counts = []
     for granularity in GRANULARITIES:
@@ -49,7 +48,7 @@ def groups(study: Study, folder: StudyFolder) -> str:
                 utility, fraction=settings.top_fraction, granularity=granularity, provenance={"role": "utility"}
             ),
             "random": random_group(
-                shapes,
+                sites.shapes,
                 fraction=settings.top_fraction,
                 seed=study.seed,
                 granularity=granularity,
@@ -57,7 +56,7 @@ def groups(study: Study, folder: StudyFolder) -> str:
             ),
         }
         assert tuple(made) == GROUP_NAMES
-        magnitudes = magnitudes_of(model, granularity)
+        magnitudes = magnitudes_of(sites, granularity)
         bins = settings.bins if granularity == "neuron" else settings.weight_bins
 
         def save(
@@ -79,21 +78,21 @@ def groups(study: Study, folder: StudyFolder) -> str:
             list(pool.map(save, made))
         counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
     if study.finetune.freeze_granularity == "unit":
-        chosen = _unit_groups(study, folder, safety, utility, model)
+        chosen = _unit_groups(study, folder, safety, utility, sites)
         counts.append(f"{len(chosen['safety_set_difference']):,} units by set difference")
     return "; ".join(counts)
 
 
 def _unit_groups(
-    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, model: Any
+    study: Study, folder: StudyFolder, safety: ScoreFile, utility: ScoreFile, sites: Sites
 ) -> dict[str, Group]:
     """The same groups of MLP hidden units, matched on the norm of all weights of a unit: made where they are to be
     frozen."""
-    settings, units = study.groups, mlp_units(linear_sites(model))
+    settings, units = study.groups, sites.units
     about: dict[str, Any] = {name: safety.header[name] for name in ("model", "method", "data") if name in safety.header}
     about["role"] = "safety"
     of_safety, of_utility = unit_scores(safety, units), unit_scores(utility, units)
-    magnitudes = magnitudes_of(model, "unit")
+    magnitudes = magnitudes_of(sites, "unit")
     made = {
         "safety_top": select_top(of_safety, fraction=settings.top_fraction, granularity="unit", provenance=about),
         "safety_set_difference": set_difference(
