@@ -13,8 +13,8 @@ from neurondrift.base.errors import ArtifactError, ConfigError, DataError
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
 from neurondrift.importance.scores import ScoreFile
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.runner import STAGES, StudyRun, clean
+from neurondrift.study.folder import StudyFolder, clean
+from neurondrift.study.runner import STAGES, StudyRun
 from neurondrift.study.settings import load_file, resolve
 
 SETTINGS = {"evaluate.max_new_tokens": 4}

@@ -13,13 +13,13 @@ from neurondrift.models import batches
 from neurondrift.models.batches import make_batches, response_losses, token_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import fingerprint, linear_sites
+from neurondrift.study.folder import saved_step
 from neurondrift.study.settings import AlignSection, FinetuneSection
 from neurondrift.study.training import (
     align,
     detach_adapter,
     evaluated_steps,
     finetune,
-    saved_step,
     snapshot_steps,
     total_steps,
 )
