@@ -12,7 +12,8 @@ from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.groups import StabilityFlags
 from neurondrift.cli.interventions import InterveneFlags
 from neurondrift.cli.subspaces import SubspacesFlags
-from neurondrift.study.settings import ModelEvaluation, Study, nested, validated
+from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.settings import Study, nested, validated
 
 KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags)
 FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]

@@ -13,7 +13,8 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
 from neurondrift.cli.study import Again, run_stages, say
-from neurondrift.study.settings import AttackSection, ModelEvaluation, Section, nested, validated
+from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.settings import AttackSection, Section, nested, validated
 
 ALONE = Group("With MODEL only")
 # Flags of a study that count for a model on its own too, and the setting that they are then.

@@ -18,13 +18,11 @@ from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_r
 from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.data import load_examples
 from neurondrift.models.loading import load_model
+from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
 from neurondrift.study.folder import record
-from neurondrift.study.settings import ModelEvaluation
 from neurondrift.study.stages.evaluation import attack_of
 
 Say = Callable[[str], None]
-
-KINDS = ("harmful", "ordinary", "borderline")
 
 
 def evaluate_model(
