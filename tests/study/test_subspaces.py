@@ -18,6 +18,7 @@ from neurondrift.study.base_model import load_base
 from neurondrift.study.experiments import subspaces
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.runner import StudyRun
+from neurondrift.study.settings import SubspacesSection
 
 
 @pytest.fixture(scope="module")
