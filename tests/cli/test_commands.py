@@ -8,8 +8,8 @@ import pytest
 from helpers.processes import in_two_processes
 from helpers.studies import command
 from neurondrift.importance.scores import ScoreFile
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.runner import STAGES, clean
+from neurondrift.study.folder import StudyFolder, clean
+from neurondrift.study.runner import STAGES
 from neurondrift.study.settings import resolve
 
 

@@ -53,15 +53,15 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
     import pyarrow.parquet as pq
 
-    from neurondrift.interventions.trials import Draws
     from neurondrift.report.figures.draw import draw_figures
     from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section, render_tables
-    from neurondrift.study.experiments.intervene import Options, intervene, results_file
+    from neurondrift.study.experiments.intervene import intervene, results_file
+    from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
     small = {"harmful": 3, "ordinary": 2, "answers": 2, "max_new_tokens": 4}
-    options = Options(draws=Draws(whole=2, dose=1, freeze=1), doses=(0.5, 1.0), **small)
+    options = Options(draws=2, dose_draws=1, freeze_draws=1, doses=(0.5, 1.0), **small)
     lines = []
     found = intervene(settings, folder, options, say=lines.append)
     assert json.loads(results_file(folder).read_text()) == found
@@ -79,7 +79,7 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     again = []
     assert intervene(settings, folder, options, say=again.append)["effects"] == found["effects"]
     assert all("0 made now" in line for line in again[1:])
-    more = Options(draws=Draws(whole=3, dose=1, freeze=1), doses=(1.0,), interventions=("rewind",), **small)
+    more = Options(draws=3, dose_draws=1, freeze_draws=1, doses=(1.0,), interventions=("rewind",), **small)
     third = []
     intervene(settings, folder, more, say=third.append)
     assert [line.split()[:5] for line in third[1:]][2] == ["rewind", "8", "runs,", "2", "made"]
@@ -99,7 +99,8 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 def test_a_run_is_the_same_whatever_is_answered_together(study):
     from neurondrift.behaviour.evaluate import judge_answers
     from neurondrift.interventions.trials import answer_losses, measure
-    from neurondrift.study.experiments.intervene import Options, _bench, _subject
+    from neurondrift.study.experiments.intervene import _bench, _subject
+    from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
     subject, _ = _subject(settings, folder, Options(), 0)
@@ -122,7 +123,8 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups.group import load_group
     from neurondrift.models.parts import parts
-    from neurondrift.study.experiments.intervene import Options, _subject
+    from neurondrift.study.experiments.intervene import _subject
+    from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
     subject, _ = _subject(settings, folder, Options(), 0)

@@ -10,8 +10,8 @@ from helpers.studies import run, smoke, stands
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.runner import STAGES, clean
+from neurondrift.study.folder import StudyFolder, clean
+from neurondrift.study.runner import STAGES
 from neurondrift.study.settings import load_file, resolve
 
 

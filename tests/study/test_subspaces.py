@@ -15,9 +15,10 @@ from neurondrift.models.sites import linear_sites
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
 from neurondrift.study.base_model import load_base
-from neurondrift.study.experiments.subspaces import Settings, write_subspaces
+from neurondrift.study.experiments import subspaces
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.runner import StudyRun
+from neurondrift.study.settings import SubspacesSection
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,10 @@ def tuned(tmp_path_factory):
 def measured(tuned):
     study, folder = tuned
     said = []
-    path = write_subspaces(study, folder, Settings(rank=3, utility_rank=5, limit=6, draws=2), say=said.append)
-    return json.loads(path.read_text()), "\n".join(said)
+    asked = SubspacesSection(rank=3, utility_rank=5, limit=6, draws=2)
+    subspaces.of_study(study.model_copy(update={"subspaces": asked}), folder)
+    subspaces.show(folder, say=said.append)
+    return json.loads((folder.results / "subspaces.json").read_text()), "\n".join(said)
 
 
 def test_shares_of_a_study_equal_the_dense_computation(tuned, measured):

@@ -11,13 +11,13 @@ from neurondrift.interventions.freezing import FreezeCallback
 from neurondrift.models.batches import make_batches, response_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites
+from neurondrift.study.folder import saved_step
 from neurondrift.study.settings import AlignSection, FinetuneSection
 from neurondrift.study.training import (
     align,
     detach_adapter,
     evaluated_steps,
     finetune,
-    saved_step,
     snapshot_steps,
     total_steps,
 )

@@ -24,6 +24,7 @@ from neurondrift.statistics.descriptive import (
     BehaviourSeries,
 )
 from neurondrift.statistics.matching import refine_bins
+from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.population import (
     Rows,
     _distributions,
@@ -157,8 +158,8 @@ def read_table(path: Path) -> Rows:
 def read_answers(folder: Path) -> Rows:
     """One row a prompt and step of a seed's behaviour folder, by its primary judge (see `per_prompt`)."""
     rows: Rows = []
-    for file in sorted(folder.glob("step=*.parquet")):
-        rows += per_prompt(read_table(file))
+    for step in saved_steps(folder, ".parquet"):
+        rows += per_prompt(read_table(saved_step(folder, step, ".parquet")))
     return rows
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.base.files import json_safe, write_json
+from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.drift.meter import DriftMeter
 from neurondrift.importance.directions import (
@@ -38,9 +38,9 @@ from neurondrift.statistics.estimates import FloatArray
 from neurondrift.statistics.inference import Inference
 from neurondrift.study.base_model import load_base
 from neurondrift.study.experiments.removals import removal_effects
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.settings import Study
-from neurondrift.study.training import saved_step
+from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
+from neurondrift.study.settings import Study, SubspacesSection
+from neurondrift.study.stages.reporting import weights_digest
 
 Say = Callable[[str], None]
 
@@ -54,43 +54,48 @@ MEASURES = ("weights", "safety_outputs", "utility_outputs")
 CONTRASTS = (("safety", "utility"), ("safety_only", "utility"))
 
 
-class Settings(NamedTuple):
-    """`rank`, `utility_rank`: directions per site. `limit`: examples per data set at most (None: as the study scores).
-    `draws`: random removals that refusals are compared with; 0: no refusals are measured."""
-
-    rank: int = 32
-    utility_rank: int = 32
-    limit: int | None = None
-    draws: int = 5
+def of_study(study: Study, folder: StudyFolder) -> str:
+    """The optional stage: `results/subspaces.json` as the study's section `subspaces` asks for it."""
+    write_json(results_file(folder), json_safe(measure(study, folder, study.subspaces)))
+    return f"{study.subspaces.rank} safety and {study.subspaces.utility_rank} utility directions per site"
 
 
-def write_subspaces(study: Study, folder: StudyFolder, settings: Settings, *, say: Say) -> Path:
-    """`results/subspaces.json`, and a table on the screen."""
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [results_file(folder)]
+
+
+def lacks(study: Study, folder: StudyFolder) -> None:
+    """Raise `ArtifactError` where a seed has no fine-tuned model at all."""
+    for seed in study.seeds:
+        _last_step(folder, seed)
+
+
+def results_file(folder: StudyFolder) -> Path:
+    """Where the findings lie."""
+    return folder.results / "subspaces.json"
+
+
+def show(folder: StudyFolder, *, say: Say) -> None:
+    """What `results/subspaces.json` holds, as a table on the screen."""
     from neurondrift.report.tables.ranks import section
     from neurondrift.report.text import render_section
 
-    found = json_safe(measure(study, folder, settings))
-    path = folder.results / "subspaces.json"
-    write_json(path, found)
-    say("\n".join(render_section(section(found))))
-    say(f"\nwritten to {path}; into the report: neurondrift report --force --output-dir {folder.root}")
-    return path
+    say("\n".join(render_section(section(read_json(results_file(folder))))))
+    say(f"\nwritten to {results_file(folder)}")
 
 
-def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, Any]:
+def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> dict[str, Any]:
     """All figures of the rank level, as they go into `results/subspaces.json`.
 
     Raises
     ------
     ConfigError
-        A rank that a site does not have, or a negative number of draws.
+        A rank that a site does not have.
     ArtifactError
         The study has not been fine-tuned.
     ModelError
         An adapter whose change cannot be measured exactly.
     """
-    if settings.draws < 0:
-        raise ConfigError("The number of draws cannot be negative", received=settings.draws, allowed="0 or more")
     changes = {seed: _changes(study, folder, seed) for seed in study.seeds}
     model, tokenizer = load_base(study, folder)
     everything = Sites(model)
@@ -125,6 +130,7 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
             "model_fingerprint": everything.fingerprint,
             "seeds": study.seeds,
             "steps": {str(seed): change.step for seed, change in changes.items()},
+            "adapters": {str(seed): change.digest for seed, change in changes.items()},
         },
         "settings": {
             "rank": settings.rank,
@@ -162,30 +168,40 @@ class Pair(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What one seed's fine-tuning changed at its last saved step, for every site that it trained."""
+    """What one seed's fine-tuning changed at its last saved step, for every site that it trained.
+
+    `digest` tells its weights from others (`weights_digest`).
+    """
 
     step: int
+    digest: str
     pairs: dict[str, Pair]
 
 
-def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
-    steps = [int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*")]
+def _last_step(folder: StudyFolder, seed: int) -> int:
+    """The last training step whose adapter (or model) is kept."""
+    steps = saved_steps(folder.adapters(seed))
     if not steps:
         raise ArtifactError(
             "There is no fine-tuned model to measure the change of",
             received=str(folder.adapters(seed)),
             fix=f"neurondrift finetune --output-dir {folder.root}",
         )
-    step = max(steps)
+    return steps[-1]
+
+
+def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
+    step = _last_step(folder, seed)
     saved = saved_step(folder.adapters(seed), step)
+    digest = weights_digest(saved)
     if study.finetune.method == "full":
         tuned, _ = load_model(saved, dtype="float32", device="cpu")
         sites = Sites(tuned)
         meter = DriftMeter(sites, initial=CheckpointWeights(folder.base_model, sites))
-        return Changes(step, {name: Pair(meter.delta(name), None) for name in meter.sites})
+        return Changes(step, digest, {name: Pair(meter.delta(name), None) for name in meter.sites})
     base, _ = load_base(study, folder)
     meter = DriftMeter(attach_adapter(base, saved))
-    return Changes(step, {name: _pair(meter, name, site) for name, site in meter.sites.items()})
+    return Changes(step, digest, {name: _pair(meter, name, site) for name, site in meter.sites.items()})
 
 
 def _pair(meter: DriftMeter, name: str, site: Site) -> Pair:

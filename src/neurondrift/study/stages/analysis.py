@@ -96,7 +96,7 @@ def analyze_files(
     return content
 
 
-def analyze_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.results_file]
 
 

@@ -71,7 +71,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     return f"{total} steps, {len(callback.log.steps())} drift snapshots{loss}{frozen}"
 
 
-def finetune_outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.adapters(seed), folder.drift(seed)]
 
 

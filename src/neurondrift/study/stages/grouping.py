@@ -124,7 +124,7 @@ def _unit_groups(
     return made
 
 
-def groups_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.groups]
 
 

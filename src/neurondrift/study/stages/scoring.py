@@ -57,5 +57,5 @@ def _advancing(advance: Callable[[int], None]) -> Callable[[Batch], None]:
     return lambda batch: advance(len(batch.names))
 
 
-def score_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.score_file(purpose) for purpose in ("safety", "utility")]
