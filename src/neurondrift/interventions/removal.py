@@ -1,4 +1,4 @@
-"""Removing directions from a model's weights, and giving them back."""
+"""Directions as a reversible context on a loaded model: removed from its weights, and given back bit by bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def remove_rank(model: nn.Module, projections: Mapping[str, tuple[torch.Tensor, 
         A causal language model. Under an adapter its base weights are changed and the adapter is left alone.
     projections
         Site name -> the two factors of P, `[out, k]` and `[k, out]`, for example `projection(U)` (ActSVD's removal) or
-        `safety_only(U_s, U_u)` of `importance.subspaces`.
+        `safety_only(U_s, U_u)` of `importance.directions`.
 
     Raises
     ------
