@@ -123,7 +123,7 @@ def accuracy() -> None:
             errors = _errors(*_tuned(part, kind, 10.0**-exponent, generator, target_modules="all-linear"))
             _row(kind, f"1e-{exponent}", errors=errors)
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from families import FAMILIES, build
+    from helpers.families import FAMILIES, build
 
     print("\nTiny models, all sites (experts as targeted parameters, LoRA only); worst of drifts 1, 1e-1, … 1e-7\n")
     print(f"| family | kind | {COLUMNS}\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")

@@ -113,7 +113,7 @@ def of_study(folder: Path) -> None:
         name = file.name.removesuffix(".weights.parquet")
         print(f"| {name} | {len(group):,} | {size:,} | {size / information_limit(group):.2f} |")
     model, _ = nd.load_model(folder / "finetuned_models" / "aligned")
-    norms = magnitudes_of(model, "neuron")
+    norms = magnitudes_of(nd.linear_sites(model), "neuron")
     print(
         "\n| matched control of (neurons) | sites off by more than 0.05 SD | cannot be balanced | others: greatest SMD |",
         end="",

@@ -20,11 +20,12 @@ from typing import get_args
 import torch
 
 from neurondrift.base.memory import tune_allocator
-from neurondrift.interventions.trials import Draws, RunLog, StopEarly
-from neurondrift.report.tables.causes import table_lines
-from neurondrift.study.experiments.intervene import Options, intervene
+from neurondrift.interventions.trials import RunLog, StopEarly
+from neurondrift.report.tables.causes import section
+from neurondrift.report.text import render_tables
+from neurondrift.study.experiments.intervene import intervene
 from neurondrift.study.folder import StudyFolder
-from neurondrift.study.settings import resolve
+from neurondrift.study.settings import InterveneSection, resolve
 
 NEEDED = ("neuron_groups", "finetuned_models")
 
@@ -51,21 +52,19 @@ def main() -> None:
         found = intervene(
             study,
             folder,
-            Options(
-                draws=Draws(
-                    whole=given.draws,
-                    dose=given.dose_draws,
-                    freeze=given.freeze_draws,
-                    stop_early=given.stop_early,
-                ),
-                doses=tuple(map(float, given.doses.split(","))) if given.doses else None,
-                interventions=tuple(given.intervention or ()),
+            InterveneSection(
+                draws=given.draws,
+                dose_draws=given.dose_draws,
+                freeze_draws=given.freeze_draws,
+                stop_early=given.stop_early,
+                doses=[float(part) for part in given.doses.split(",")] if given.doses else None,
+                interventions=given.intervention or [],
             ),
             say=lambda line: print(line, flush=True),
         )
         whole = time.perf_counter() - began
         runs = RunLog(folder.results / "interventions.parquet").runs.values()
-    print("\n".join(table_lines(found)))
+    print("\n".join(render_tables(section(found))))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for rows in runs:
         part = "whole group" if rows[0]["dose"] == 1 else "dose"

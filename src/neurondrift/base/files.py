@@ -114,21 +114,30 @@ def write_manifest(
 
 def manifest_stands(path: Path, *, root: Path, inputs: str) -> bool:
     """Whether the stage is done: its manifest is there, for the same inputs, and no file has changed."""
+    return standing_inputs(path, root=root, only=inputs) is not None
+
+
+def standing_inputs(path: Path, *, root: Path, only: str | None = None) -> str | None:
+    """For which inputs a stage was done: those of its manifest; None where that is missing or a file has changed.
+
+    With `only`, inputs other than these are None too, without a look at the files.
+    """
     if not path.exists():
-        return False
+        return None
     try:
         manifest = read_json(path)
-        if manifest["inputs"] != inputs:
-            return False
+        inputs: str = manifest["inputs"]
+        if only is not None and inputs != only:
+            return None
         for name, entry in manifest["files"].items():
             file = root / name
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                return False
+                return None
             if sha256_of_file(file) != entry["sha256"]:
-                return False
+                return None
     except (ArtifactError, KeyError, TypeError):
-        return False
-    return True
+        return None
+    return inputs
 
 
 def free_bytes(path: Path) -> int:

@@ -1,16 +1,17 @@
-"""The application, the flags that name a study, and the exit codes: 0 done; 2 a mistake of the user's; 1 a fault."""
+"""The application, what a flag that names a setting is, and the flags that name a study."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from cyclopts import App, Group, Parameter
 
 from neurondrift import __version__
 from neurondrift.base.errors import ConfigError
-from neurondrift.study.settings import Study, resolve
+from neurondrift.study.settings import Section, Study, resolve
 
 EPILOGUE = "Stages in order: align, score, groups, finetune, evaluate, analyze, report. `run` does them all."
 
@@ -29,9 +30,89 @@ app = App(
 SETTINGS = Group("Settings (they override the preset and the file)")
 
 
-def _setting(path: str, text: str) -> Any:
-    """A flag that overrides one setting of the configuration."""
-    return Parameter(help=f"{text} [{path}]", group=SETTINGS, show_default=False)
+class Flag(Parameter):
+    """A flag that overrides one setting: `path` is where the setting stands in the configuration, and the help is made
+    from it.
+
+    Parameters
+    ----------
+    path
+        Such as `finetune.lora_r`.
+    text
+        What the flag is, in a few words.
+    read
+        From what was typed to the setting's value, where it is not what it seems.
+    shows_path
+        Whether the help names the setting: not where no file holds it.
+    default
+        What the help gives as the setting's default; None: nothing.
+    group
+        The heading that the flag stands under in the help; None: with the parameters of the command.
+    """
+
+    path: str
+    read: Callable[[Any], Any] | None
+
+    def __init__(
+        self,
+        path: str,
+        text: str,
+        *,
+        read: Callable[[Any], Any] | None = None,
+        shows_path: bool = True,
+        default: object = None,
+        group: Group | None = None,
+    ) -> None:
+        under: dict[str, Any] = {} if group is None else {"group": group}
+        super().__init__(
+            help=f"{text} [{path}]" if shows_path else text,
+            negative="",
+            show_default=False if default is None else str(default),
+            **under,
+        )
+        object.__setattr__(self, "path", path)  # cyclopts freezes its parameters
+        object.__setattr__(self, "read", read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingFlags:
+    """Flags that name settings, None where they were not given."""
+
+    configures: ClassVar[type[Section]] = Study
+
+    @classmethod
+    def flags(cls) -> dict[str, Flag]:
+        """Name of the field -> what the flag is, of those that name a setting."""
+        hints = get_type_hints(cls, include_extras=True)
+        parts = ((name, part) for name, hint in hints.items() for part in getattr(hint, "__metadata__", ()))
+        return {name: part for name, part in parts if isinstance(part, Flag)}
+
+    def overrides(self) -> dict[str, Any]:
+        """Setting -> value for the flags that were given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {
+            flag.path: given[name] if flag.read is None else flag.read(given[name])
+            for name, flag in self.flags().items()
+            if name in given
+        }
+
+
+def _setting(path: str, text: str, read: Callable[[Any], Any] | None = None) -> Flag:
+    return Flag(path, text, read=read, group=SETTINGS)
+
+
+def asked(path: str, text: str, read: Callable[[Any], Any] | None = None) -> Flag:
+    """A flag of a command that asks a study for more; its help gives the default of the configuration."""
+    table, _, name = path.partition(".")
+    default = getattr(Study.model_fields[table].default, name)
+    return Flag(path, text, read=read, default=None if default == [] else default)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("--seeds takes whole numbers", received=text, allowed="for example 0,1,2") from None
 
 
 @Parameter(name="*")
@@ -48,13 +129,13 @@ class Source:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(SettingFlags):
     """The few settings that matter most, as flags."""
 
     model: Annotated[str | None, _setting("model.reference", "model: a hub id, a folder, pypi:NAME")] = None
     device: Annotated[str | None, _setting("model.device", "auto, cpu, cuda, cuda:N")] = None
     dtype: Annotated[str | None, _setting("model.dtype", "auto, float32, bfloat16, float16")] = None
-    seeds: Annotated[str | None, _setting("seeds", "training seeds, such as 0,1,2")] = None
+    seeds: Annotated[str | None, _setting("seeds", "training seeds, such as 0,1,2", _seeds)] = None
     safety: Annotated[str | None, _setting("score.safety", "safety examples: builtin:NAME, a file, hf:NAME")] = None
     utility: Annotated[str | None, _setting("score.utility", "utility examples")] = None
     data: Annotated[str | None, _setting("finetune.data", "fine-tuning examples")] = None
@@ -78,32 +159,15 @@ class Flags:
         str | None, _setting("finetune.freeze_granularity", "neuron, weight or unit: which group of that name")
     ] = None
 
-    def overrides(self) -> dict[str, Any]:
-        """Setting -> value for the flags that were given."""
-        given = {path: getattr(self, flag) for flag, path in _settings_of_flags().items()}
-        return {path: _seeds(value) if path == "seeds" else value for path, value in given.items() if value is not None}
 
-
-def _settings_of_flags() -> dict[str, str]:
-    """Flag -> setting, read from the end of each flag's help."""
-    hints = get_type_hints(Flags, include_extras=True)
-    return {name: hint.__metadata__[0].help.rpartition(" [")[2].removesuffix("]") for name, hint in hints.items()}
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError("--seeds takes whole numbers", received=text, allowed="for example 0,1,2") from None
-
-
-def study_of(source: Source, flags: Flags) -> Study:
+def study_of(source: Source, *flags: SettingFlags) -> Study:
     """The study that the flags describe; without --preset and --config, the one that stands in the folder."""
     file = source.config
     standing = source.output_dir / "study.toml"
     if file is None and source.preset is None and standing.exists():
         file = standing
-    return resolve(preset=source.preset, file=file, flags=flags.overrides())
+    given = {path: value for each in flags for path, value in each.overrides().items()}
+    return resolve(preset=source.preset, file=file, flags=given)
 
 
 NO_SOURCE, NO_FLAGS = Source(), Flags()

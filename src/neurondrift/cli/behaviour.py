@@ -2,25 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.memory import tune_allocator
-from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
-from neurondrift.cli.study import Again, run_stages
+from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
+from neurondrift.cli.study import Again, run_stages, say
+from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.settings import AttackSection, Section, nested, validated
 
 ALONE = Group("With MODEL only")
-OF_A_MODEL = ("device", "dtype", "batch_size")  # flags of a study that count for a model on its own too
-
-
-def _alone(text: str) -> Any:
-    return Parameter(help=text, group=ALONE, negative="", show_default=False)
-
+# Flags of a study that count for a model on its own too, and the setting that they are then.
+OF_A_MODEL = {"device": "model.device", "dtype": "model.dtype", "batch_size": "batch_size"}
 
 Shown = Annotated[bool, Parameter(help="show the answers to harmful requests, escaped", negative="")]
+
+
+def _alone(path: str, text: str, read: Callable[[Any], Any] | None = None) -> Flag:
+    return Flag(path, text, read=read, shows_path=False, group=ALONE)
+
+
+def _attacks(words: list[str]) -> list[AttackSection]:
+    from neurondrift.study.stages.evaluation import attack_from_words
+
+    return [attack_from_words(text) for text in words]
+
+
+def _tasks(text: str) -> list[str]:
+    return [task for task in text.split(",") if task]
+
+
+def _limit(count: int) -> int:
+    if count < 1:
+        raise ConfigError("--limit takes a whole number from 1", received=count)
+    return count
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(SettingFlags):
+    """What a model on its own is asked for."""
+
+    configures: ClassVar[type[Section]] = ModelEvaluation
+
+    adapter: Annotated[Path | None, _alone("adapter", "folder of a PEFT adapter, put on top unmerged")] = None
+    harmful: Annotated[str | None, _alone("harmful", "harmful requests: builtin:NAME, a file, hf:NAME; or none")] = None
+    ordinary: Annotated[str | None, _alone("ordinary", "ordinary prompts, or none")] = None
+    borderline: Annotated[str | None, _alone("borderline", "safe prompts that sound harmful, or none")] = None
+    answers: Annotated[str | None, _alone("answers", "held-out answers for the perplexity, or none")] = None
+    judge: Annotated[list[str] | None, _alone("judges", "refusal, keyword, prefix, hf:ID; may be repeated")] = None
+    judge_kind: Annotated[
+        Literal["harmbench", "llama-guard", "strongreject", "yes-no"] | None,
+        _alone("judge_kind", "how an hf: judge is asked"),
+    ] = None
+    judge_prompt: Annotated[
+        str | None, _alone("judge_prompt", "prompt of an hf: judge, with {prompt} and {response}")
+    ] = None
+    attack: Annotated[
+        list[str] | None,
+        _alone(
+            "attacks",
+            "vanilla, no-template, decoding[:N], suffix:FILE, no-template+decoding ...; may be repeated",
+            read=_attacks,
+        ),
+    ] = None
+    system_prompt: Annotated[str | None, _alone("system_prompt", "llama2, or a text")] = None
+    tasks: Annotated[
+        str | None,
+        _alone("tasks", "tasks of lm-evaluation-harness, such as boolq,rte (extra harness)", read=_tasks),
+    ] = None
+    limit: Annotated[int | None, _alone("limit", "prompts drawn from each set", read=_limit)] = None
+    max_new_tokens: Annotated[int | None, _alone("max_new_tokens", "longest answer in tokens; default: 32")] = None
+    revision: Annotated[str | None, _alone("model.revision", "branch, tag or commit of the model")] = None
+    trust_remote_code: Annotated[
+        bool | None, _alone("model.trust_remote_code", "let code that comes with a model run")
+    ] = None
+    backend: Annotated[Literal["transformers", "vllm"] | None, _alone("backend", "vllm is untested")] = None
+    json: Annotated[Path | None, Parameter(help="write the figures here too", group=ALONE, show_default=False)] = None
+
+
+NO_MODEL_FLAGS = ModelFlags()
 
 
 @app.command
@@ -31,107 +97,46 @@ def evaluate(
     /,
     source: Source = NO_SOURCE,
     flags: Flags = NO_FLAGS,
+    alone: ModelFlags = NO_MODEL_FLAGS,
     *,
     force: Again = False,
     show_responses: Shown = False,
-    adapter: Annotated[Path | None, _alone("folder of a PEFT adapter, put on top unmerged")] = None,
-    harmful: Annotated[str | None, _alone("harmful requests: builtin:NAME, a file, hf:NAME; or none")] = None,
-    ordinary: Annotated[str | None, _alone("ordinary prompts, or none")] = None,
-    borderline: Annotated[str | None, _alone("safe prompts that sound harmful, or none")] = None,
-    answers: Annotated[str | None, _alone("held-out answers for the perplexity, or none")] = None,
-    judge: Annotated[list[str] | None, _alone("refusal, keyword, prefix, hf:ID; may be repeated")] = None,
-    judge_kind: Annotated[
-        Literal["harmbench", "llama-guard", "strongreject", "yes-no"] | None, _alone("how an hf: judge is asked")
-    ] = None,
-    judge_prompt: Annotated[str | None, _alone("prompt of an hf: judge, with {prompt} and {response}")] = None,
-    attack: Annotated[
-        list[str] | None,
-        _alone("vanilla, no-template, decoding[:N], suffix:FILE, no-template+decoding ...; may be repeated"),
-    ] = None,
-    system_prompt: Annotated[str | None, _alone("llama2, or a text")] = None,
-    tasks: Annotated[str | None, _alone("tasks of lm-evaluation-harness, such as boolq,rte (extra harness)")] = None,
-    limit: Annotated[int | None, _alone("prompts drawn from each set")] = None,
-    max_new_tokens: Annotated[int | None, _alone("longest answer in tokens; default: 32")] = None,
-    revision: Annotated[str | None, _alone("branch, tag or commit of the model")] = None,
-    trust_remote_code: Annotated[bool, _alone("let code that comes with a model run")] = False,
-    backend: Annotated[Literal["transformers", "vllm"] | None, _alone("vllm is untested")] = None,
-    json: Annotated[Path | None, _alone("write the figures here too")] = None,
 ) -> None:
     """Measure refusals, over-refusal and perplexity: of a study before, during and after fine-tuning; or of any model.
 
     With MODEL: asks it the prompts of three sets, prints the shares with intervals, and writes answers.parquet to the
     output folder. A judge that is a model reads whole answers; ask for longer ones then (Wei et al.: 256 tokens).
     """
-    given = {
-        "adapter": adapter, "harmful": harmful, "ordinary": ordinary, "borderline": borderline, "answers": answers,
-        "judge": judge, "judge_kind": judge_kind, "judge_prompt": judge_prompt, "attack": attack,
-        "system_prompt": system_prompt, "tasks": tasks, "limit": limit, "max_new_tokens": max_new_tokens,
-        "revision": revision, "trust_remote_code": trust_remote_code, "backend": backend, "json": json,
-    }  # fmt: skip
     if reference is None:
-        if alone := [_flag(name) for name, value in given.items() if value]:
+        if given := _given(alone):
             raise ConfigError(
                 "These flags are about one model, and none is named",
-                received=", ".join(alone),
+                received=", ".join(given),
                 fix="neurondrift evaluate MODEL ..., or set [evaluate] in the study's configuration",
             )
         run_stages(["evaluate"], source, flags, ["evaluate"] if force else ())
         if show_responses:
             _with_responses(source, flags)
         return
-    strange = [_flag(name) for name, value in vars(flags).items() if value is not None and name not in OF_A_MODEL]
-    strange += [_flag(name) for name in ("preset", "config") if getattr(source, name) is not None] + ["--force"] * force
+    strange = [*_given(flags, but=OF_A_MODEL), *_given(source, but=["output_dir"]), *["--force"] * force]
     if strange:
         raise ConfigError("These flags are about a study, and a model is named", received=", ".join(strange))
-    if limit is not None and limit < 1:
-        raise ConfigError("--limit takes a whole number from 1", received=limit)
-    _evaluate_alone(reference, source, flags, show_responses, given)
-
-
-def _evaluate_alone(reference: str, source: Source, flags: Flags, show_responses: bool, given: dict[str, Any]) -> None:
+    shared = {path: getattr(flags, name) for name, path in OF_A_MODEL.items()}
+    asked = validated(ModelEvaluation, nested({"model.reference": reference, **shared, **alone.overrides()}))
     from neurondrift.base.files import write_json
     from neurondrift.study.experiments.evaluate_model import evaluate_model
-    from neurondrift.study.stages.evaluation import attack_from_words, attack_of
 
-    defaults = {
-        "harmful": "builtin:refusals-heldout",
-        "ordinary": "builtin:ordinary-heldout",
-        "borderline": "builtin:borderline",
-    }
-    sets = {kind: given[kind] or default for kind, default in defaults.items() if given[kind] != "none"}
-    if not sets:
-        raise ConfigError("No set of prompts is left", allowed="--harmful, --ordinary, --borderline")
-    held_out = given["answers"] or ("none" if given["backend"] == "vllm" else defaults["ordinary"])
     tune_allocator()
-    found = evaluate_model(
-        reference,
-        adapter=given["adapter"],
-        sets=sets,
-        answers=None if held_out == "none" else held_out,
-        judges=given["judge"] or ["refusal"],
-        judge_kind=given["judge_kind"],
-        judge_prompt=given["judge_prompt"],
-        attacks=[attack_of(attack_from_words(words)) for words in given["attack"] or ["vanilla"]],
-        system=given["system_prompt"],
-        tasks=[task for task in (given["tasks"] or "").split(",") if task],
-        limit=given["limit"],
-        max_new_tokens=given["max_new_tokens"] or 32,
-        batch_size=flags.batch_size or 32,
-        dtype=flags.dtype or "auto",
-        device=flags.device or "auto",
-        revision=given["revision"],
-        trust_remote_code=given["trust_remote_code"],
-        backend=given["backend"] or "transformers",
-        output=source.output_dir,
-        show_responses=show_responses,
-        say=lambda line: print(line, flush=True),
-    )
-    if given["json"] is not None:
-        write_json(given["json"], found)
+    figures = evaluate_model(asked, source.output_dir, show_responses=show_responses, say=say)
+    if alone.json is not None:
+        write_json(alone.json, figures)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _given(flags: object, but: Container[str] = ()) -> list[str]:
+    """The flags that were given, as they are typed."""
+    return [
+        f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value is not None and name not in but
+    ]
 
 
 @app.command

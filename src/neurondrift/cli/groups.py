@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from neurondrift.base.memory import tune_allocator
-from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
+from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, SettingFlags, Source, app, asked, study_of
+from neurondrift.cli.study import run_experiment, say
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StabilityFlags(SettingFlags):
+    """What the noise floor is asked for."""
+
+    draws: Annotated[int | None, asked("stability.draws", "how often the calibration examples are re-drawn")] = None
+
+
+NOTHING_ASKED = StabilityFlags()
 
 
 @app.command
-def stability(
-    source: Source = NO_SOURCE,
-    flags: Flags = NO_FLAGS,
-    *,
-    draws: Annotated[int, Parameter(help="how often the calibration examples are re-drawn")] = 4,
-) -> None:
+def stability(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, asks: StabilityFlags = NOTHING_ASKED) -> None:
     """The noise floor of the groups: re-draw the calibration examples on the same model and compare."""
-    study = study_of(source, flags)
-    from neurondrift.study.experiments.stability import write_stability
+    study = study_of(source, flags, asks)
+    from neurondrift.study.experiments.stability import show
     from neurondrift.study.folder import StudyFolder
 
-    tune_allocator()
-    write_stability(study, StudyFolder(source.output_dir, study), draws=draws, say=print)
+    folder = StudyFolder(source.output_dir, study)
+    run_experiment("stability", study, source.output_dir, lambda: show(folder, say=say))
 
 
 @app.command

@@ -2,103 +2,113 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.memory import tune_allocator
-from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
+from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, SettingFlags, Source, app, asked, study_of
+from neurondrift.cli.study import run_experiment, say
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError("--doses takes shares", received=text, allowed="numbers in (0, 1], such as 0.1,0.5,1")
+    return shares
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class InterveneFlags(SettingFlags):
+    """What the interventions are asked for."""
+
+    group: Annotated[
+        list[str] | None, asked("intervene.groups", "group's name or file; default: the safety groups")
+    ] = None
+    intervention: Annotated[
+        list[Literal["prune", "rewind", "transplant", "freeze"]] | None,
+        asked("intervene.interventions", "may be repeated; default: all"),
+    ] = None
+    draws: Annotated[int | None, asked("intervene.draws", "matched random groups for each group")] = None
+    dose_draws: Annotated[int | None, asked("intervene.dose_draws", "the same at each smaller dose")] = None
+    freeze_draws: Annotated[
+        int | None, asked("intervene.freeze_draws", "the same for freeze, which trains again for each")
+    ] = None
+    stop_early: Annotated[
+        Literal["freeze", "all", "none"] | None,
+        asked(
+            "intervene.stop_early",
+            "whose draws stop once p can hardly be small any more (two or more as extreme as the group)",
+        ),
+    ] = None
+    doses: Annotated[
+        str | None,
+        asked(
+            "intervene.doses",
+            "shares of the group by importance, such as 0.1,0.5,1 (default 0.1,0.25,0.5,1)",
+            read=_shares,
+        ),
+    ] = None
+    granularity: Annotated[
+        Literal["neuron", "weight", "unit"] | None, asked("intervene.granularity", "what the groups are of")
+    ] = None
+    mode: Annotated[Literal["zero", "mean"] | None, asked("intervene.mode", "what pruned weights become")] = None
+    prompts: Annotated[int | None, asked("intervene.harmful", "harmful requests of each run")] = None
+    ordinary: Annotated[
+        int | None, asked("intervene.ordinary", "ordinary prompts, and held-out answers, of each run")
+    ] = None
+    tokens: Annotated[int | None, asked("intervene.max_new_tokens", "longest answer that is judged")] = None
+    seed: Annotated[int | None, asked("intervene.seed", "training seed that is acted on; default: the first")] = None
+    scores: Annotated[Path | None, asked("intervene.scores", "score file that orders the members for doses")] = None
+    adapter: Annotated[
+        Path | None, asked("intervene.adapter", "adapter made elsewhere, of --model; --group names files")
+    ] = None
+
+    def check(self) -> None:
+        """Raise `ConfigError` for counts that are none, and for an adapter made elsewhere without its groups."""
+        for name in ("prompts", "ordinary", "tokens"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigError(f"--{name} must be at least 1", received=count)
+        if self.adapter is not None and not self.group:
+            raise ConfigError("An adapter made elsewhere needs groups", allowed="--adapter and --group FILE together")
+
+
+NOTHING_ASKED = InterveneFlags()
 
 
 @app.command
 def intervene(
     source: Source = NO_SOURCE,
     flags: Flags = NO_FLAGS,
+    asks: InterveneFlags = NOTHING_ASKED,
     *,
-    group: Annotated[
-        list[str] | None, Parameter(help="group's name or file; default: the safety groups", negative="")
-    ] = None,
-    intervention: Annotated[
-        list[Literal["prune", "rewind", "transplant", "freeze"]] | None,
-        Parameter(help="may be repeated; default: all", negative=""),
-    ] = None,
-    draws: Annotated[int, Parameter(help="matched random groups for each group")] = 20,
-    dose_draws: Annotated[int, Parameter(help="the same at each smaller dose")] = 3,
-    freeze_draws: Annotated[int, Parameter(help="the same for freeze, which trains again for each")] = 20,
-    stop_early: Annotated[
-        Literal["freeze", "all", "none"],
-        Parameter(help="whose draws stop once p can hardly be small any more (two or more as extreme as the group)"),
-    ] = "freeze",
-    doses: Annotated[
-        str | None, Parameter(help="shares of the group by importance, such as 0.1,0.5,1 (default 0.1,0.25,0.5,1)")
-    ] = None,
-    granularity: Annotated[Literal["neuron", "weight", "unit"], Parameter(help="what the groups are of")] = "neuron",
-    mode: Annotated[Literal["zero", "mean"], Parameter(help="what pruned weights become")] = "zero",
-    prompts: Annotated[int, Parameter(help="harmful requests of each run")] = 32,
-    ordinary: Annotated[int, Parameter(help="ordinary prompts, and held-out answers, of each run")] = 8,
-    tokens: Annotated[int, Parameter(help="longest answer that is judged")] = 16,
-    seed: Annotated[int | None, Parameter(help="training seed that is acted on; default: the first")] = None,
-    scores: Annotated[Path | None, Parameter(help="score file that orders the members for doses")] = None,
-    adapter: Annotated[Path | None, Parameter(help="adapter made elsewhere, of --model; --group names files")] = None,
     json: Annotated[Path | None, Parameter(help="write the findings here too")] = None,
 ) -> None:
     """Act on groups, and on matched random groups: prune, rewind, transplant, freeze. Drift alone shows no cause.
 
     Runs that are done are not made again. The findings go to results/interventions.json and into the report.
     """
-    study = study_of(source, flags)
-    for name, count in (("--prompts", prompts), ("--ordinary", ordinary), ("--tokens", tokens)):
-        if count < 1:
-            raise ConfigError(f"{name} must be at least 1", received=count)
-    if adapter is not None and not group:
-        raise ConfigError("An adapter made elsewhere needs groups", allowed="--adapter and --group FILE together")
-    shares = None if doses is None else _shares(doses)
-    from neurondrift.base.files import write_json
-    from neurondrift.interventions.trials import Draws
-    from neurondrift.report.tables.causes import section
-    from neurondrift.report.text import render_tables
-    from neurondrift.study.experiments.intervene import Options, intervene, results_file
+    asks.check()
+    study = study_of(source, flags, asks)
+    from neurondrift.base.files import read_json, write_json
+    from neurondrift.study.experiments.intervene import intervene as act
+    from neurondrift.study.experiments.intervene import results_file, show
     from neurondrift.study.folder import StudyFolder
 
-    tune_allocator()
     folder = StudyFolder(source.output_dir, study)
-    found: dict[str, Any] = intervene(
-        study,
-        folder,
-        Options(
-            groups=tuple(group or ()),
-            interventions=tuple(intervention or ()),
-            draws=Draws(whole=draws, dose=dose_draws, freeze=freeze_draws, stop_early=stop_early),
-            doses=shares,
-            granularity=granularity,
-            mode=mode,
-            seed=seed,
-            harmful=prompts,
-            ordinary=ordinary,
-            answers=ordinary,
-            max_new_tokens=tokens,
-            scores=scores,
-            adapter=adapter,
-        ),
-        say=lambda line: print(line, flush=True),
-    )
-    print("\n".join(render_tables(section(found))))
-    print(f"written to {results_file(folder)}")
+    if study.intervene.adapter is None:
+        run_experiment("intervene", study, source.output_dir, lambda: show(folder, say=say))
+    else:  # of no study: nothing has to stand, and no report takes it up
+        tune_allocator()
+        act(study, folder, study.intervene, say=say)
+        show(folder, say=say)
     if json is not None:
-        write_json(json, found)
-    if adapter is None and folder.results_file.exists():
-        from neurondrift.study.stages.reporting import report
-
-        print(f"the report: cat {report(study, folder)}")
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        shares = (0.0,)
-    if not all(0 < share <= 1 for share in shares):
-        raise ConfigError("--doses takes shares", received=text, allowed="numbers in (0, 1], such as 0.1,0.5,1")
-    return shares
+        write_json(json, read_json(results_file(folder)))

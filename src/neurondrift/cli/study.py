@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
+from neurondrift.study.settings import Study
 
 
 def run_stages(
@@ -18,13 +19,31 @@ def run_stages(
 ) -> None:
     """Run stages of the study that the flags describe; None: all of them."""
     study = study_of(source, flags)
-    from neurondrift.study.runner import STAGES, StudyRun
+    from neurondrift.study.runner import StudyRun
 
     tune_allocator()
-    chosen = STAGES if stages is None else stages
-    StudyRun(study, source.output_dir, say=lambda line: print(line, flush=True)).run(
-        chosen, force=force, keep_scores=keep_scores
-    )
+    StudyRun(study, source.output_dir, say=say).run(stages, force=force, keep_scores=keep_scores)
+
+
+def run_experiment(name: str, study: Study, output_dir: Path, show: Callable[[], None]) -> None:
+    """Ask a study for an optional stage, show what came of it, and write anew what reads it.
+
+    A stage that reads it is left alone where something else that it reads does not stand.
+    """
+    from neurondrift.study.runner import StudyRun
+
+    tune_allocator()
+    study_run = StudyRun(study, output_dir, say=say)
+    study_run.run([name])
+    show()
+    if readers := study_run.readers(name):
+        study_run.run(readers)
+        print(f"the report: cat {output_dir / 'results' / 'drift_analysis_report.txt'}")
+
+
+def say(line: str) -> None:
+    """A line on the screen at once."""
+    print(line, flush=True)
 
 
 Keep = Annotated[bool, Parameter(help="keep the scores after the groups are formed", negative="")]
@@ -121,7 +140,7 @@ def clean(
     ] = False,
 ) -> None:
     """Delete the scratch files of a study (scores)."""
-    from neurondrift.study.runner import clean as delete
+    from neurondrift.study.folder import clean as delete
 
     removed = delete(output_dir, everything=everything)
     print("\n".join(f"deleted {path}" for path in removed) or "nothing to delete")

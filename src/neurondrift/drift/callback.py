@@ -27,7 +27,7 @@ from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.groups.group import Group
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.parts import as_weights
-from neurondrift.models.sites import fingerprint, is_sharded, linear_sites
+from neurondrift.models.sites import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,11 @@ class DriftCallback(TrainerCallback):
     def _prepare(self, model: nn.Module) -> None:
         """What holds for all snapshots: the meters, the metadata and the neurons before training."""
         self._meter = meter = DriftMeter(model, initial=self._initial)
-        sites, every_site, name = meter.sites, linear_sites(model), fingerprint(model)
+        sites, every_site, name = meter.sites, meter.every_site, meter.every_site.fingerprint
+        measured = {key: as_weights(group, every_site) for key, group in self.groups.items()}
         followed = {key: group for key, group in self.groups.items() if group.granularity != "neuron"}
-        self._weights = WeightMeter(followed, sites, every_site=every_site) if followed else None
+        of_weights = {key: measured[key] for key in followed}
+        self._weights = WeightMeter(of_weights, sites, every_site=every_site) if followed else None
         norms = {site: meter.norms(site).cpu() for site in sites}
         zero_norm = {site: int((norm == 0).sum()) for site, norm in norms.items() if (norm == 0).any()}
         self._metadata = describe(
@@ -154,9 +156,9 @@ class DriftCallback(TrainerCallback):
                 if self._weights is not None
             },
         )
-        check_groups({key: as_weights(group, every_site) for key, group in self.groups.items()}, self._metadata)
-        for key, group in self.groups.items():
-            if not any(site in sites for site in as_weights(group, every_site).members):
+        check_groups(measured, self._metadata)
+        for key, group in measured.items():
+            if not any(site in sites for site in group.members):
                 logger.warning("No member of the group %s lies in a trained site: it is not in the log", key)
         if zero_norm:
             logger.warning(

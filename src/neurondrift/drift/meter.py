@@ -42,12 +42,12 @@ from neurondrift.models.adapters import (
     check_methods,
     dense_delta,
     effective_weight,
-    is_adapted,
+    is_trained,
 )
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.loading import load_model
 from neurondrift.models.parts import as_weights
-from neurondrift.models.sites import Site, linear_sites, row_norms, unwrap
+from neurondrift.models.sites import Site, Sites, row_norms, sites_of, unwrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ class DriftMeter:
     Parameters
     ----------
     model
-        A PEFT model (its base weights are w₀), or a plain one with `initial`.
+        A PEFT model (its base weights are w₀), or a plain one with `initial`; or its `linear_sites`.
     initial
         Where w₀ is read from: for full fine-tuning, and for adapters that changed the base weights when they were
         made (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA). The weight that the model computes with is then compared
@@ -69,8 +69,10 @@ class DriftMeter:
 
     Attributes
     ----------
+    every_site
+        The sites of the model.
     sites
-        The sites that training can move: the adapted ones, or all.
+        Those that training can move: the adapted ones, or all.
     untrained
         The other sites; their drift is exactly zero.
 
@@ -81,23 +83,23 @@ class DriftMeter:
         on the input); adapters that changed the base weights, without `initial`.
     """
 
-    def __init__(self, model: nn.Module, *, initial: Weights | None = None) -> None:
-        everything = linear_sites(model)
+    def __init__(self, model: nn.Module | Sites, *, initial: Weights | None = None) -> None:
+        self.every_site = sites_of(model)
         self._initial = initial
-        outer: Any = model
+        outer: Any = self.every_site.model
         while isinstance(getattr(outer, "module", None), nn.Module):
             outer = outer.module
         check_methods(outer, initial_given=initial is not None)
-        adapted = {name: site for name, site in everything.items() if is_adapted(site)}
-        if not adapted and initial is None and not hasattr(outer, "peft_config"):
+        trained = {name: site for name, site in self.every_site.items() if is_trained(site)}
+        if not trained and initial is None and not hasattr(outer, "peft_config"):
             raise ModelError(
                 "A model without an adapter has no drift by itself",
-                received=type(model).__name__,
+                received=type(self.every_site.model).__name__,
                 fix="pass the initial weights, or use compare_models(before, after)",
             )
-        is_plain = unwrap(model) is outer and not adapted
-        self.sites: dict[str, Site] = everything if is_plain else adapted
-        self.untrained: list[str] = [name for name in everything if name not in self.sites]
+        is_plain = unwrap(outer) is outer and not trained
+        self.sites: Mapping[str, Site] = self.every_site if is_plain else trained
+        self.untrained: list[str] = [name for name in self.every_site if name not in self.sites]
         self._norms: dict[str, torch.Tensor] = {}
 
     def norms(self, site: str) -> torch.Tensor:
@@ -166,13 +168,13 @@ def _moments_of(part: tuple[torch.Tensor, Change, torch.Tensor]) -> tuple[torch.
     return norm, delta_moments(base, change.delta)
 
 
-def measure_drift(model: nn.Module, *, initial: Weights | None = None) -> dict[str, NeuronDrift]:
+def measure_drift(model: nn.Module | Sites, *, initial: Weights | None = None) -> dict[str, NeuronDrift]:
     """How far every neuron of a fine-tuned model is from where it started.
 
     Parameters
     ----------
     model
-        A PEFT model, its adapters unmerged; or any model together with `initial`.
+        A PEFT model, its adapters unmerged; or any model together with `initial`; or its `linear_sites`.
     initial
         Callable site name -> initial weight `[out, in]`, for example `CheckpointWeights`.
 
@@ -198,10 +200,10 @@ def compare_models(before: Any, after: Any) -> dict[str, NeuronDrift]:
     first, second = (
         load_model(m, dtype="float32", device="cpu")[0] if isinstance(m, str | Path) else m for m in (before, after)
     )
-    sites_before, sites_after = linear_sites(first), linear_sites(second)
-    if {n: s.shape for n, s in sites_before.items()} != {n: s.shape for n, s in sites_after.items()}:
+    sites_before, sites_after = sites_of(first), sites_of(second)
+    if sites_before.shapes != sites_after.shapes:
         different = sorted(set(sites_before) ^ set(sites_after)) or [
-            name for name in sites_before if sites_before[name].shape != sites_after[name].shape
+            name for name, shape in sites_before.shapes.items() if shape != sites_after.shapes[name]
         ]
         raise ModelError("The two models have different sites or shapes", received=different[0])
     return {
@@ -242,9 +244,7 @@ class WeightMeter:
     has no low-rank form.
     """
 
-    def __init__(
-        self, groups: Mapping[str, Group], sites: Mapping[str, Site], *, every_site: Mapping[str, Site]
-    ) -> None:
+    def __init__(self, groups: Mapping[str, Group], sites: Mapping[str, Site], *, every_site: Sites) -> None:
         self._members: dict[str, Members] = {}
         self.members: dict[str, int] = {}
         self.outside: dict[str, int] = {}

@@ -1,5 +1,8 @@
 """Balance of |w| between a group and its control within one site: how far off it is, how near it can be, and draws
-that bring it within the limit. Knows arrays and indices; no strata are formed here and no groups read."""
+that bring it within the limit. Knows arrays and indices; no strata are formed here and no groups read.
+
+Shapes: N places of a site, K members of the group, M candidates. Draws are indices into the N.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ WITHIN = LIMIT * (1 - 1e-9)
 SWAPS = 100
 
 
-def imbalance(own: npt.NDArray[Any], control: npt.NDArray[Any]) -> float:
+def imbalance(own_K: npt.NDArray[Any], control_K: npt.NDArray[Any]) -> float:
     """Standardised mean difference: difference of the means over the root of the mean variance.
 
     0 for equal means and where there are fewer than 2 values, infinite where different means have no variance.
     """
-    if len(own) < 2 or len(control) < 2:
+    if len(own_K) < 2 or len(control_K) < 2:
         return 0.0
-    difference = own.mean(dtype=np.float64) - control.mean(dtype=np.float64)
-    spread = np.sqrt((own.var(dtype=np.float64) + control.var(dtype=np.float64)) / 2)
+    difference = own_K.mean(dtype=np.float64) - control_K.mean(dtype=np.float64)
+    spread = np.sqrt((own_K.var(dtype=np.float64) + control_K.var(dtype=np.float64)) / 2)
     return float(_standardised(difference, spread))
 
 
@@ -45,7 +48,7 @@ class Ends(NamedTuple):
     balanceable: bool
 
 
-def at_the_ends(values: npt.NDArray[Any], own: Indices, candidates: Indices) -> Ends:
+def at_the_ends(values_N: npt.NDArray[Any], own_K: Indices, candidates_M: Indices) -> Ends:
     """Can a choice of k candidates bring the mean of |w| near enough to the members'?
 
     Let m and v be mean and variance of a choice, and a and s² those of the k members. It is not too small where
@@ -54,19 +57,19 @@ def at_the_ends(values: npt.NDArray[Any], own: Indices, candidates: Indices) -> 
     reached by the j smallest and k - j largest candidates for some j: k + 1 sums decide. The same holds for too large.
     What lies between the two can still be missed where values are coarse (`any_subset`).
     """
-    k, m = len(own), len(candidates)
-    order = np.argpartition(values[candidates], sorted({k - 1, m - k}))
-    low, high = candidates[order[:k]], candidates[order[m - k :]]
-    low, high = low[np.argsort(values[low], kind="stable")], high[np.argsort(-values[high], kind="stable")]
-    centre = values[own].mean(dtype=np.float64)
+    k, m = len(own_K), len(candidates_M)
+    order = np.argpartition(values_N[candidates_M], sorted({k - 1, m - k}))
+    low, high = candidates_M[order[:k]], candidates_M[order[m - k :]]
+    low, high = low[np.argsort(values_N[low], kind="stable")], high[np.argsort(-values_N[high], kind="stable")]
+    centre = values_N[own_K].mean(dtype=np.float64)
 
     def sums(power: int) -> npt.NDArray[np.float64]:
-        smallest = np.cumsum(np.append(0.0, (values[low].astype(np.float64) - centre) ** power))
-        largest = np.cumsum(np.append(0.0, (values[high].astype(np.float64) - centre) ** power))
+        smallest = np.cumsum(np.append(0.0, (values_N[low].astype(np.float64) - centre) ** power))
+        largest = np.cumsum(np.append(0.0, (values_N[high].astype(np.float64) - centre) ** power))
         return smallest + largest[::-1]
 
     total = sums(1)
-    off = _off(total, sums(2), k, values[own].var(dtype=np.float64))
+    off = _off(total, sums(2), k, values_N[own_K].var(dtype=np.float64))
     balanceable = bool(off.min() <= LIMIT and off.max() >= -LIMIT)
     # A difference that stays is not hidden behind a greater variance: there the means decide.
     j = int(np.argmin(np.abs(off if balanceable else total)))
@@ -80,45 +83,45 @@ def _off(total: Any, squares: Any, k: int, variance: float) -> npt.NDArray[np.fl
 
 
 def swapped(
-    values: npt.NDArray[Any], own: Indices, candidates: Indices, drawn: Indices, generator: np.random.Generator
+    values_N: npt.NDArray[Any], own_K: Indices, candidates_M: Indices, drawn_K: Indices, generator: np.random.Generator
 ) -> Indices:
-    """`drawn` with members exchanged for unused candidates, at random, until the site is balanced.
+    """`drawn_K` with members exchanged for unused candidates, at random, until the site is balanced.
 
     Each step looks at every pair of a drawn and an unused candidate and takes any of the swaps that balance the site,
     each with the same chance; where there is none, any of those that bring it nearer; without these it ends.
     """
-    centre, variance = values[own].mean(dtype=np.float64), values[own].var(dtype=np.float64)
-    picked, unused = drawn.copy(), np.setdiff1d(candidates, drawn, assume_unique=True)
+    centre, variance = values_N[own_K].mean(dtype=np.float64), values_N[own_K].var(dtype=np.float64)
+    picked_K, unused = drawn_K.copy(), np.setdiff1d(candidates_M, drawn_K, assume_unique=True)
     while True:
-        inside = values[picked].astype(np.float64)[:, None] - centre  # [k, 1]
-        outside = values[unused].astype(np.float64) - centre  # [m - k]
+        inside = values_N[picked_K].astype(np.float64)[:, None] - centre  # [k, 1]
+        outside = values_N[unused].astype(np.float64) - centre  # [m - k]
         total, squares = inside.sum(), (inside**2).sum()
-        now = abs(float(_off(total, squares, len(own), variance)))
-        after = np.abs(_off(total - inside + outside, squares - inside**2 + outside**2, len(own), variance))
+        now = abs(float(_off(total, squares, len(own_K), variance)))
+        after = np.abs(_off(total - inside + outside, squares - inside**2 + outside**2, len(own_K), variance))
         balanced = np.flatnonzero(after <= WITHIN)
         choice = balanced if len(balanced) else np.flatnonzero(after < now * (1 - 1e-9))
         if not len(choice):
-            return picked
+            return picked_K
         leaves, enters = divmod(int(choice[generator.integers(len(choice))]), len(unused))
-        picked[leaves], unused[enters] = unused[enters], picked[leaves]
+        picked_K[leaves], unused[enters] = unused[enters], picked_K[leaves]
         if len(balanced):
-            return picked
+            return picked_K
 
 
 def shuffled(
-    values: npt.NDArray[Any], own: Indices, candidates: Indices, drawn: Indices, generator: np.random.Generator
+    values_N: npt.NDArray[Any], own_K: Indices, candidates_M: Indices, drawn_K: Indices, generator: np.random.Generator
 ) -> Indices:
-    """`drawn`, a balanced draw, after a random walk among the balanced draws.
+    """`drawn_K`, a balanced draw, after a random walk among the balanced draws.
 
     A Metropolis walk: a random member and a random unused candidate are swapped wherever that leaves the site balanced,
-    so that in the long run every balanced draw in reach has the same chance, however `drawn` was found.
+    so that in the long run every balanced draw in reach has the same chance, however `drawn_K` was come by.
     """
-    k = len(own)
-    pool = np.concatenate([drawn, np.setdiff1d(candidates, drawn, assume_unique=True)])  # the first k are drawn
+    k = len(own_K)
+    pool = np.concatenate([drawn_K, np.setdiff1d(candidates_M, drawn_K, assume_unique=True)])  # the first k are drawn
     if len(pool) == k:
-        return drawn
-    distances = (values[pool].astype(np.float64) - values[own].mean(dtype=np.float64)).tolist()
-    variance = float(values[own].var(dtype=np.float64))
+        return drawn_K
+    distances = (values_N[pool].astype(np.float64) - values_N[own_K].mean(dtype=np.float64)).tolist()
+    variance = float(values_N[own_K].var(dtype=np.float64))
     total, squares = sum(distances[:k]), sum(distance**2 for distance in distances[:k])
     order = list(range(len(pool)))
     leaving = generator.integers(k, size=SWAPS * k).tolist()
@@ -134,27 +137,29 @@ def shuffled(
     return pool[order[:k]]
 
 
-def any_subset(values: npt.NDArray[Any], own: Indices, candidates: Indices, generator: np.random.Generator) -> Indices:
+def any_subset(
+    values_N: npt.NDArray[Any], own_K: Indices, candidates_M: Indices, generator: np.random.Generator
+) -> Indices:
     """One of all choices of candidates that balance the site, each with the same chance; if none does, the one whose
     mean is nearest."""
-    choices = np.array(list(combinations(range(len(candidates)), len(own))))
-    distances = values[candidates].astype(np.float64)[choices] - values[own].mean(dtype=np.float64)
-    variance = values[own].var(dtype=np.float64)
+    choices = np.array(list(combinations(range(len(candidates_M)), len(own_K))))
+    distances = values_N[candidates_M].astype(np.float64)[choices] - values_N[own_K].mean(dtype=np.float64)
+    variance = values_N[own_K].var(dtype=np.float64)
     total = distances.sum(axis=1)
-    balanced = np.flatnonzero(np.abs(_off(total, (distances**2).sum(axis=1), len(own), variance)) <= WITHIN)
-    return candidates[choices[generator.choice(balanced) if len(balanced) else int(np.argmin(np.abs(total)))]]
+    balanced = np.flatnonzero(np.abs(_off(total, (distances**2).sum(axis=1), len(own_K), variance)) <= WITHIN)
+    return candidates_M[choices[generator.choice(balanced) if len(balanced) else int(np.argmin(np.abs(total)))]]
 
 
 def tilted(
-    values: npt.NDArray[Any],
-    own: Indices,
-    drawn: Indices,
+    values_N: npt.NDArray[Any],
+    own_K: Indices,
+    drawn_K: Indices,
     pools: list[Indices],
     wanted: npt.NDArray[np.int64],
     goal: float,
     generator: np.random.Generator,
 ) -> Indices:
-    """A draw that favours large (or small) |w| just enough for the means to agree; `drawn` where none is better.
+    """A draw that favours large (or small) |w| just enough for the means to agree; `drawn_K` where none is better.
 
     Where members lie beyond every candidate, equal counts alone leave the control too small. Candidates are then
     drawn without replacement with probability ∝ (share of their stratum) · exp(tilt · |w|), as the largest of
@@ -162,37 +167,37 @@ def tilted(
     is within `goal`.
     """
     pool = np.concatenate(pools)
-    if len(pool) <= len(own):
-        return drawn
+    if len(pool) <= len(own_K):
+        return drawn_K
     sizes = np.array([len(part) for part in pools])
     with np.errstate(divide="ignore", invalid="ignore"):
         chance = np.repeat(np.log(wanted / sizes), sizes) + generator.gumbel(size=len(pool))
-    spread = float(values[own].std()) or 1.0
-    scaled = (values[pool] - values[own].mean()) / spread
+    spread = float(values_N[own_K].std()) or 1.0
+    scaled = (values_N[pool] - values_N[own_K].mean()) / spread
 
     def draw(tilt: float) -> Indices:
         key = tilt * scaled + chance
-        return pool[np.argpartition(key, len(pool) - len(own))[len(pool) - len(own) :]]
+        return pool[np.argpartition(key, len(pool) - len(own_K))[len(pool) - len(own_K) :]]
 
-    def left(picked: Indices) -> float:
-        return imbalance(values[own], values[picked])
+    def left(picked_K: Indices) -> float:
+        return imbalance(values_N[own_K], values_N[picked_K])
 
-    best = drawn
-    sign = 1.0 if left(drawn) > 0 else -1.0
+    best = drawn_K
+    sign = 1.0 if left(drawn_K) > 0 else -1.0
     low, high = 0.0, 0.25
     for _ in range(16):
-        picked = draw(sign * high)
-        if abs(left(picked)) < abs(left(best)):
-            best = picked
-        if abs(left(best)) <= goal or left(picked) * sign <= 0:
+        picked_K = draw(sign * high)
+        if abs(left(picked_K)) < abs(left(best)):
+            best = picked_K
+        if abs(left(best)) <= goal or left(picked_K) * sign <= 0:
             break
         low, high = high, high * 2
     for _ in range(12):
         if abs(left(best)) <= goal:
             break
         middle = (low + high) / 2
-        picked = draw(sign * middle)
-        low, high = (middle, high) if left(picked) * sign > 0 else (low, middle)
-        if abs(left(picked)) < abs(left(best)):
-            best = picked
+        picked_K = draw(sign * middle)
+        low, high = (middle, high) if left(picked_K) * sign > 0 else (low, middle)
+        if abs(left(picked_K)) < abs(left(best)):
+            best = picked_K
     return best

@@ -77,7 +77,8 @@ def dose_of(group: Group, importance: Importance, share: float) -> Group:
     first = np.lexsort((every_site, np.concatenate(places)))[: max(1, round(share * len(group)))]
     chosen, which = np.concatenate(members)[first], every_site[first]
     kept = {site: np.sort(chosen[which == number]) for number, site in enumerate(group.members)}
-    return group.with_members(kept, {"rule": "dose", "share": share, "of": dict(group.provenance)})
+    role = {"role": group.role} if group.role else {}  # a dose of a group is to a study what the group is
+    return group.with_members(kept, {"rule": "dose", **role, "share": share, "of": dict(group.provenance)})
 
 
 def write_importance(path: Path, group: Group, importance: Importance) -> None:

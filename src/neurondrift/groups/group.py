@@ -6,7 +6,7 @@ Files are Parquet (site, row, col) that pandas, polars and DuckDB read, and plai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import atomic_path, read_json, write_json
+from neurondrift.base.roles import ROLES, Role, role_of_name
 
 Granularity = Literal["neuron", "weight", "unit"]
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -37,7 +38,8 @@ class Group:
         Site name -> `(out, in)` for every site that was eligible, also those without members. Empty where a
         group was read from plain JSON.
     provenance
-        Where it comes from: `model` (fingerprint), `rule`, `method`, `data`, `seed` as far as they are known.
+        Where it comes from: `model` (fingerprint), `rule`, `method`, `data`, `seed` as far as they are known; and
+        `role`, what it is to a study.
     """
 
     granularity: Granularity
@@ -48,8 +50,17 @@ class Group:
     def __len__(self) -> int:
         return sum(len(indices) for indices in self.members.values())
 
+    @property
+    def role(self) -> Role | None:
+        """What the group is to a study, as its provenance says: `safety`, `utility`, `random` or `control`; None for
+        any other. Where it names no role (files of older versions), its rule can."""
+        if "role" in self.provenance:
+            return next((role for role in ROLES if role == self.provenance["role"]), None)
+        by_rule: dict[str, Role] = {"random": "random", "matched": "control"}
+        return by_rule.get(str(self.provenance.get("rule")))
+
     def rows(self, site: str) -> Indices:
-        """Rows of a site's members (for weights: one entry a weight, ascending)."""
+        """Rows of a site's members (for weights: one entry per weight, ascending)."""
         indices = self.members.get(site, np.empty(0, dtype=np.int64))
         return indices // self.shapes[site][1] if self.granularity == "weight" else indices
 
@@ -110,6 +121,11 @@ class Group:
 
     def check_model(self, fingerprint: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `GroupError` unless the group was made from the model with this fingerprint and these sites."""
+        self.check_origin(fingerprint)
+        self.check_members(shapes)
+
+    def check_origin(self, fingerprint: str) -> None:
+        """Raise `GroupError` where the group says that it was made from a model with another fingerprint."""
         own = self.provenance.get("model")
         if own is not None and own != fingerprint:
             raise GroupError(
@@ -117,6 +133,9 @@ class Group:
                 received=f"group of {own}, model {fingerprint}",
                 fix="make the group from this model: neurondrift score and groups",
             )
+
+    def check_members(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `GroupError` unless every member lies in a site of one of these names, and not beyond its end."""
         for site, indices in self.members.items():
             if site not in shapes:
                 raise GroupError(f"The model has no site {site}, which the group names")
@@ -143,6 +162,11 @@ class Group:
             raise GroupError("A group is written as .parquet or .json", received=str(path))
 
 
+def role_of(group: Group, name: str) -> Role | None:
+    """The role of a group that is called `name`: by its provenance, or by its name where that has none."""
+    return group.role if "role" in group.provenance else group.role or role_of_name(name)
+
+
 def without_empty(members: Mapping[str, Indices]) -> dict[str, Indices]:
     return {site: indices for site, indices in members.items() if len(indices)}
 
@@ -154,13 +178,6 @@ def require_same_model(first: Group, second: Group) -> None:
         raise GroupError("The groups were made from different models", received=sorted(models))
 
 
-def iterate_members(group: Group) -> Iterator[tuple[str, int, int | None]]:
-    """Members as `(site, row, column)`, column None for neurons: for small groups and for tests."""
-    for site in group.members:
-        columns = group.columns(site).tolist() if group.granularity == "weight" else [None] * len(group.members[site])
-        yield from ((site, row, column) for row, column in zip(group.rows(site).tolist(), columns, strict=True))
-
-
 FORMAT = 1
 TILE = 256
 
@@ -169,7 +186,8 @@ def write_parquet(path: Path, group: Group) -> None:
     """Write a group as Parquet, its shapes and provenance in the metadata. See `Group.save`.
 
     Weights are ordered by half tiles: of all sites' tiles of 256 columns first the columns 0 to 127, then the others;
-    within a half tile by row. Of a column's four bytes only the lowest then varies, in 7 bits over long stretches,
+    within each half by site, tile, row and column (docs/results.md says so too).
+    Of a column's four bytes only the lowest then varies, in 7 bits over long stretches,
     and rows rise slowly (benchmarks/groups.py has the sizes).
     """
     import pyarrow as pa

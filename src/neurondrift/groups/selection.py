@@ -40,7 +40,7 @@ def select_top(
     per
         `site`; `row` (weights: the share is taken within each row, as Wanda prunes); `model` (one threshold).
     provenance
-        Noted in the group.
+        Noted in the group; `role` says what it is to a study: `safety` or `utility` (`Group.role`).
 
     Raises
     ------
@@ -126,7 +126,7 @@ def random_group(
     for site, (out_features, in_features) in shapes.items():
         n = out_features * (in_features if granularity == "weight" else 1)
         members[site] = np.sort(generator.choice(n, size=_count(fraction, n), replace=False)).astype(np.int64)
-    noted = {"rule": "random", "fraction": fraction, "seed": seed, **(provenance or {})}
+    noted = {"rule": "random", "role": "random", "fraction": fraction, "seed": seed, **(provenance or {})}
     return Group(granularity=granularity, members=members, shapes=dict(shapes), provenance=noted)
 
 

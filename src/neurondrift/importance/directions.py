@@ -24,7 +24,7 @@ from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import check_loaded, pad_token_id_of, split_into_passes
 from neurondrift.models.batches import Batch, make_batches
-from neurondrift.models.sites import Site, linear_sites
+from neurondrift.models.sites import Site, Sites
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def iterate_bases(
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Iterator[tuple[str, Basis]]:
     """As `bases`, site by site: the moments of a site are dropped when its directions are known."""
-    sites = linear_sites(model) if sites is None else sites
+    sites = Sites(model) if sites is None else sites
     check_rank(rank, sites)
     check_loaded(sites)
     batches = make_batches(

@@ -23,7 +23,7 @@ from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
 from neurondrift.models.batches import Batch, make_batches
 from neurondrift.models.data import IGNORED, data_fingerprint
-from neurondrift.models.sites import Site, fingerprint, linear_sites
+from neurondrift.models.sites import Site, Sites, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def iterate_scores(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As `score`, site by site: what has been handed out need not stay in memory."""
     chosen = get_method(method)
-    sites = linear_sites(model) if sites is None else sites
+    sites = Sites(model) if sites is None else sites
     check_loaded(sites)
     generator = torch.Generator().manual_seed(seed)
     if chosen.needs == "nothing":
@@ -366,12 +366,12 @@ class ScoreFile(Mapping[str, np.ndarray]):
 
 
 def score_header(
-    model: nn.Module, encoded: Sequence[Mapping[str, Any]], *, method: str, **settings: Any
+    model: nn.Module | Sites, encoded: Sequence[Mapping[str, Any]], *, method: str, **settings: Any
 ) -> dict[str, Any]:
     """What a score file says of itself."""
     return {
         "format": 1,
-        "model": fingerprint(model),
+        "model": sites_of(model).fingerprint,
         "data": data_fingerprint(encoded),
         "examples": len(encoded),
         "method": method,

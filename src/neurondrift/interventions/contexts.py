@@ -9,9 +9,9 @@ Shapes: T = tokens, O = out, I = in, R = rank.
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +22,11 @@ from torch import nn
 from neurondrift.base.errors import GroupError, ModelError
 from neurondrift.base.files import atomic_path
 from neurondrift.groups.group import Group
+from neurondrift.models.adapters import is_trained
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.parts import Kind, Part, parts_of
-from neurondrift.models.sites import Site, fingerprint, is_quantised, linear_sites, mlp_units, unwrap
+from neurondrift.models.parts import Kind, Region, members_within, parts
+from neurondrift.models.sites import Site, Sites, is_quantised, sites_of, unwrap
 
 PruneMode = Literal["zero", "mean"]
 
@@ -39,13 +40,14 @@ class Applied(NamedTuple):
 
 
 @contextmanager
-def prune(model: nn.Module, group: Group, *, mode: PruneMode = "zero") -> Iterator[Applied]:
+def prune(model: nn.Module | Sites, group: Group, *, mode: PruneMode = "zero") -> Iterator[Applied]:
     """Within the context the group's weights are zero, or the mean of their site.
 
     Parameters
     ----------
     model
-        Any model; with an (unmerged) LoRA adapter, w₀ and Δ are both pruned. Pruning the model before fine-tuning is
+        Any model, or its `linear_sites`, which spares looking for them again with every group; with an (unmerged) LoRA
+        adapter, w₀ and Δ are both pruned. Pruning the model before fine-tuning is
         `with peft_model.disable_adapter(), prune(peft_model, group):`.
     group
         Of neurons (the row), weights (the entry) or hidden units (rows of gate and up, column of down).
@@ -70,29 +72,31 @@ def prune(model: nn.Module, group: Group, *, mode: PruneMode = "zero") -> Iterat
     """
     if mode not in ("zero", "mean"):
         raise GroupError("There is no such way to prune", received=mode, allowed="zero, mean")
-    sites = linear_sites(model)
-    parts = parts_of(group, sites)
-    _check_base(model, group)
-    for name in parts:
+    sites = sites_of(model)
+    regions = _regions(group, sites)
+    _check_base(group, sites)
+    for name in regions:
         if is_quantised(sites[name].tensor):
             raise ModelError("A quantised weight cannot be pruned", received=name, fix="load the model unquantised")
     with ExitStack() as undo, torch.no_grad():
-        for name, part in parts.items():
+        _keep_fingerprint(sites, undo)
+        for name, region in regions.items():
             site = sites[name]
-            _write(site, part, 0.0 if mode == "zero" else _mean_of(site.weight, part.kind), undo)
-            if _is_trained(site):
-                _mask(site, part, undo, mean=mode == "mean")
+            _write(site, region, 0.0 if mode == "zero" else _mean_of(site.weight, region.kind), undo)
+            if _has_delta(site):
+                _mask(site, region, undo, mean=mode == "mean")
         yield Applied(len(group), len(group), 0)
 
 
 @contextmanager
-def rewind(model: nn.Module, group: Group, *, initial: Weights | None = None) -> Iterator[Applied]:
+def rewind(model: nn.Module | Sites, group: Group, *, initial: Weights | None = None) -> Iterator[Applied]:
     """Within the context the group has its values from before fine-tuning; all else stays fine-tuned.
 
     Parameters
     ----------
     model
-        A model with a LoRA adapter (Δ of the group is left out), or a fully fine-tuned one with `initial`.
+        A model with a LoRA adapter (Δ of the group is left out), or a fully fine-tuned one with `initial`; or its
+        `linear_sites`.
     group
         Of neurons, weights or hidden units.
     initial
@@ -119,7 +123,7 @@ def rewind(model: nn.Module, group: Group, *, initial: Weights | None = None) ->
 
 
 @contextmanager
-def transplant(model: nn.Module, group: Group, *, tuned: Weights | None = None) -> Iterator[Applied]:
+def transplant(model: nn.Module | Sites, group: Group, *, tuned: Weights | None = None) -> Iterator[Applied]:
     """Within the context only the group has been fine-tuned: w₀ everywhere, and Δ of the group.
 
     Parameters and errors are those of `rewind`, but for a fully fine-tuned model: then `model` is the one from
@@ -130,47 +134,48 @@ def transplant(model: nn.Module, group: Group, *, tuned: Weights | None = None) 
 
 
 @contextmanager
-def _change(model: nn.Module, group: Group, what: str, weights: Weights | None) -> Iterator[Applied]:
-    sites = linear_sites(model)
-    parts = parts_of(group, sites)
-    trained = set(sites) if weights is not None else {name for name, site in sites.items() if _is_trained(site)}
+def _change(model: nn.Module | Sites, group: Group, what: str, weights: Weights | None) -> Iterator[Applied]:
+    sites = sites_of(model)
+    regions = _regions(group, sites)
+    trained = set(sites) if weights is not None else {name for name, site in sites.items() if _has_delta(site)}
     if not trained:
         raise ModelError(
             f"There is no change to {what}: the model has no active adapter",
-            received=type(model).__name__,
+            received=type(sites.model).__name__,
             fix="load the adapter unmerged, or pass the other model's weights",
         )
     applied = reach(group, sites, trained, what)
     if weights is None:
-        _check_base(model, group)
+        _check_base(group, sites)
     with ExitStack() as undo, torch.no_grad():
+        if weights is not None:
+            _keep_fingerprint(sites, undo)
         for name in sites:
-            site, part = sites[name], parts.get(name)
+            site, region = sites[name], regions.get(name)
             if name not in trained:
                 continue
             if weights is not None:
-                if part is not None:
-                    _write(site, part, part.of(weights(name).to(site.weight.device)).to(site.weight.dtype), undo)
+                if region is not None:
+                    _write(site, region, region.of(weights(name).to(site.weight.device)).to(site.weight.dtype), undo)
             elif what == "rewind":
-                if part is not None:
-                    _mask(site, part, undo)
+                if region is not None:
+                    _mask(site, region, undo)
             else:
-                nothing = Part("rows", torch.empty(0, dtype=torch.int64))
-                _mask(site, (part or nothing).complement(site.shape), undo)
+                nothing = Region("rows", torch.empty(0, dtype=torch.int64))
+                _mask(site, (region or nothing).complement(site.shape), undo)
         yield applied
 
 
-def reach(group: Group, sites: Mapping[str, Site], trained: set[str], what: str) -> Applied:
+def _regions(group: Group, sites: Sites) -> dict[str, Region]:
+    return {name: part.region() for name, part in parts(group, sites).items()}
+
+
+def reach(group: Group, sites: Sites, trained: set[str], what: str) -> Applied:
     """How many members lie in trained sites. Raises `GroupError` where none does.
 
     A hidden unit counts as reached where one of its sites is trained.
     """
-    if group.granularity == "unit":
-        units = mlp_units(dict(sites))
-        own = {name: {*(site for site, _ in units[name].ups), units[name].down} for name in group.members}
-    else:
-        own = {name: {name} for name in group.members}
-    inside = sum(len(indices) for name, indices in group.members.items() if own[name] & trained)
+    inside = members_within(group, sites, trained)
     if not inside:
         raise GroupError(
             f"No member of the group lies in a trained site: {what} can do nothing",
@@ -181,13 +186,12 @@ def reach(group: Group, sites: Mapping[str, Site], trained: set[str], what: str)
     return Applied(len(group), inside, len(group) - inside)
 
 
-def _is_trained(site: Site) -> bool:
-    """Whether an adapter acts on the site now. Raises `ModelError` for one that is merged or no LoRA."""
+def _has_delta(site: Site) -> bool:
+    """Whether an adapter adds to the site's weight now. Raises `ModelError` for one that is merged or no LoRA."""
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     layer: Any = site.wrapper
-    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+    if not is_trained(site) or layer.disable_adapters:
         return False
     if not isinstance(layer, LoraLayer):
         raise ModelError(
@@ -200,45 +204,58 @@ def _is_trained(site: Site) -> bool:
             f"The adapter is merged into {site.name}: its change cannot be told from the weights any more",
             fix="call model.unmerge_adapter() or load the adapter unmerged",
         )
-    return any(name in layer.lora_A for name in layer.active_adapters)
+    return True
 
 
-_FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# The models under adapters whose w₀ the contexts that are open around this place have written to.
+_WRITTEN: ContextVar[tuple[Sites, ...]] = ContextVar("written", default=())
 
 
-def _check_base(model: nn.Module, group: Group) -> None:
-    """Under an adapter the base never changes, so the group must be one of this base (looked at once a model)."""
+def _keep_fingerprint(sites: Sites, undo: ExitStack) -> None:
+    """Read the fingerprint of w₀ before it is written to, for the contexts within this one."""
+    if unwrap(sites.model) is not sites.model and _written(sites) is None:
+        _ = sites.fingerprint
+        undo.callback(_WRITTEN.set, _WRITTEN.get())
+        _WRITTEN.set((*_WRITTEN.get(), sites))
+
+
+def _written(sites: Sites) -> Sites | None:
+    """The handle by which a context around this place writes to the same base model."""
+    base = unwrap(sites.model)
+    return next((each for each in _WRITTEN.get() if unwrap(each.model) is base), None)
+
+
+def _check_base(group: Group, sites: Sites) -> None:
+    """Under an adapter the base never changes, so the group must be one of this base."""
     own = group.provenance.get("model")
-    if own is None or unwrap(model) is model:
+    if own is None or unwrap(sites.model) is sites.model:
         return
-    base = unwrap(model)
-    if base not in _FINGERPRINTS:
-        _FINGERPRINTS[base] = fingerprint(base)
-    if own != _FINGERPRINTS[base]:
+    base = (_written(sites) or sites).fingerprint
+    if own != base:
         raise GroupError(
             "The group was made from another model",
-            received=f"group of {own}, model {_FINGERPRINTS[base]}",
+            received=f"group of {own}, model {base}",
             fix="make the group from this model, or load the model that the adapter and the group belong to",
         )
 
 
-def _write(site: Site, part: Part, values: torch.Tensor | float, undo: ExitStack) -> None:
+def _write(site: Site, region: Region, values: torch.Tensor | float, undo: ExitStack) -> None:
     weight = site.weight
     if is_quantised(site.tensor):
         raise ModelError("A quantised weight cannot be written", received=site.name, fix="load the model unquantised")
-    part = _on(part, weight.device)
-    before = part.of(weight).clone()
-    undo.callback(_restore, part, weight, before)
-    part.put(weight, values)
+    region = _on(region, weight.device)
+    before = region.of(weight).clone()
+    undo.callback(_restore, region, weight, before)
+    region.put(weight, values)
 
 
-def _restore(part: Part, tensor: torch.Tensor, before: torch.Tensor) -> None:
+def _restore(region: Region, tensor: torch.Tensor, before: torch.Tensor) -> None:
     with torch.no_grad():
-        part.put(tensor, before)
+        region.put(tensor, before)
 
 
-def _on(part: Part, device: torch.device) -> Part:
-    return Part(part.kind, part.index.to(device))
+def _on(region: Region, device: torch.device) -> Region:
+    return Region(region.kind, region.index.to(device))
 
 
 def _mean_of(weight_OI: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -248,28 +265,28 @@ def _mean_of(weight_OI: torch.Tensor, kind: Kind) -> torch.Tensor:
     return mean.to(weight_OI.dtype)
 
 
-def _mask(site: Site, part: Part, undo: ExitStack, *, mean: bool = False) -> None:
-    """Take a part out of a site's Δ (or set it to Δ's mean row, column or entry)."""
-    if not len(part.index) or (part.kind == "entries" and not part.index.any()):
+def _mask(site: Site, region: Region, undo: ExitStack, *, mean: bool = False) -> None:
+    """Take a region out of a site's Δ (or set it to Δ's mean row, column or entry)."""
+    if not len(region.index) or (region.kind == "entries" and not region.index.any()):
         return
     layer: Any = site.wrapper
     names = _maskable_adapters(site)
-    if part.kind == "entries":
-        _replace_delta(site, part, names, undo, mean=mean)
+    if region.kind == "entries":
+        _replace_delta(site, region, names, undo, mean=mean)
         return
     for name in names:
-        module = layer.lora_B[name] if part.kind == "rows" else layer.lora_A[name]
+        module = layer.lora_B[name] if region.kind == "rows" else layer.lora_A[name]
         factor = module.weight.detach()
-        _put(_on(part, factor.device), factor, _mean_of(factor, part.kind) if mean else 0.0, undo)
+        _put(_on(region, factor.device), factor, _mean_of(factor, region.kind) if mean else 0.0, undo)
         bias = layer.lora_B[name].bias
-        if bias is not None and part.kind == "rows":
-            own = _on(Part("rows", part.index), bias.device)
+        if bias is not None and region.kind == "rows":
+            own = _on(Region("rows", region.index), bias.device)
             _put(own, bias.detach(), bias.detach().double().mean().to(bias.dtype) if mean else 0.0, undo)
 
 
-def _put(part: Part, tensor: torch.Tensor, values: torch.Tensor | float, undo: ExitStack) -> None:
-    undo.callback(_restore, part, tensor, part.of(tensor).clone())
-    part.put(tensor, values)
+def _put(region: Region, tensor: torch.Tensor, values: torch.Tensor | float, undo: ExitStack) -> None:
+    undo.callback(_restore, region, tensor, region.of(tensor).clone())
+    region.put(tensor, values)
 
 
 def _maskable_adapters(site: Site) -> list[str]:
@@ -288,42 +305,54 @@ def _maskable_adapters(site: Site) -> list[str]:
     return names
 
 
-#: The dense changes that stand for a site's adapter at the moment, the last one applied at the end.
-_DENSE: weakref.WeakKeyDictionary[nn.Module, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+class _DenseChange:
+    """The forward hook that adds x Dᵀ to the output of a layer whose adapter is silenced.
+
+    `stack` holds Δ float32 `[out, in]` as each of the contexts open around the layer has left it; D is the last.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if module.disable_adapters:
+            return output
+        change = F.linear(args[0].float(), self.stack[-1])
+        return (output.float() + change).to(output.dtype)
 
 
-def _replace_delta(site: Site, part: Part, names: list[str], undo: ExitStack, *, mean: bool) -> None:
-    """Silence the adapter and add x Dᵀ to the site's output, D being Δ in float32 with the part masked."""
-    if any(site.wrapper.lora_B[name].bias is not None for name in names):  # type: ignore[index, union-attr]
+def _dense_change(site: Site) -> _DenseChange | None:
+    """What a context that is open has put onto the site's layer: looked up there, as any module's hooks are."""
+    return next((hook for hook in site.wrapper._forward_hooks.values() if isinstance(hook, _DenseChange)), None)
+
+
+def _replace_delta(site: Site, region: Region, names: list[str], undo: ExitStack, *, mean: bool) -> None:
+    """Silence the adapter and add x Dᵀ to the site's output, D being Δ in float32 with the region masked."""
+    layer: Any = site.wrapper
+    if any(layer.lora_B[name].bias is not None for name in names):
         raise ModelError("An adapter with biases cannot be masked weight by weight", received=site.name)
-    stack = _DENSE.setdefault(site.wrapper, [])
-    dense = stack[-1].clone() if stack else adapter_delta(site)
-    mask = part.index.to(dense.device)
+    hook = _dense_change(site)
+    dense = adapter_delta(site) if hook is None else hook.stack[-1].clone()
+    mask = region.index.to(dense.device)
     dense[mask] = dense.double().mean().float() if mean else 0.0
     for name in names:
-        factor = site.wrapper.lora_B[name].weight.detach()  # type: ignore[index, union-attr]
-        everything = Part("rows", torch.arange(factor.shape[0], device=factor.device))
+        factor = layer.lora_B[name].weight.detach()
+        everything = Region("rows", torch.arange(factor.shape[0], device=factor.device))
         _put(everything, factor, 0.0, undo)
-    if not stack:
-
-        def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            if module.disable_adapters:
-                return output
-            change = F.linear(args[0].float(), _DENSE[module][-1])
-            return (output.float() + change).to(output.dtype)
-
-        undo.callback(site.wrapper.register_forward_hook(add).remove)
-    stack.append(dense)
-    undo.callback(stack.pop)
+    if hook is None:
+        hook = _DenseChange()
+        undo.callback(layer.register_forward_hook(hook).remove)
+    hook.stack.append(dense)
+    undo.callback(hook.stack.pop)
 
 
 def adapter_delta(site: Site) -> torch.Tensor:
     """Δ of a site as its adapter and the contexts around it make it now, float32 `[out, in]`; zeros without one."""
-    stack = _DENSE.get(site.wrapper)
-    if stack and _is_trained(site):
-        return stack[-1]
+    hook = _dense_change(site)
+    if hook is not None and _has_delta(site):
+        return hook.stack[-1]
     total = torch.zeros(site.shape, dtype=torch.float64, device=site.weight.device)
-    if _is_trained(site):
+    if _has_delta(site):
         layer: Any = site.wrapper
         for name in _maskable_adapters(site):
             factors = layer.lora_B[name].weight.detach().double(), layer.lora_A[name].weight.detach().double()
@@ -332,15 +361,15 @@ def adapter_delta(site: Site) -> torch.Tensor:
 
 
 @torch.no_grad()
-def save_model(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> Path:
+def save_model(model: nn.Module | Sites, folder: str | Path, *, tokenizer: Any = None) -> Path:
     """Write the model as it is now, within an intervention's context, as a plain model in float32.
 
     w₀ + Δ is formed in float32, so that nothing is rounded to a lower precision; `load_model(folder)` reads it. Within
     an intervention on rows or columns `model.save_pretrained` of PEFT works too, and writes the masked adapter alone.
     """
-    base: Any = unwrap(model)
-    sites = linear_sites(model)
-    changed = {name: site for name, site in sites.items() if site.wrapper is not site.owner}
+    sites = sites_of(model)
+    base: Any = unwrap(sites.model)
+    changed = {name: site for name, site in sites.items() if is_trained(site)}
     state = {}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name:
@@ -363,6 +392,3 @@ def save_model(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
     return Path(folder)
-
-
-CONTEXTS: dict[str, Callable[..., Any]] = {"prune": prune, "rewind": rewind, "transplant": transplant}

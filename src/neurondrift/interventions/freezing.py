@@ -7,6 +7,7 @@ weights a group means is the business of `models.parts`, the masked LoRA layer t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neurondrift.base.errors import FreezeError
+from neurondrift.base.errors import FreezeError, GroupError
 from neurondrift.groups.group import Group, load_group
-from neurondrift.models.parts import Index, Selection, bits, row_marks, selections
-from neurondrift.models.sites import Site, is_quantised, is_sharded, linear_sites, mlp_units
+from neurondrift.models.parts import Index, Part, bits, members_within, parts, row_marks
+from neurondrift.models.sites import Site, Sites, is_quantised, is_sharded, sites_of
 
 if TYPE_CHECKING:
     from neurondrift.models.masked_lora import Factors, View
@@ -79,7 +80,7 @@ class _Trained(NamedTuple):
     """One trained site: what is frozen in it, its adapters' factors, and what the base weight was."""
 
     site: Site
-    selection: Selection | None
+    part: Part | None
     factors: list[Factors]
     original: list[tuple[Index, torch.Tensor]]  # the frozen entries of the base weight
     marks: torch.Tensor | None  # of each row, where the base weight itself is trained
@@ -101,12 +102,12 @@ class Freeze(AbstractContextManager["Freeze"]):
         Let gradients through again. Masks of LoRA adapters stay: they are part of the model that was trained.
     """
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
+    def __init__(self, model: nn.Module | Sites, group: Group) -> None:
         from neurondrift.models.masked_lora import lora_factors, save_masks_with
 
-        self.model = model
-        sites = linear_sites(model)
-        chosen = selections(model, group, sites)
+        sites = sites_of(model)
+        self.model = sites.model
+        chosen = _chosen(group, sites)
         self._trained: dict[str, _Trained] = {}
         for name, site in sites.items():
             factors = [each for each in lora_factors(site) if each.a.requires_grad or each.b.requires_grad]
@@ -115,11 +116,10 @@ class Freeze(AbstractContextManager["Freeze"]):
                 continue
             for parameter in (site.tensor, *(p for each in factors for p in (each.a, each.b))):
                 _require_whole(parameter, name)
-            selection, weight = chosen.get(name), site.weight
-            parts = selection.indices(weight.shape[1], weight.device) if selection else []
-            original = [(index, weight[index].clone()) for index in parts]
+            part, weight = chosen.get(name), site.weight
+            original = [(index, weight[index].clone()) for index in (part.indices(weight.device) if part else [])]
             marks = row_marks(weight) if is_base_trained else None
-            self._trained[name] = _Trained(site, selection, factors, original, marks)
+            self._trained[name] = _Trained(site, part, factors, original, marks)
         self.report = self._describe(group, sites, chosen)
         for trained in self._trained.values():
             for each in trained.factors:
@@ -132,28 +132,20 @@ class Freeze(AbstractContextManager["Freeze"]):
         self._handles = [parameter.register_post_accumulate_grad_hook(self._still) for parameter in self._pins]
         self.restore()
         if any(each.held() is not None for trained in self._trained.values() for each in trained.factors):
-            save_masks_with(model)
+            save_masks_with(self.model)
         logger.info("%s", self.report)
 
-    def _describe(self, group: Group, sites: Mapping[str, Site], chosen: Mapping[str, Selection]) -> FreezeReport:
+    def _describe(self, group: Group, sites: Sites, chosen: Mapping[str, Part]) -> FreezeReport:
         touched = {name: chosen[name] for name in self._trained if name in chosen}
-        if group.granularity == "unit":
-            units = mlp_units(dict(sites))
-            inside = sum(
-                len(members)
-                for mlp, members in group.members.items()
-                if any(name in touched for name in (units[mlp].down, *(up for up, _ in units[mlp].ups)))
-            )
-        else:
-            inside = sum(len(members) for name, members in group.members.items() if name in touched)
-        weights = sum(selection.count(sites[name].shape) for name, selection in touched.items())
+        inside = members_within(group, sites, touched)
+        weights = sum(part.weights for part in touched.values())
         if not weights:
             raise FreezeError(
                 "No member of the group lies in a site that is trained, so there is nothing to freeze",
                 received=f"{len(group):,} members in {len(group.members)} sites; {len(self._trained)} trained sites",
                 fix="train the sites of the group (finetune.target_modules), or freeze another group",
             )
-        if weights == sum(sites[name].shape[0] * sites[name].shape[1] for name in self._trained):
+        if weights == sum(math.prod(sites.shapes[name]) for name in self._trained):
             raise FreezeError("The group holds every weight that is trained: nothing is left to train")
         return FreezeReport(
             granularity=group.granularity,
@@ -209,7 +201,7 @@ class Freeze(AbstractContextManager["Freeze"]):
             for each in trained.factors:
                 moving |= (each.delta() != 0).any(dim=1).to(moving.device)
             moved += int(moving.sum())
-            others += rows - (len(trained.selection.rows) if trained.selection else 0)
+            others += rows - (len(trained.part.rows) if trained.part else 0)
         self.report = FreezeReport(**{**vars(self.report), "moved": moved, "others": others})
         if not moved:
             raise FreezeError(
@@ -237,7 +229,7 @@ class Freeze(AbstractContextManager["Freeze"]):
             self.verify()
 
 
-def freeze(model: nn.Module, group: Group) -> Freeze:
+def freeze(model: nn.Module | Sites, group: Group) -> Freeze:
     """Hold a group's weights while `model` is trained, with any optimizer, and prove afterwards that they stood still.
 
         with nd.freeze(model, group):
@@ -247,8 +239,8 @@ def freeze(model: nn.Module, group: Group) -> Freeze:
     Parameters
     ----------
     model
-        The model as it will be trained: already wrapped by PEFT for LoRA. Nothing of it is copied but the frozen
-        weights.
+        The model as it will be trained (or its `linear_sites`): already wrapped by PEFT for LoRA. Nothing of it is
+        copied but the frozen weights.
     group
         Neurons, single weights or MLP hidden units (gate and up rows, down column).
 
@@ -348,22 +340,31 @@ class FreezeCallback(TrainerCallback):
             self._freeze = None
 
 
+def _chosen(group: Group, sites: Sites) -> dict[str, Part]:
+    """The weights to hold, site by site. Raises `GroupError` for a group of another model or without members."""
+    if not len(group):
+        raise GroupError("The group has no members, so there is nothing to freeze")
+    if group.provenance.get("model") is not None:  # a fingerprint reads every site
+        group.check_origin(sites.fingerprint)
+    return parts(group, sites)
+
+
 def _pins_of(trained: _Trained) -> list[_Pin]:
-    """What holds a site's selection step by step: in the base weight where that is trained, and in every adapter, whose
+    """What holds a site's part step by step: in the base weight where that is trained, and in every adapter, whose
     rows of B and columns of A at zero make exactly zero rows and columns of B A."""
-    site, selection = trained.site, trained.selection
-    if selection is None:
+    site, part = trained.site, trained.part
+    if part is None:
         return []
     pins = []
     if site.tensor.requires_grad:
         assert isinstance(site.tensor, nn.Parameter)
         pins += [_Pin(site.tensor, site.oriented, entry, value) for entry, value in trained.original]
     for each in trained.factors:
-        if len(selection.rows):
-            rows = torch.from_numpy(selection.rows).to(each.b.device)
+        if len(part.rows):
+            rows = torch.from_numpy(part.rows).to(each.b.device)
             pins.append(_Pin(each.b, each.view_b, (rows,), each.b.new_zeros(())))
-        if len(selection.columns):
-            columns = torch.from_numpy(selection.columns).to(each.a.device)
+        if len(part.columns):
+            columns = torch.from_numpy(part.columns).to(each.a.device)
             pins.append(_Pin(each.a, each.view_a, (slice(None), columns), each.a.new_zeros(())))
     return pins
 
@@ -372,17 +373,17 @@ def _mask_entries(trained: _Trained) -> None:
     """Mask a site's single weights in every adapter: no entries of its factors hold them."""
     from neurondrift.models.masked_lora import hold_weights
 
-    if trained.selection is not None and len(trained.selection.entries):
+    if trained.part is not None and len(trained.part.entries):
         for each in trained.factors:
-            hold_weights(each, torch.from_numpy(trained.selection.entries), trained.site.name)
+            hold_weights(each, torch.from_numpy(trained.part.entries), trained.site.name)
 
 
 def _require_unmoved(trained: _Trained, factors: Factors, why: str) -> None:
     """Raise unless an adapter adds exactly zero to the frozen weights of a site."""
-    if trained.selection is None:
+    if trained.part is None:
         return
     delta = factors.delta()
-    for index in trained.selection.indices(delta.shape[1], delta.device):
+    for index in trained.part.indices(delta.device):
         if moved := int((delta[index] != 0).sum()):
             raise FreezeError(
                 f"In {trained.site.name} {why}",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from neurondrift.base.errors import ArtifactError
+from neurondrift.base.roles import role_of_name
 from neurondrift.behaviour.rates import refusal_rate
 from neurondrift.interventions.trials import REFERENCES, Cell, Label, Rows
 from neurondrift.statistics.null import ALPHA, compare_with_null, share_of_change
@@ -137,7 +138,7 @@ _SHARES = {
 def conclusion(effects: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> str:
     """The paragraph on cause: what pruning, undoing, transplanting and holding each safety group did to refusals."""
     whole = [effect for effect in effects if effect["dose"] == 1]
-    safety = [effect for effect in whole if "safety" in effect["group"]] or whole
+    safety = [effect for effect in whole if role_of_name(effect["group"]) == "safety"] or whole
     if not safety:
         return ""
     before, after = (references[name]["harmful"]["rate"] for name in REFERENCES)

@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 from neurondrift.base.errors import ModelError
-from neurondrift.models.sites import is_quantised, is_sharded, linear_sites
+from neurondrift.models.sites import Sites, is_quantised, is_sharded, sites_of
 
 
 @contextlib.contextmanager
-def remove_rank(model: nn.Module, projections: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def remove_rank(
+    model: nn.Module | Sites, projections: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[None]:
     """W ← W - P W at every site named, within the block; every bit is back when it is left, also by an exception.
 
     Parameters
     ----------
     model
-        A causal language model. Under an adapter its base weights are changed and the adapter is left alone.
+        A causal language model, or its `linear_sites`. Under an adapter its base weights are changed and the adapter is
+        left alone.
     projections
         Site name -> the two factors of P, `[out, k]` and `[k, out]`, for example `projection(U)` (ActSVD's removal) or
         `safety_only(U_s, U_u)` of `importance.directions`.
@@ -35,7 +38,7 @@ def remove_rank(model: nn.Module, projections: Mapping[str, tuple[torch.Tensor, 
     The product is formed in float64 (float32 where the device has no float64) and rounded once to the weight's
     dtype. The weights of the sites named are kept beside the model meanwhile: as much memory again.
     """
-    sites = linear_sites(model)
+    sites = sites_of(model)
     for name, change in projections.items():
         if name not in sites:
             raise ModelError("The model has no such site to remove directions from", received=name)

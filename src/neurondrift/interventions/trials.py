@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -28,7 +29,8 @@ from neurondrift.groups.group import Group
 from neurondrift.interventions.contexts import Applied, PruneMode, prune, rewind, transplant
 from neurondrift.models.batches import make_batches, token_losses
 from neurondrift.models.data import Example, encode
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.disk.initial import Weights
+from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,16 @@ class Subject:
     @property
     def is_adapted(self) -> bool:
         return self.before is self.after
+
+    @cached_property
+    def sites_before(self) -> Sites:
+        """The sites of `before`, found once for all runs."""
+        return Sites(self.before)
+
+    @cached_property
+    def sites_after(self) -> Sites:
+        """The sites of `after`: the same handle where both are one model."""
+        return self.sites_before if self.is_adapted else Sites(self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,21 +216,21 @@ def _after(subject: Subject) -> Iterator[tuple[nn.Module, Applied]]:
 
 @contextmanager
 def _pruned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
-    with _without_change(subject) as model, prune(model, group, mode=mode) as applied:
+    with _without_change(subject) as model, prune(subject.sites_before, group, mode=mode) as applied:
         yield model, applied
 
 
 @contextmanager
 def _rewound(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
-    initial = None if subject.is_adapted else _WeightsOf(subject.before)
-    with rewind(subject.after, group, initial=initial) as applied:
+    initial = None if subject.is_adapted else _weights_of(subject.sites_before)
+    with rewind(subject.sites_after, group, initial=initial) as applied:
         yield subject.after, applied
 
 
 @contextmanager
 def _transplanted(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
-    tuned = None if subject.is_adapted else _WeightsOf(subject.after)
-    with transplant(subject.before, group, tuned=tuned) as applied:
+    tuned = None if subject.is_adapted else _weights_of(subject.sites_after)
+    with transplant(subject.sites_before, group, tuned=tuned) as applied:
         yield subject.before, applied
 
 
@@ -253,14 +265,9 @@ def _without_change(subject: Subject) -> Iterator[nn.Module]:
         yield subject.before
 
 
-class _WeightsOf:
+def _weights_of(sites: Sites) -> Weights:
     """The weights of a model in memory, by the name of the site."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.sites = linear_sites(model)
-
-    def __call__(self, site: str) -> torch.Tensor:
-        return self.sites[site].weight
+    return lambda name: sites[name].weight
 
 
 def measure(model: Any, tokenizer: Any, bench: Bench, *, whole: bool) -> Rows:

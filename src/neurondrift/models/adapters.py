@@ -98,7 +98,7 @@ def change_of(site: Site) -> Change | None:
 
     if (plain := _plain_lora(site)) is not None:
         return plain
-    if not is_adapted(site):
+    if not is_trained(site):
         return None
     _check_state(site)
     if (masked := masked_change(site)) is not None:  # single weights that were frozen
@@ -141,7 +141,7 @@ def low_rank_delta(site: Site) -> LowRank | None:
     ModelError
         A merged or disabled adapter, or a kind that has no such form (DoRA, every method but LoRA).
     """
-    if not is_adapted(site):
+    if not is_trained(site):
         return None
     _check_state(site)
     adapters = None if _trained_whole(site) is not None else _adapters(site)
@@ -165,8 +165,8 @@ def delta_of(site: Site) -> torch.Tensor:
     return dense_delta(change, site.weight)
 
 
-def is_adapted(site: Site) -> bool:
-    """Whether an active adapter (enabled or not) acts on a site's weight."""
+def is_trained(site: Site) -> bool:
+    """Whether an adapter that is active, be it switched on at the moment or not, changes a site's weight."""
     if _saved(site):
         return bool(site.wrapper.active_adapters)
     return any(set(layer.active_adapters) & set(layer._get_available_adapters()) for layer in _layers(site))

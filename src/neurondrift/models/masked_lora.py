@@ -6,8 +6,7 @@ held (the factors cannot say it). Knows PEFT; knows nothing of trainers. Shapes:
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from torch import nn
 from neurondrift.base.errors import FreezeError
 from neurondrift.base.files import atomic_path
 from neurondrift.groups.group import Group, load_group
-from neurondrift.models.sites import Site, fingerprint, linear_sites
+from neurondrift.models.sites import Site, Sites
 
 FILE = "frozen_group.parquet"
 
@@ -241,54 +240,59 @@ def hold_weights(factors: Factors, entries: torch.Tensor, site: str) -> None:
     layer.lora_variant[factors.adapter] = MaskedDelta(held.unique())
 
 
-def _masks(model: nn.Module, adapter: str) -> Iterator[tuple[Site, torch.Tensor]]:
-    for site in linear_sites(model).values():
+def masks_of(sites: Sites, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """Site name -> flat indices of the single weights that an adapter's mask holds, for the sites that have one."""
+    masks = {}
+    for name, site in sites.items():
         layer: Any = site.wrapper
-        if isinstance(layer, LoraLayer):
-            variant = layer.lora_variant.get(adapter)
-            if isinstance(variant, MaskedDelta):
-                yield site, variant.held
-
-
-def mask_group(model: nn.Module, adapter: str = "default") -> Group | None:
-    """The single weights that an adapter's masks hold, as a group; None where there is no mask."""
-    sites = {site.name: (site, held) for site, held in _masks(model, adapter)}
-    if not sites:
-        return None
-    return Group(
-        granularity="weight",
-        members={name: held.cpu().numpy().astype(np.int64) for name, (_, held) in sites.items()},
-        shapes={name: site.shape for name, (site, _) in sites.items()},
-        provenance={"model": fingerprint(model), "rule": "held while training"},
-    )
+        variant = layer.lora_variant.get(adapter) if isinstance(layer, LoraLayer) else None
+        if isinstance(variant, MaskedDelta):
+            masks[name] = variant.held
+    return masks
 
 
 def save_masks_with(model: nn.Module) -> None:
     """From now on `model.save_pretrained`, whoever calls it, writes the masks beside the adapter."""
     if "save_pretrained" not in model.__dict__:
-        model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
+        model.save_pretrained = _SaveWithMasks(model)  # type: ignore[assignment]
 
 
-def _save_pretrained(self: Any, save_directory: Any, *arguments: Any, **settings: Any) -> None:
-    type(self).save_pretrained(self, save_directory, *arguments, **settings)
-    if not settings.get("is_main_process", True):
-        return
-    for adapter in settings.get("selected_adapters") or list(self.peft_config):
-        folder = Path(save_directory) if adapter == "default" else Path(save_directory) / adapter
-        held = [mask for _, mask in _masks(self, adapter)]
-        if not held:
-            continue
-        # Compressing millions of indices takes a second or two, and they do not change from one save to the next.
-        kept = getattr(self, "_neurondrift_masks", {})
-        key, content = kept.get(adapter, ((), b""))
-        if key != tuple(id(mask) for mask in held):
-            group = mask_group(self, adapter)
-            assert group is not None
-            group.save(folder / FILE)
-            self._neurondrift_masks = kept | {adapter: (tuple(id(m) for m in held), (folder / FILE).read_bytes())}
-        else:
-            with atomic_path(folder / FILE) as partial_path:
+class _SaveWithMasks:
+    """The `save_pretrained` of one PEFT model, followed by a file of the masks of each adapter that has any.
+
+    Compressing millions of indices takes a second or two, and they do not change from one save to the next: the bytes
+    that were written are kept, with the masks that they are of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: dict[str, tuple[list[torch.Tensor], bytes]] = {}
+
+    def __call__(self, save_directory: Any, *arguments: Any, **settings: Any) -> None:
+        model: Any = self._model
+        type(model).save_pretrained(model, save_directory, *arguments, **settings)
+        if not settings.get("is_main_process", True):
+            return
+        sites = Sites(model)
+        for adapter in settings.get("selected_adapters") or list(model.peft_config):
+            folder = Path(save_directory) if adapter == "default" else Path(save_directory) / adapter
+            if masks := masks_of(sites, adapter):
+                self._write(folder / FILE, adapter, masks, sites)
+
+    def _write(self, file: Path, adapter: str, masks: dict[str, torch.Tensor], sites: Sites) -> None:
+        known, content = self._written.get(adapter, ([], b""))
+        held = list(masks.values())
+        if len(known) == len(held) and all(old is new for old, new in zip(known, held, strict=True)):
+            with atomic_path(file) as partial_path:
                 partial_path.write_bytes(content)
+            return
+        Group(
+            granularity="weight",
+            members={name: mask.cpu().numpy().astype(np.int64) for name, mask in masks.items()},
+            shapes={name: sites.shapes[name] for name in masks},
+            provenance={"model": sites.fingerprint, "rule": "held while training"},
+        ).save(file)
+        self._written[adapter] = (held, file.read_bytes())
 
 
 def reapply_masks(model: nn.Module, folder: Path, adapter: str = "default") -> None:
@@ -298,7 +302,7 @@ def reapply_masks(model: nn.Module, folder: Path, adapter: str = "default") -> N
     """
     if not (folder / FILE).exists():
         return
-    group, sites = load_group(folder / FILE), linear_sites(model)
+    group, sites = load_group(folder / FILE), Sites(model)
     for name, entries in group.members.items():
         site = sites.get(name)
         if site is None or site.shape != tuple(group.shapes[name]):

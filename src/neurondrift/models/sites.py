@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,81 +161,154 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def linear_sites(model: nn.Module) -> dict[str, Site]:
-    """Every linear weight of the decoder blocks, in the order of `named_modules()`.
+class Sites(Mapping[str, Site]):
+    """The sites of one model, by name: found once by whoever loaded the model, and passed on to all that need them.
 
-    Embeddings, norms, biases and the LM head are no sites. The names are those of the unwrapped model, also
-    under PEFT, so that groups, scores and drift of the same model always match.
+    Every linear weight of the decoder blocks is a site, in the order of `named_modules()`; embeddings, norms, biases
+    and the LM head are none. The names are those of the unwrapped model, also under PEFT, so that groups, scores and
+    drift of the same model always match.
+
+    Attributes
+    ----------
+    model
+        The model as it was given, with the wrappers around it.
 
     Raises
     ------
     ModelError
         A module within the blocks has a weight of a structure that is not known; it is named.
+
+    Notes
+    -----
+    A handle is of one state of a model. PEFT puts another module around a site when an adapter is attached, and takes
+    it away with the adapter: make a new handle then. Switching adapters on and off, and writing to weights, leave it
+    valid, but for `fingerprint`, which is read once.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        prefix, blocks = decoder_blocks(unwrap(model))
+        self._sites: dict[str, Site] = {}
+        for layer, block in enumerate(blocks):
+            self._sites |= {site.name: site for site in _sites_at(f"{prefix}.{layer}", layer, block)}
+        if not self._sites:
+            received = type(unwrap(model)).__name__
+            raise ModelError("This model has no linear weights in its decoder blocks", received=received)
+
+    def __getitem__(self, name: str) -> Site:
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Site name -> `(out, in)`."""
+        return {name: site.shape for name, site in self._sites.items()}
+
+    @cached_property
+    def units(self) -> dict[str, Units]:
+        """The hidden units of every MLP, with the errors of `mlp_units`."""
+        return mlp_units(self._sites)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash that tells models apart: names and shapes of all sites, and 256 values of each.
+
+        The values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was loaded in
+        float32 or bfloat16. An adapter on top does not change it; merged weights, and base weights that were trained
+        or written to, do: it is of the weights as they are when it is first asked for. Under FSDP2 a collective call.
+        """
+        digest = hashlib.sha256()
+        for name, site in self._sites.items():
+            weight = site.weight
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            picks = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
+            rows, columns = picks // weight.shape[1], picks % weight.shape[1]
+            digest.update(weight[rows, columns].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def linear_sites(model: nn.Module) -> Sites:
+    """Every linear weight of the decoder blocks of a model, by name: its `Sites`, with their errors."""
+    return Sites(model)
+
+
+def sites_of(model: nn.Module | Sites) -> Sites:
+    """The handle itself, or a new one of the model, for functions that take either."""
+    return model if isinstance(model, Sites) else Sites(model)
+
+
+def fingerprint(model: nn.Module | Sites) -> str:
+    """`Sites.fingerprint` of a model as it is now, or of a handle."""
+    return sites_of(model).fingerprint
+
+
+def _sites_at(name: str, layer: int, module: nn.Module) -> Iterator[Site]:
+    """The sites of a module of a decoder block, and of all below it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    model = unwrap(model)
-    prefix, blocks = decoder_blocks(model)
-    sites: dict[str, Site] = {}
+    if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
+        yield from _sites_of_copied(name, layer, module)
+    elif isinstance(module, BaseTunerLayer):
+        yield from _sites_of_owner(name.removesuffix(".base_layer"), layer, module, module.get_base_layer())
+    else:
+        yield from _sites_of_owner(name, layer, module, module)
 
-    saved: list[tuple[str, nn.Module]] = []  # the `ModulesToSaveWrapper` that is being visited, and its name
 
-    def add(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **details: Any) -> None:
-        kind = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
-        if saved:
-            outer, wrapper = saved[-1]
-            path = name if details.get("expert") is None else name.rsplit(".", 2)[0]
-            details["inner"] = path.removeprefix(outer).removeprefix(".")
-        sites[name] = Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **details)
+def _sites_of_copied(name: str, layer: int, wrapper: Any) -> Iterator[Site]:
+    """Those of a module that PEFT trains a copy of (`modules_to_save`): of the original, with the way to the copy."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    def visit(name: str, layer: int, module: nn.Module) -> None:
-        if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
-            saved.append((name, module))
-            visit(name, layer, module.original_module)
-            saved.pop()
-            return
-        owner = module
-        if isinstance(module, BaseTunerLayer):
-            owner = module.get_base_layer()
-            name = name.removesuffix(".base_layer")
-        own = dict(owner.named_parameters(recurse=False))
-        if isinstance(owner, nn.Linear):
-            add(name, layer, module, owner)
-        elif isinstance(owner, Conv1D):
-            add(name, layer, module, owner, transposed=True)
-        elif is_experts(owner):
-            stored_in_out = bool(getattr(owner, "is_transposed", False))
-            for key in (key for key, value in own.items() if value.ndim == 3):
-                for expert in range(own[key].shape[0]):
-                    add(
-                        f"{name}.{key}.{expert}",
-                        layer,
-                        module,
-                        owner,
-                        parameter=key,
-                        transposed=stored_in_out,
-                        expert=expert,
-                    )
-        elif is_router(owner):
-            add(name, layer, module, owner)
-        else:
-            unknown = [key for key, value in own.items() if value.ndim > 1 and min(value.shape) > 1]
-            if unknown:
-                raise ModelError(
-                    f"The module {name} has a weight of unknown structure",
-                    received=f"{type(owner).__name__}.{unknown[0]}, shape {tuple(own[unknown[0]].shape)}",
-                    allowed="nn.Linear, Conv1D, experts stored as one 3-D parameter, and their router",
-                    fix="open an issue with the model's name: support is one entry in neurondrift/sites.py",
-                )
-            for child_name, child in module.named_children():
-                visit(f"{name}.{child_name}", layer, child)
+    for site in _sites_at(name, layer, wrapper.original_module):
+        path = site.name if site.expert is None else site.name.rsplit(".", 2)[0]
+        is_copied = isinstance(site.wrapper, AuxiliaryTrainingWrapper)  # by one further in
+        inner = path.removeprefix(name).removeprefix(".")
+        yield site if is_copied else replace(site, wrapper=wrapper, inner=inner)
 
-    for layer, block in enumerate(blocks):
-        visit(f"{prefix}.{layer}", layer, block)
-    if not sites:
-        raise ModelError("This model has no linear weights in its decoder blocks", received=type(model).__name__)
-    return sites
+
+def _sites_of_owner(name: str, layer: int, wrapper: nn.Module, owner: nn.Module) -> Iterator[Site]:
+    """Those of a module, `wrapper` being the module itself or PEFT's layer around it."""
+    if isinstance(owner, nn.Linear | Conv1D):
+        yield _site(name, layer, wrapper, owner, transposed=isinstance(owner, Conv1D))
+    elif is_experts(owner):
+        yield from _sites_of_experts(name, layer, wrapper, owner)
+    elif is_router(owner):
+        yield _site(name, layer, wrapper, owner)
+    else:
+        _require_no_weight(name, owner)
+        for child_name, child in wrapper.named_children():
+            yield from _sites_at(f"{name}.{child_name}", layer, child)
+
+
+def _sites_of_experts(name: str, layer: int, wrapper: nn.Module, owner: nn.Module) -> Iterator[Site]:
+    """One for each expert in each 3-D parameter."""
+    transposed = bool(getattr(owner, "is_transposed", False))
+    for key, value in owner.named_parameters(recurse=False):
+        for expert in range(value.shape[0] if value.ndim == 3 else 0):
+            where = {"parameter": key, "transposed": transposed, "expert": expert}
+            yield _site(f"{name}.{key}.{expert}", layer, wrapper, owner, **where)
+
+
+def _site(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **where: Any) -> Site:
+    kind = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
+    return Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **where)
+
+
+def _require_no_weight(name: str, owner: nn.Module) -> None:
+    """Raise `ModelError` where a module that is no linear one holds a matrix of its own."""
+    for key, value in owner.named_parameters(recurse=False):
+        if value.ndim > 1 and min(value.shape) > 1:
+            raise ModelError(
+                f"The module {name} has a weight of unknown structure",
+                received=f"{type(owner).__name__}.{key}, shape {tuple(value.shape)}",
+                allowed="nn.Linear, Conv1D, experts stored as one 3-D parameter, and their router",
+                fix="open an issue with the model's name: support is one entry in neurondrift/models/sites.py",
+            )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -253,22 +327,6 @@ def is_router(module: nn.Module) -> bool:
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short hash that tells models apart: names and shapes of all sites, and 256 values of each.
-
-    The values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was loaded
-    in float32 or bfloat16; an adapter on top does not change it, merged weights do.
-    """
-    digest = hashlib.sha256()
-    for name, site in linear_sites(model).items():
-        weight = site.weight
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        picks = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
-        rows, columns = picks // weight.shape[1], picks % weight.shape[1]
-        digest.update(weight[rows, columns].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
 UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
 
@@ -284,15 +342,20 @@ class Units:
     ups: tuple[tuple[str, int], ...]
     down: str
 
+    @property
+    def sites(self) -> set[str]:
+        """Names of the sites in which a unit has weights."""
+        return {self.down, *(site for site, _ in self.ups)}
 
-def mlp_units(sites: dict[str, Site]) -> dict[str, Units]:
+
+def mlp_units(sites: Mapping[str, Site]) -> dict[str, Units]:
     """Name of an MLP -> its hidden units: the module that holds its sites, or the expert `...experts.3`.
 
     A fused gate-and-up projection holds the gate's rows first. Raises `ModelError` where an MLP's sites do not fit
     together, or there is none.
     """
     downs = {site.name: site for site in sites.values() if site.module_type in DOWN and "attn" not in site.name}
-    found: dict[str, Units] = {}
+    units: dict[str, Units] = {}
     for name, down in downs.items():
         holder = _holder(down)
         hidden = down.shape[1]
@@ -306,10 +369,10 @@ def mlp_units(sites: dict[str, Site]) -> dict[str, Units]:
                 ups += [(other.name, start) for start in range(0, other.shape[0], hidden)]
         if not ups:
             raise ModelError(f"No projection into the hidden units of {name} was found")
-        found[holder] = Units(count=hidden, ups=tuple(ups), down=name)
-    if not found:
+        units[holder] = Units(count=hidden, ups=tuple(ups), down=name)
+    if not units:
         raise ModelError("No MLP was found among the sites", allowed=f"sites named {', '.join(DOWN)}")
-    return found
+    return units
 
 
 def _holder(site: Site) -> str:
@@ -320,19 +383,18 @@ def _holder(site: Site) -> str:
 
 
 @torch.no_grad()
-def magnitudes_of(model: nn.Module, granularity: Granularity) -> Mapping[str, Any]:
+def magnitudes_of(sites: Sites, granularity: Granularity) -> Mapping[str, Any]:
     """|w| of the members of every site (MLP) of a model, as `groups.matched` takes it; of w₀ under an adapter.
 
     Neurons: ‖row‖, float64 `[out]`. Hidden units: ‖rows and column‖ together, float64 `[units]`. Weights: |w|, float32
     `[out, in]`, formed when it is asked for, so that one site at a time is in memory.
     """
-    sites = linear_sites(model)
     if granularity == "weight":
         return _Weights(sites)
     if granularity == "neuron":
         return {name: row_norms(site.weight).cpu().numpy() for name, site in sites.items()}
     result = {}
-    for name, unit in mlp_units(sites).items():
+    for name, unit in sites.units.items():
         square = row_norms(sites[unit.down].weight.T).square()
         for site, offset in unit.ups:
             square = square + row_norms(sites[site].weight[offset : offset + unit.count]).square()

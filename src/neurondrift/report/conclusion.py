@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from neurondrift.base.roles import NEGATIVE_CONTROLS
 from neurondrift.statistics.results import GroupEffect, StudyResult, Verdict, to_json
 
 #: Below this many sites an interval rests on few clusters.
@@ -35,8 +36,8 @@ def analysis_findings(result: StudyResult) -> dict[str, Any]:
 def conclusion(result: StudyResult) -> str:
     """The overall paragraph: what the data support, how strongly, and what weakens it."""
     primary = [result.effect(group, result.primary_metric) for group in result.groups]
-    safety = [effect for effect in primary if "safety" in effect.group]
-    about = safety or [effect for effect in primary if effect.group != "random"] or primary
+    safety = [effect for effect in primary if effect.role == "safety"]
+    about = safety or [effect for effect in primary if effect.role not in NEGATIVE_CONTROLS] or primary
     sentences = [_overall(about), *(_effect_sentence(effect, result) for effect in about)]
     other = [metric for metric in result.metrics if metric != result.primary_metric]
     differing = [
@@ -80,10 +81,10 @@ def weaknesses(result: StudyResult) -> tuple[str, ...]:
     elif seeds < 6:
         out.append(f"{seeds} training seeds: run-to-run variation rests on {seeds - 1} degrees of freedom")
     for effect in (result.effect(group, result.primary_metric) for group in result.groups):
-        if effect.n_unmatched > MANY_UNMATCHED * effect.n_measured:
+        if effect.matched.n_unmatched > MANY_UNMATCHED * effect.n_measured:
             out.append(
-                f"{effect.n_unmatched} of {effect.n_measured} members of {effect.group} have no control "
-                f"({effect.strata_unmatched} of {effect.strata} strata)"
+                f"{effect.matched.n_unmatched} of {effect.n_measured} members of {effect.group} have no control "
+                f"({effect.matched.strata_unmatched} of {effect.matched.strata} strata)"
             )
         if effect.n_undefined:
             out.append(f"{effect.n_undefined} members of {effect.group} have no defined drift")
@@ -91,10 +92,11 @@ def weaknesses(result: StudyResult) -> tuple[str, ...]:
             out.append(f"matching left |w| of {effect.group} off by {effect.balance.after:+.2f} SD")
         if effect.g.sites < FEW_SITES:
             out.append(f"{effect.group} has matched members in {effect.g.sites} sites only")
-        if effect.group == "random" and effect.verdict in ("more", "protected"):
-            out.append(f"the random group, a negative control, is found {effect.verdict}")
+        if effect.role in NEGATIVE_CONTROLS and effect.verdict in ("more", "protected"):
+            out.append(f"the {effect.role} group, a negative control, is found {effect.verdict}")
     for overlap in result.overlaps:
-        if overlap.jaccard > MUCH_OVERLAP and "random" not in (overlap.first, overlap.second):
+        roles = {result.effect(group, result.primary_metric).role for group in (overlap.first, overlap.second)}
+        if overlap.jaccard > MUCH_OVERLAP and roles.isdisjoint(NEGATIVE_CONTROLS):
             out.append(
                 f"{overlap.first} and {overlap.second} share {overlap.shared} neurons (Jaccard {overlap.jaccard:.2f})"
             )

@@ -8,7 +8,7 @@ from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
 from neurondrift.report.reading import analysis_of, effects_of, metrics_of, primary_of
 from neurondrift.report.tables import causes, drift, ranks, study
-from neurondrift.report.wording import RANDOM, Record, clean, is_safety, metric_words, seeds_words
+from neurondrift.report.wording import Record, clean, is_safety, metric_words, seeds_words
 
 QUESTION = (
     "Question: when this model is fine-tuned, do the neurons that keep it safe drift more than comparable "
@@ -106,9 +106,7 @@ def _other_metrics(results: Record) -> list[Block]:
     """How the safety groups come out in the metrics that are not primary."""
     clauses = []
     for metric in metrics_of(results)[1:]:
-        verdicts = [
-            f"{clean(e['group'])} {clean(e['verdict'])}" for e in effects_of(results, metric) if is_safety(e["group"])
-        ]
+        verdicts = [f"{clean(e['group'])} {clean(e['verdict'])}" for e in effects_of(results, metric) if is_safety(e)]
         if verdicts:
             clauses.append(f"{clean(metric)}: {', '.join(verdicts)}")
     return [Paragraph(f"In the other metrics: {'; '.join(clauses)}.")] if clauses else []
@@ -133,7 +131,7 @@ def _drift(results: Record) -> Section:
 
 
 def _hypotheses(results: Record) -> Section:
-    entries = [_evaluation(effect, results) for effect in effects_of(results) if is_safety(effect["group"])]
+    entries = [_evaluation(effect, results) for effect in effects_of(results) if is_safety(effect)]
     blocks: list[Block] = [Items(tuple(entries))] if entries else []
     conclusion = clean(analysis_of(results).get("conclusion"), "")
     if conclusion:
@@ -300,7 +298,7 @@ def _methods(results: Record) -> Section:
         "unbalanced).",
         "g: mean of (member − mean of its controls) over the SD within strata, Hedges-corrected, mean over seeds.",
         f"Intervals: studentised cluster bootstrap over sites ({resamples} resamples); from 3 seeds on, seeds too.",
-        f"p: from the same distribution, Holm-adjusted; {RANDOM!r} is the negative control, outside the family.",
+        "p: from the same distribution, Holm-adjusted; 'random' is the negative control, outside the family.",
         f"Equivalence: two one-sided tests against the smallest effect of interest, |g| = {sesoi}.",
         "Verdict: similar if the 90 % interval is within that band; else more (protected) if the 95 % one is above "
         "(below) 0; else inconclusive.",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from neurondrift.report.wording import (
-    KINDS,
-    RANDOM,
-    Record,
-    is_safety,
-)
+from neurondrift.base.roles import NEGATIVE_CONTROLS, Role, role_of_name
+from neurondrift.report.wording import KINDS, Record, role_of
 
 
 def analysis_of(results: Record) -> Record:
@@ -36,12 +32,26 @@ def effects_of(results: Record, metric: str | None = None) -> list[Record]:
     effects = analysis_of(results).get("effects") or []
     metrics = [metric] if metric is not None else metrics_of(results)
     chosen = [effect for name in metrics for effect in effects if effect["metric"] == name]
-    return sorted(chosen, key=lambda e: (metrics.index(e["metric"]), *group_order(e["group"])))
+    order = group_order(results)
+    return sorted(chosen, key=lambda e: (metrics.index(e["metric"]), *order(e["group"])))
 
 
-def group_order(group: str) -> tuple[bool, bool]:
-    """Sort key of groups (the sort is stable): those that the question is about first, random last."""
-    return not is_safety(group), group == RANDOM
+class Roles(dict[str, Role | None]):
+    """Group -> what it is to the study; of a group that the analysis does not hold, what its name tells of."""
+
+    def __missing__(self, group: str) -> Role | None:
+        return role_of_name(group)
+
+
+def roles_of(results: Record) -> Roles:
+    """What each analysed group is to the study."""
+    return Roles({str(effect["group"]): role_of(effect) for effect in analysis_of(results).get("effects") or []})
+
+
+def group_order(results: Record) -> Callable[[str], tuple[bool, bool]]:
+    """Sort key of groups (the sort is stable): those that the question is about first, negative controls last."""
+    roles = roles_of(results)
+    return lambda group: (roles[group] != "safety", roles[group] in NEGATIVE_CONTROLS)
 
 
 def behaviour_of(results: Record) -> Record:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from neurondrift.base.roles import NEGATIVE_CONTROLS, ROLES, Role, role_of_name
+
 Record = Mapping[str, Any]
 Form = Callable[[float], str]
 
-RANDOM = "random"
 ALL = "all"
 NOT_RECORDED = "not recorded"
 NO_REASON = "no reason recorded"
@@ -37,9 +38,21 @@ def clean(value: object, fallback: str = NOT_RECORDED) -> str:
     return re.sub(r"\s+", " ", text).strip() or fallback
 
 
-def is_safety(group: str) -> bool:
-    """Whether the question is about this group: its name says "safety"."""
-    return "safety" in group
+def role_of(record: Record) -> Role | None:
+    """What the group that a record is about is to the study: its `role`, or what its name tells of in older files."""
+    if "role" not in record:
+        return role_of_name(str(record["group"]))
+    return next((role for role in ROLES if role == record["role"]), None)
+
+
+def is_safety(record: Record) -> bool:
+    """Whether the question is about the group of this record."""
+    return role_of(record) == "safety"
+
+
+def is_negative_control(record: Record) -> bool:
+    """Whether only chance chose the group of this record."""
+    return role_of(record) in NEGATIVE_CONTROLS
 
 
 def metric_words(metric: str) -> str:

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurondrift.base.errors import ConfigError, GroupError
+from neurondrift.base.roles import NEGATIVE_CONTROLS, Role, role_of_name
 from neurondrift.statistics import estimates, inference
 from neurondrift.statistics.comparison import (
-    RANDOM,
+    Chosen,
     Population,
     Settings,
     compare,
     group_effect,
     permutations,
-    to_estimate,
+    tested,
 )
 from neurondrift.statistics.descriptive import BehaviourSeries, associate
 from neurondrift.statistics.estimates import BoolArray, MatchedEffect, MatchedSums
@@ -43,6 +44,7 @@ def analyze(
     rng_seed: int = 0,
     primary_metric: str = "relative",
     contrasts: Sequence[tuple[str, str]] = DEFAULT_CONTRASTS,
+    roles: Mapping[str, Role | None] | None = None,
     behaviour: BehaviourSeries | None = None,
 ) -> StudyResult:
     """Compare the drift of each group with that of matched neurons outside it.
@@ -57,8 +59,7 @@ def analyze(
     population
         The neurons and their drift.
     groups
-        Name -> members, bool [n]. A group named ``random`` is the comparison of Cohen's d and a negative
-        control outside the Holm family.
+        Name -> members, bool [N].
     metrics
         Metrics to analyse, keys of ``population.drift``.
     seed_labels
@@ -77,6 +78,10 @@ def analyze(
     contrasts
         Pairs of groups to compare, each against its own controls. Default pairs with a missing group are
         skipped.
+    roles
+        Name -> what the group is to the study. The group ``random`` is the comparison of Cohen's d; it and any
+        ``control`` are negative controls, outside the Holm family. A group that is left out has the role that its
+        name tells of (`base.roles`).
     behaviour
         Refusals and drift at the same steps.
 
@@ -95,38 +100,27 @@ def analyze(
     primary = _validate(population, members, metrics, seed_labels, sesoi, resamples, bins, rng_seed, primary_metric)
     pairs = _known_contrasts(contrasts, members)
     settings = Settings(sesoi, resamples, rng_seed)
-    strata = {name: refine_bins(population.site, population.norm, chosen, bins) for name, chosen in members.items()}
+    roles = {name: (roles or {}).get(name, role_of_name(name)) for name in members}
     measured: dict[str, BoolArray] = {
         metric: np.asarray(np.isfinite(population.drift[metric]).all(axis=0), dtype=np.bool_) for metric in metrics
     }
     matched: dict[tuple[str, str], MatchedSums] = {}
-    found: list[GroupEffect] = []
-    for name, chosen in members.items():
-        comparisons = {
-            metric: compare(population, chosen, strata[name], measured[metric], metric) for metric in metrics
-        }
+    effects: list[GroupEffect] = []
+    for name, member_N in members.items():
+        stratum_N = refine_bins(population.site, population.norm, member_N, bins)
+        random = next((other for other in members if roles[other] == "random" and other != name), None)
+        group = Chosen(name, roles[name], member_N, stratum_N, None if random is None else members[random])
+        comparisons = {metric: compare(population, group, measured[metric], metric) for metric in metrics}
         permuted = permutations(name, comparisons, settings)
         for metric, comparison in comparisons.items():
             matched[name, metric] = comparison.matched
-            found.append(
-                group_effect(
-                    population,
-                    name,
-                    metric,
-                    members,
-                    measured[metric],
-                    strata[name],
-                    comparison,
-                    permuted[metric],
-                    settings,
-                )
-            )
+            effects.append(group_effect(population, comparison, permuted[metric], settings))
     differences = [
         _contrast(first, second, metric, matched[first, metric], matched[second, metric], settings)
         for first, second in pairs
         for metric in metrics
     ]
-    found, differences, family_size = _adjust(found, differences)
+    effects, differences, family_size = _adjust(effects, differences)
     return StudyResult(
         metrics=tuple(metrics),
         groups=tuple(members),
@@ -138,9 +132,9 @@ def analyze(
         rng_seed=rng_seed,
         n_neurons=len(population.site),
         n_sites=len(population.site_names),
-        effects=tuple(found),
+        effects=tuple(effects),
         contrasts=tuple(differences),
-        family=f"overall effects of all groups but {RANDOM!r}, and contrasts, in all metrics",
+        family=_family(roles),
         family_size=family_size,
         overlaps=_overlaps(members),
         associations=associate(behaviour) if behaviour is not None else (),
@@ -222,36 +216,41 @@ def _contrast(first: str, second: str, metric: str, a: MatchedSums, b: MatchedSu
     statistic = estimates.Difference(
         *(MatchedEffect(m.seeds, estimates.hedges_correction(float(m.freedom.sum()))) for m in (a, b))
     )
-    found = inference.infer(sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
-    difference = to_estimate(found, a.n_matched + b.n_matched)
-    reasons = {field: found.reason for field in ("p", "p_equivalence", "detectable") if found.reason}
+    inferred = inference.infer(sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
+    difference = tested(inferred, a.n_matched + b.n_matched, settings.sesoi)
     return Contrast(
         first=first,
         second=second,
         metric=metric,
-        difference=difference,
-        p=found.p_value(),
+        difference=difference.estimate,
+        p=difference.p,
         p_holm=float("nan"),
-        p_equivalence=found.p_equivalence(settings.sesoi),
-        verdict=decide(difference.ci90, difference.ci95, settings.sesoi),
-        detectable=found.detectable(),
-        reasons=reasons,
+        p_equivalence=difference.p_equivalence,
+        verdict=difference.verdict,
+        detectable=difference.detectable,
+        reasons=difference.reasons,
     )
 
 
-def _adjust(found: list[GroupEffect], differences: list[Contrast]) -> tuple[list[GroupEffect], list[Contrast], int]:
-    """Holm-adjusted p-values over the family: every test but those of the negative control."""
-    raw = [effect.p if effect.group != RANDOM else float("nan") for effect in found]
+def _family(roles: Mapping[str, Role | None]) -> str:
+    """Holm's family in words: which tests the p-values are adjusted for."""
+    outside = [role for role in NEGATIVE_CONTROLS if role == "random" or role in roles.values()]
+    return f"overall effects of all groups but {' and '.join(map(repr, outside))}, and contrasts, in all metrics"
+
+
+def _adjust(effects: list[GroupEffect], differences: list[Contrast]) -> tuple[list[GroupEffect], list[Contrast], int]:
+    """Holm-adjusted p-values over the family: every test but those of the negative controls."""
+    raw = [effect.p if effect.role not in NEGATIVE_CONTROLS else float("nan") for effect in effects]
     raw += [difference.p for difference in differences]
     adjusted = inference.holm(raw).tolist()
     outside = "negative control: outside the family of tests"
     new_effects = []
-    for effect, p in zip(found, adjusted, strict=False):
-        reason = outside if effect.group == RANDOM else effect.g.reason
+    for effect, p in zip(effects, adjusted, strict=False):
+        reason = outside if effect.role in NEGATIVE_CONTROLS else effect.g.reason
         new_effects.append(replace(effect, p_holm=p, reasons={**effect.reasons, "p_holm": reason}))
     new_differences = [
         replace(d, p_holm=p, reasons={**d.reasons, "p_holm": d.difference.reason})
-        for d, p in zip(differences, adjusted[len(found) :], strict=True)
+        for d, p in zip(differences, adjusted[len(effects) :], strict=True)
     ]
     return new_effects, new_differences, int(np.isfinite(raw).sum())
 

@@ -1,6 +1,7 @@
-"""One group in one metric: everything that the report says about it.
+"""One group in one metric: the population it is chosen from, its matched comparison, and every figure of its effect.
 
-Owns the population and the figures of a single comparison; which comparisons a study makes is in `analysis`.
+Which comparisons a study makes is in `analysis`. Shapes: N neurons of the population, M of them measured (finite drift
+in every seed), S seeds, J sites, Q sums per site.
 """
 
 from __future__ import annotations
@@ -13,16 +14,26 @@ from typing import NamedTuple
 import numpy as np
 
 from neurondrift.base.errors import DataError
+from neurondrift.base.roles import Role
 from neurondrift.statistics import estimates, inference
 from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, MatchedEffect, MatchedSums
 from neurondrift.statistics.inference import Inference
 from neurondrift.statistics.matching import balance
-from neurondrift.statistics.results import Estimate, GroupEffect, SiteEffect, Subgroup, decide
+from neurondrift.statistics.results import (
+    Estimate,
+    GroupEffect,
+    MatchedCounts,
+    RawFigures,
+    SiteEffect,
+    Subgroup,
+    Verdict,
+    decide,
+)
 
-RANDOM = "random"
 THIRDS = ("first third", "middle third", "last third")
 UNDEFINED_DRIFT = "drift not finite in at least one seed (for example a weight vector of zero norm)"
 NO_INTERVAL = "descriptive figure: no interval"
+NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,42 +105,43 @@ class Settings(NamedTuple):
     rng_seed: int
 
 
-class Comparison(NamedTuple):
-    """One group in one metric, cut down to the measured neurons (finite drift in every seed)."""
+class Chosen(NamedTuple):
+    """A group among all neurons: its members, the strata that were made for it, and the group drawn at random that
+    Cohen's d compares it with (None: there is no other)."""
 
-    member: BoolArray
-    site: IntArray
-    stratum: IntArray
-    drift: FloatArray
+    name: str
+    role: Role | None
+    member_N: BoolArray
+    stratum_N: IntArray
+    random_N: BoolArray | None
+
+
+class Comparison(NamedTuple):
+    """A group in one metric, cut down to the measured neurons."""
+
+    group: Chosen
+    metric: str
+    member_M: BoolArray
+    site_M: IntArray
+    stratum_M: IntArray
+    random_M: BoolArray | None
+    drift_SM: FloatArray
     matched: MatchedSums
 
 
-class RawFigures(NamedTuple):
-    """Means, medians, ratios and Cohen's d, as in `GroupEffect`."""
-
-    mean_members: Estimate
-    mean_controls: Estimate
-    mean_others: Estimate
-    median_members: Estimate
-    median_controls: Estimate
-    median_others: Estimate
-    ratio_unmatched: Estimate
-    ratio_matched: Estimate
-    d_random: Estimate
-
-
-def compare(
-    population: Population, member: BoolArray, stratum: IntArray, measured: BoolArray, metric: str
-) -> Comparison:
+def compare(population: Population, group: Chosen, measured_N: BoolArray, metric: str) -> Comparison:
     """The matched comparison of a group among the neurons measured in one metric."""
-    drift = np.asarray(population.drift[metric], dtype=np.float64)
-    site = np.asarray(population.site, dtype=np.int64)
-    if not measured.all():
-        drift, site, member, stratum = drift[:, measured], site[measured], member[measured], stratum[measured]
-    site_of_stratum = np.zeros(int(stratum.max()) + 1 if len(stratum) else 0, dtype=np.int64)
-    site_of_stratum[stratum] = site
-    sums = estimates.matched_sums(drift, member, stratum, site_of_stratum, len(population.site_names))
-    return Comparison(member, site, stratum, drift, sums)
+    drift_SM = np.asarray(population.drift[metric], dtype=np.float64)
+    site_M = np.asarray(population.site, dtype=np.int64)
+    member_M, stratum_M, random_M = group.member_N, group.stratum_N, group.random_N
+    if not measured_N.all():
+        drift_SM, site_M = drift_SM[:, measured_N], site_M[measured_N]
+        member_M, stratum_M = member_M[measured_N], stratum_M[measured_N]
+        random_M = None if random_M is None else random_M[measured_N]
+    site_of_stratum = np.zeros(int(stratum_M.max()) + 1 if len(stratum_M) else 0, dtype=np.int64)
+    site_of_stratum[stratum_M] = site_M
+    sums = estimates.matched_sums(drift_SM, member_M, stratum_M, site_of_stratum, len(population.site_names))
+    return Comparison(group, metric, member_M, site_M, stratum_M, random_M, drift_SM, sums)
 
 
 def permutations(name: str, comparisons: Mapping[str, Comparison], settings: Settings) -> dict[str, float]:
@@ -137,18 +149,17 @@ def permutations(name: str, comparisons: Mapping[str, Comparison], settings: Set
     out: dict[str, float] = {}
     batches: dict[bytes, list[str]] = {}
     for metric, comparison in comparisons.items():
-        key = comparison.member.tobytes() + comparison.stratum.tobytes()
+        key = comparison.member_M.tobytes() + comparison.stratum_M.tobytes()
         batches.setdefault(key, []).append(metric)
     for batch in batches.values():
         first = comparisons[batch[0]]
-        if not first.member.any():
-            out.update(dict.fromkeys(batch, float("nan")))
+        if not first.member_M.any():
+            out.update(dict.fromkeys(batch, NAN))
             continue
-        values = np.stack(
-            [(comparisons[m].drift / estimates.raw_scale(comparisons[m].drift)[:, None]).mean(axis=0) for m in batch]
-        )
+        drifts = [comparisons[metric].drift_SM for metric in batch]
+        values = np.stack([(drift_SM / estimates.raw_scale(drift_SM)[:, None]).mean(axis=0) for drift_SM in drifts])
         rng = np.random.default_rng([settings.rng_seed, zlib.crc32(name.encode())])
-        p = inference.permutation_p(values, first.member, first.stratum, resamples=settings.resamples, rng=rng)
+        p = inference.permutation_p(values, first.member_M, first.stratum_M, resamples=settings.resamples, rng=rng)
         out.update(zip(batch, p.tolist(), strict=True))
     return out
 
@@ -159,150 +170,166 @@ def infer_matched(matched: MatchedSums, settings: Settings) -> Inference:
     return inference.infer(matched.sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
 
 
-def to_estimate(found: Inference, n: int) -> Estimate:
+def to_estimate(inferred: Inference, n: int) -> Estimate:
     """An inference as a record for the report; `n` counts neurons."""
     return Estimate(
-        value=found.value,
-        se=found.se,
-        ci90=found.equivalence_interval(),
-        ci95=found.interval(0.95),
+        value=inferred.value,
+        se=inferred.se,
+        ci90=inferred.equivalence_interval(),
+        ci95=inferred.interval(0.95),
         n=n,
-        sites=found.sites,
-        seeds=len(found.per_seed),
-        method=found.method,
-        reason=found.reason,
+        sites=inferred.sites,
+        seeds=len(inferred.per_seed),
+        method=inferred.method,
+        reason=inferred.reason,
+    )
+
+
+class Tested(NamedTuple):
+    """A standardised effect with its tests and verdict, and why any of its p-values is undefined."""
+
+    estimate: Estimate
+    p: float
+    p_equivalence: float
+    verdict: Verdict
+    detectable: float
+    reasons: dict[str, str]
+
+
+def tested(inferred: Inference, n: int, sesoi: float) -> Tested:
+    """The tests and the verdict that an inference about a standardised effect allows; `n` counts neurons."""
+    estimate = to_estimate(inferred, n)
+    return Tested(
+        estimate,
+        inferred.p_value(),
+        inferred.p_equivalence(sesoi),
+        decide(estimate.ci90, estimate.ci95, sesoi),
+        inferred.detectable(),
+        {field: inferred.reason for field in ("p", "p_equivalence", "detectable") if inferred.reason},
     )
 
 
 def group_effect(
-    population: Population,
-    name: str,
-    metric: str,
-    members: Mapping[str, BoolArray],
-    measured: BoolArray,
-    all_strata: IntArray,
-    comparison: Comparison,
-    p_permutation: float,
-    settings: Settings,
+    population: Population, comparison: Comparison, p_permutation: float, settings: Settings
 ) -> GroupEffect:
     """Everything about one group in one metric; Holm's adjustment is left to the caller."""
-    matched = comparison.matched
-    found = infer_matched(matched, settings)
-    g = to_estimate(found, matched.n_matched)
-    n_members = int(members[name].sum())
-    n_measured = int(comparison.member.sum())
-    reference = members[RANDOM][measured] if RANDOM in members and name != RANDOM else None
-    reasons = {field: found.reason for field in ("p", "p_equivalence", "detectable") if found.reason}
-    if np.isnan(p_permutation):
-        reasons["p_permutation"] = "no stratum holds both members and controls"
-    raw = _raw_figures(comparison, reference)
+    group, matched = comparison.group, comparison.matched
+    effect = tested(infer_matched(matched, settings), matched.n_matched, settings.sesoi)
+    n_members, n_measured = int(group.member_N.sum()), int(comparison.member_M.sum())
+    undefined = {"p_permutation": "no stratum holds both members and controls"} if np.isnan(p_permutation) else {}
     return GroupEffect(
-        group=name,
-        metric=metric,
+        group=group.name,
+        role=group.role,
+        metric=comparison.metric,
         n_members=n_members,
         n_measured=n_measured,
         n_undefined=n_members - n_measured,
         undefined_reason=UNDEFINED_DRIFT if n_members > n_measured else "",
-        n_unmatched=matched.n_unmatched,
-        n_controls=matched.n_controls,
-        strata=matched.strata,
-        strata_unmatched=matched.strata_unmatched,
-        mean_members=raw.mean_members,
-        mean_controls=raw.mean_controls,
-        mean_others=raw.mean_others,
-        median_members=raw.median_members,
-        median_controls=raw.median_controls,
-        median_others=raw.median_others,
-        ratio_unmatched=raw.ratio_unmatched,
-        ratio_matched=raw.ratio_matched,
-        d_random=raw.d_random,
-        g=g,
-        p=found.p_value(),
-        p_holm=float("nan"),
+        matched=MatchedCounts(
+            n_unmatched=matched.n_unmatched,
+            n_controls=matched.n_controls,
+            strata=matched.strata,
+            strata_unmatched=matched.strata_unmatched,
+        ),
+        raw=_raw_figures(comparison),
+        g=effect.estimate,
+        p=effect.p,
+        p_holm=NAN,
         p_permutation=p_permutation,
-        p_equivalence=found.p_equivalence(settings.sesoi),
-        verdict=decide(g.ci90, g.ci95, settings.sesoi),
-        detectable=found.detectable(),
+        p_equivalence=effect.p_equivalence,
+        verdict=effect.verdict,
+        detectable=effect.detectable,
         per_seed=_per_seed(matched, settings),
-        by_module=_subgroups(matched, _module_of_site(population), settings),
+        by_module=_subgroups(matched, list(population.module_type), settings),
         by_layer_third=_subgroups(matched, _third_of_site(population), settings),
         by_site=_sites(matched, population),
-        balance=balance(population.site, population.norm, members[name], all_strata, len(population.site_names)),
-        reasons=reasons,
+        balance=balance(population.site, population.norm, group.member_N, group.stratum_N, len(population.site_names)),
+        reasons=effect.reasons | undefined,
     )
 
 
-def _raw_figures(comparison: Comparison, reference: BoolArray | None) -> RawFigures:
-    """Means, medians and ratios; `reference` is the random group among the measured neurons."""
-    member, drift, matched = comparison.member, comparison.drift, comparison.matched
-    seeds, n_sites = len(drift), int(comparison.site.max()) + 1 if len(comparison.site) else 1
-
-    def sums(chosen: BoolArray) -> FloatArray:
-        return estimates.raw_sums(drift, chosen, comparison.site, n_sites)
-
-    def plain(parts: list[FloatArray], statistic: estimates.Statistic, n: int, present: FloatArray) -> Estimate:
-        return to_estimate(inference.infer_plain(np.concatenate(parts, axis=1)[present > 0], statistic), n)
-
-    def median(values: list[float], n: int) -> Estimate:
-        nan = (float("nan"), float("nan"))
-        return Estimate(
-            value=float(np.mean(values)),
-            se=float("nan"),
-            ci90=nan,
-            ci95=nan,
-            n=n,
-            seeds=seeds,
-            sites=len(matched.sites),
-            method="median, averaged over seeds",
-            reason=NO_INTERVAL,
-        )
-
-    inside, outside = sums(member), sums(~member)
-    n_in, n_out = int(member.sum()), int((~member).sum())
-    both = inside[:, 0] + outside[:, 0]
-    mean = estimates.mean_statistic(seeds, estimates.raw_scale(drift) if len(member) else np.ones(seeds))
-    expected = np.concatenate([matched.sums[:, :1], matched.expected], axis=1)
-    if reference is None:
-        nan = (float("nan"), float("nan"))
-        d_random = Estimate(
-            value=float("nan"),
-            se=float("nan"),
-            ci90=nan,
-            ci95=nan,
-            n=n_in,
-            sites=0,
-            seeds=seeds,
-            method="Cohen's d",
-            reason=f"no group {RANDOM!r} other than this one to compare with",
-        )
-    else:
-        chance = sums(reference)
-        d_random = plain(
-            [inside, chance],
-            estimates.cohens_d_statistic(seeds),
-            n_in + int(reference.sum()),
-            inside[:, 0] + chance[:, 0],
-        )
+def _raw_figures(comparison: Comparison) -> RawFigures:
+    """Means, medians and ratios of the members, their controls and all others."""
+    member_M, drift_SM, matched = comparison.member_M, comparison.drift_SM, comparison.matched
+    seeds, n_in, n_out = len(drift_SM), int(member_M.sum()), int((~member_M).sum())
+    inside_JQ, outside_JQ = _raw_sums(comparison, member_M), _raw_sums(comparison, ~member_M)
+    controls_JQ = np.concatenate([matched.sums[:, :1], matched.expected], axis=1)
+    mean = estimates.mean_statistic(seeds, estimates.raw_scale(drift_SM) if len(member_M) else np.ones(seeds))
+    mean_of_controls = estimates.mean_statistic(seeds, np.ones(seeds))
     return RawFigures(
-        mean_members=plain([inside], mean, n_in, inside[:, 0]),
-        mean_controls=plain(
-            [expected], estimates.mean_statistic(seeds, np.ones(seeds)), matched.n_controls, expected[:, 0]
-        ),
-        mean_others=plain([outside], mean, n_out, outside[:, 0]),
-        median_members=median([float(np.median(v[member])) if n_in else float("nan") for v in drift], n_in),
-        median_controls=median(
-            [estimates.stratified_median(v, comparison.stratum, member) if n_in else float("nan") for v in drift],
+        mean_members=_plain([inside_JQ], mean, n_in),
+        mean_controls=_plain([controls_JQ], mean_of_controls, matched.n_controls),
+        mean_others=_plain([outside_JQ], mean, n_out),
+        median_members=_median(comparison, [_median_of(values_M[member_M]) for values_M in drift_SM], n_in),
+        median_controls=_median(
+            comparison,
+            [estimates.stratified_median(v, comparison.stratum_M, member_M) if n_in else NAN for v in drift_SM],
             matched.n_controls,
         ),
-        median_others=median([float(np.median(v[~member])) if n_out else float("nan") for v in drift], n_out),
-        ratio_unmatched=plain([inside, outside], estimates.ratio_statistic(seeds), n_in + n_out, both),
-        ratio_matched=plain(
-            [matched.expected, matched.sums[:, 2 : 2 + seeds]],
-            estimates.matched_ratio_statistic(seeds),
-            matched.n_matched,
-            matched.sums[:, 0],
-        ),
-        d_random=d_random,
+        median_others=_median(comparison, [_median_of(values_M[~member_M]) for values_M in drift_SM], n_out),
+        ratio_unmatched=_plain([inside_JQ, outside_JQ], estimates.ratio_statistic(seeds), n_in + n_out),
+        ratio_matched=_ratio_matched(matched),
+        d_random=_d_random(comparison, inside_JQ, n_in),
+    )
+
+
+def _raw_sums(comparison: Comparison, chosen_M: BoolArray) -> FloatArray:
+    """`raw_sums` of some of the measured neurons, up to the last site that has any. `[J, Q]`."""
+    sites = int(comparison.site_M.max()) + 1 if len(comparison.site_M) else 1
+    return estimates.raw_sums(comparison.drift_SM, chosen_M, comparison.site_M, sites)
+
+
+def _plain(arms_JQ: list[FloatArray], statistic: estimates.Statistic, n: int) -> Estimate:
+    """A statistic of arms laid side by side, each with its counts in the first column, over sites that have any."""
+    present_J = np.sum([arm_JQ[:, 0] for arm_JQ in arms_JQ], axis=0) > 0
+    return to_estimate(inference.infer_plain(np.concatenate(arms_JQ, axis=1)[present_J], statistic), n)
+
+
+def _ratio_matched(matched: MatchedSums) -> Estimate:
+    """The mean of the members over the mean of their controls."""
+    seeds = matched.seeds
+    sums_JQ = np.concatenate([matched.expected, matched.sums[:, 2 : 2 + seeds]], axis=1)
+    inferred = inference.infer_plain(sums_JQ[matched.sums[:, 0] > 0], estimates.matched_ratio_statistic(seeds))
+    return to_estimate(inferred, matched.n_matched)
+
+
+def _median_of(values: FloatArray) -> float:
+    return float(np.median(values)) if len(values) else NAN
+
+
+def _median(comparison: Comparison, of_seeds: list[float], n: int) -> Estimate:
+    """A median, averaged over seeds."""
+    return _without_interval(
+        float(np.mean(of_seeds)),
+        n=n,
+        sites=len(comparison.matched.sites),
+        seeds=len(of_seeds),
+        method="median, averaged over seeds",
+        reason=NO_INTERVAL,
+    )
+
+
+def _d_random(comparison: Comparison, inside_JQ: FloatArray, n_in: int) -> Estimate:
+    """Cohen's d of the members against the group drawn at random."""
+    seeds, random_M = len(comparison.drift_SM), comparison.random_M
+    if random_M is None:
+        reason = "no group 'random' other than this one to compare with"
+        return _without_interval(NAN, n=n_in, sites=0, seeds=seeds, method="Cohen's d", reason=reason)
+    arms_JQ = [inside_JQ, _raw_sums(comparison, random_M)]
+    return _plain(arms_JQ, estimates.cohens_d_statistic(seeds), n_in + int(random_M.sum()))
+
+
+def _without_interval(value: float, *, n: int, sites: int, seeds: int, method: str, reason: str) -> Estimate:
+    return Estimate(
+        value=value,
+        se=NAN,
+        ci90=(NAN, NAN),
+        ci95=(NAN, NAN),
+        n=n,
+        sites=sites,
+        seeds=seeds,
+        method=method,
+        reason=reason,
     )
 
 
@@ -316,10 +343,6 @@ def _per_seed(matched: MatchedSums, settings: Settings) -> tuple[Estimate, ...]:
         )
         out.append(to_estimate(infer_matched(alone, settings), matched.n_matched))
     return tuple(out)
-
-
-def _module_of_site(population: Population) -> list[str]:
-    return list(population.module_type)
 
 
 def _third_of_site(population: Population) -> list[str]:
@@ -337,16 +360,9 @@ def _subgroups(matched: MatchedSums, label_of_site: list[str], settings: Setting
         if not keep.any():
             continue
         part = matched.subset(keep)
-        found = infer_matched(part, settings)
-        g = to_estimate(found, part.n_matched)
+        effect = tested(infer_matched(part, settings), part.n_matched, settings.sesoi)
         out.append(
-            Subgroup(
-                name=name,
-                g=g,
-                p=found.p_value(),
-                verdict=decide(g.ci90, g.ci95, settings.sesoi),
-                reason=found.reason,
-            )
+            Subgroup(name=name, g=effect.estimate, p=effect.p, verdict=effect.verdict, reason=effect.estimate.reason)
         )
     return tuple(out)
 

@@ -11,12 +11,16 @@ from typing import Any, Literal
 import numpy as np
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.roles import Role
 from neurondrift.statistics.descriptive import Association
 from neurondrift.statistics.matching import Balance
 
 SCHEMA_VERSION = 1
 
 Verdict = Literal["more", "similar", "protected", "inconclusive"]
+
+#: Marks a field whose own fields stand among those of its record in the JSON.
+FLAT = {"flat": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +66,24 @@ class SiteEffect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupEffect:
-    """One group in one metric. Figures called unmatched are confounded with |w| and site.
+class MatchedCounts:
+    """How far matching reached: measured members without a control in their stratum, the non-members in strata with a
+    member, strata with a measured member, and those of them without a control."""
 
-    Counts: members = measured + undefined (no finite drift in some seed); measured = matched + unmatched
-    (no control in the stratum). `strata` are those with a measured member. `controls` are the matched
-    non-members, `others` all measured non-members. `p` tests "the mean effect over sites (and seeds) is 0";
-    `p_permutation` the sharp null "membership changes no neuron's drift"; `p_equivalence` "|g| >= sesoi".
-    `detectable` is the smallest |g| found with 80 % power at two-sided 5 %.
-    """
-
-    group: str
-    metric: str
-    n_members: int
-    n_measured: int
-    n_undefined: int
-    undefined_reason: str
     n_unmatched: int
     n_controls: int
     strata: int
     strata_unmatched: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFigures:
+    """Means, medians and ratios of drift, in its own units.
+
+    `controls` are the matched non-members, weighted like the members; `others` all measured non-members. Figures
+    against others, and Cohen's d against the random group, are confounded with |w| and site.
+    """
+
     mean_members: Estimate
     mean_controls: Estimate
     mean_others: Estimate
@@ -91,6 +93,27 @@ class GroupEffect:
     ratio_unmatched: Estimate
     ratio_matched: Estimate
     d_random: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupEffect:
+    """One group in one metric. In the JSON `matched` and `raw` lie flat among the other fields.
+
+    Counts: members = measured + undefined (no finite drift in some seed); measured = matched + unmatched. `p` tests
+    "the mean effect over sites (and seeds) is 0"; `p_permutation` the sharp null "membership changes no neuron's
+    drift"; `p_equivalence` "|g| >= sesoi". `detectable` is the smallest |g| found with 80 % power at two-sided 5 %.
+    `confounded` names the figures that are not matched.
+    """
+
+    group: str
+    role: Role | None
+    metric: str
+    n_members: int
+    n_measured: int
+    n_undefined: int
+    undefined_reason: str
+    matched: MatchedCounts = dataclasses.field(metadata=FLAT)
+    raw: RawFigures = dataclasses.field(metadata=FLAT)
     g: Estimate
     p: float
     p_holm: float
@@ -187,6 +210,9 @@ def _encode(record: Any) -> dict[str, Any]:
         if field.name == "reasons":
             continue
         value, missing = _plain(getattr(record, field.name))
+        if field.metadata.get("flat"):
+            out |= value
+            continue
         out[field.name] = value
         if missing:
             out[f"{field.name}_reason"] = reasons.get(field.name, fallback)

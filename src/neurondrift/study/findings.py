@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from neurondrift.behaviour.rates import Change, category_interval, paired_change, per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
-from neurondrift.groups.group import Group
+from neurondrift.groups.group import Group, role_of
 from neurondrift.report.conclusion import analysis_findings
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.comparison import Population
@@ -24,6 +24,7 @@ from neurondrift.statistics.descriptive import (
     BehaviourSeries,
 )
 from neurondrift.statistics.matching import refine_bins
+from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.population import (
     Rows,
     _distributions,
@@ -73,6 +74,7 @@ def analysis(
     """
     population, steps = load_population(logs)
     members = {name: membership(population, logs, group, name) for name, group in groups.items()}
+    roles = {name: role_of(group, name) for name, group in groups.items()}
     result = analyze(
         population,
         members,
@@ -83,6 +85,7 @@ def analysis(
         bins=bins,
         rng_seed=rng_seed,
         primary_metric=settings.primary_metric,
+        roles=roles,
         behaviour=_behaviour_series(logs, population, members, answers, settings.primary_metric),
     )
     strata = {name: refine_bins(population.site, population.norm, chosen, bins) for name, chosen in members.items()}
@@ -91,7 +94,7 @@ def analysis(
         "trajectories": trajectories(logs, population, members, strata),
         "distributions": _distributions(population, members, strata, list(logs)),
         "groups": [_describe_group(name, group, int(members[name].sum())) for name, group in groups.items()],
-        "weights": single_weights(logs),
+        "weights": single_weights(logs, roles),
         "steps": steps,
     }
 
@@ -104,6 +107,7 @@ def _describe_group(name: str, group: Group, trained: int) -> dict[str, Any]:
             rule += f", {key} = {provenance[key]}"
     return {
         "name": name,
+        "role": role_of(group, name),
         "granularity": group.granularity,
         "members": len(group),
         "members_in_trained_sites": trained,
@@ -154,8 +158,8 @@ def read_table(path: Path) -> Rows:
 def read_answers(folder: Path) -> Rows:
     """One row a prompt and step of a seed's behaviour folder, by its primary judge (see `per_prompt`)."""
     rows: Rows = []
-    for file in sorted(folder.glob("step=*.parquet")):
-        rows += per_prompt(read_table(file))
+    for step in saved_steps(folder, ".parquet"):
+        rows += per_prompt(read_table(saved_step(folder, step, ".parquet")))
     return rows
 
 

@@ -1,15 +1,18 @@
-"""A study's folder: where every file lies, and the record of what the study ran on. Reads and writes nothing else."""
+"""A study's folder: where every file lies, what it made to be deleted, and the record of what it ran on."""
 
 from __future__ import annotations
 
 import platform
+import re
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from neurondrift.base.files import find_scratch
+from neurondrift.base.errors import ArtifactError
+from neurondrift.base.files import find_scratch, remove_scratch
 from neurondrift.study.settings import GROUP_NAMES as GROUP_NAMES
 from neurondrift.study.settings import Study
 
@@ -18,20 +21,28 @@ class StudyFolder:
     """Where everything of a study lies. The first training seed's files lie at the top, the others' under
     `replicates/seed=N`."""
 
+    GROUPS, MODELS, DRIFT, BEHAVIOUR = "neuron_groups", "finetuned_models", "drift", "behaviour"
+    RESULTS, REPLICATES, MANIFESTS, CONFIGURATION = "results", "replicates", ".neurondrift", "study.toml"
+    MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION)
+
     def __init__(self, root: Path, study: Study) -> None:
         self.root, self.study = Path(root), study
 
     @property
+    def configuration(self) -> Path:
+        return self.root / self.CONFIGURATION
+
+    @property
     def aligned(self) -> Path:
-        return self.root / "finetuned_models" / "aligned"
+        return self.root / self.MODELS / "aligned"
 
     @property
     def groups(self) -> Path:
-        return self.root / "neuron_groups"
+        return self.root / self.GROUPS
 
     @property
     def results(self) -> Path:
-        return self.root / "results"
+        return self.root / self.RESULTS
 
     @property
     def results_file(self) -> Path:
@@ -43,16 +54,16 @@ class StudyFolder:
         return str(self.aligned) if self.study.align.enabled else self.study.model.reference
 
     def of_seed(self, seed: int) -> Path:
-        return self.root if seed == self.study.seed else self.root / "replicates" / f"seed={seed}"
+        return self.root if seed == self.study.seed else self.root / self.REPLICATES / f"seed={seed}"
 
     def adapters(self, seed: int) -> Path:
-        return self.of_seed(seed) / "finetuned_models" / self.study.finetune.method
+        return self.of_seed(seed) / self.MODELS / self.study.finetune.method
 
     def drift(self, seed: int) -> Path:
-        return self.of_seed(seed) / "drift"
+        return self.of_seed(seed) / self.DRIFT
 
     def behaviour(self, seed: int) -> Path:
-        return self.of_seed(seed) / "behaviour"
+        return self.of_seed(seed) / self.BEHAVIOUR
 
     def group_file(self, name: str, granularity: str, *, matched: bool = False, suffix: str = "parquet") -> Path:
         """`safety_top.neurons.parquet`, and `safety_top.matched.neurons.parquet` for its control."""
@@ -73,7 +84,7 @@ class StudyFolder:
 
     def manifest(self, stage: str, seed: int | None = None) -> Path:
         name = stage if seed is None else f"{stage}.seed={seed}"
-        return self.root / ".neurondrift" / f"{name}.json"
+        return self.root / self.MANIFESTS / f"{name}.json"
 
     @property
     def scratch(self) -> Path:
@@ -82,6 +93,36 @@ class StudyFolder:
 
     def score_file(self, purpose: str) -> Path:
         return self.scratch / f"{purpose}.safetensors"
+
+
+def saved_step(folder: Path, step: int, suffix: str = "") -> Path:
+    """Where what was saved at a training step lies in a folder: `step=000025`, or `step=000025.parquet`."""
+    return folder / f"step={step:06d}{suffix}"
+
+
+def saved_steps(folder: Path, suffix: str = "") -> list[int]:
+    """The training steps at which something was saved in a folder, in order; none where the folder does not exist."""
+    names = (re.fullmatch(rf"step=(\d+){re.escape(suffix)}", entry.name) for entry in folder.glob("step=*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def clean(output_dir: Path, *, everything: bool = False) -> list[Path]:
+    """Delete a study's scratch files, or with `everything` all that a study made in the folder.
+
+    Returns what was deleted. With `everything` the folder must hold a `study.toml`.
+    """
+    removed = remove_scratch(output_dir)
+    if everything:
+        if not (output_dir / StudyFolder.CONFIGURATION).exists():
+            raise ArtifactError("There is no study in this folder", received=str(output_dir))
+        for path in (output_dir / name for name in StudyFolder.MADE):
+            if path.is_dir():
+                shutil.rmtree(path)
+                removed.append(path)
+            elif path.exists():
+                path.unlink()
+                removed.append(path)
+    return removed
 
 
 def record() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
+from neurondrift.base.roles import Role, role_of_name
 from neurondrift.drift.bins import WeightDrift, pooled
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.drift.meter import weight_drifts
@@ -23,17 +24,17 @@ from neurondrift.statistics.descriptive import (
     ratio_of_means,
 )
 
-# What the matched control of a group of weights is called in a drift log: NAME.matched. And the control of them all.
 Rows = list[dict[str, Any]]
-RANDOM = "random"
+# In a drift log the matched control of the group of weights NAME is called NAME.matched.
 MATCHED = ".matched"
 
 
-def single_weights(logs: Mapping[int, DriftLog]) -> Rows:
+def single_weights(logs: Mapping[int, DriftLog], roles: Mapping[str, Role | None]) -> Rows:
     """Drift of the followed groups of weights at every snapshot, beside their matched controls and random weights.
 
-    One row a seed, step and group; none where a log follows no weights. Means and medians are over all members in
-    trained sites whose value is defined.
+    One row per seed, step and group; none where a log follows no weights. Means and medians are over all members in
+    trained sites whose value is defined. `roles` tells which group is the random one; of names that it does not hold,
+    the name does.
     """
     rows: Rows = []
     for seed, log in logs.items():
@@ -42,10 +43,13 @@ def single_weights(logs: Mapping[int, DriftLog]) -> Rows:
             for part in weight_drifts(log.weights(steps=[step])):
                 parts.setdefault((part.group, part.metric), []).append(part)
             names = dict.fromkeys(group for group, _ in parts)
-            for name in (name for name in names if not name.endswith(MATCHED)):
+            controls = {name + MATCHED for name in names}
+            named = [name for name in names if name not in controls]
+            random = next((name for name in named if roles.get(name, role_of_name(name)) == "random"), "")
+            for name in named:
                 row: dict[str, Any] = {"seed": seed, "step": step, "group": name}
                 for metric, label in (("absolute", "abs"), ("relative", "relative")):
-                    row |= _weight_fields(label, *(parts.get((n, metric)) for n in (name, name + MATCHED, RANDOM)))
+                    row |= _weight_fields(label, *(parts.get((n, metric)) for n in (name, name + MATCHED, random)))
                 rows.append(row)
     return rows
 

@@ -10,12 +10,13 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.roles import Role
 from neurondrift.models.data import DataReference
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -23,14 +24,23 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
-# The groups that a study makes.
-GROUP_NAMES = ("safety_top", "safety_set_difference", "utility_top", "random")
+# The groups that a study makes, and what each is to it.
+GROUP_ROLES: dict[str, Role] = {
+    "safety_top": "safety",
+    "safety_set_difference": "safety",
+    "utility_top": "utility",
+    "random": "random",
+}
+GROUP_NAMES = tuple(GROUP_ROLES)
 
 
 class Section(BaseModel):
     """A table of the configuration: unknown keys are errors, values are fixed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelSection(Section):
@@ -178,6 +188,73 @@ class AnalyzeSection(Section):
     resamples: Annotated[int, Field(ge=200)] = 2000
 
 
+class Experiment(Section):
+    """What a study may be asked beyond its stages: by the command of that name, or with `enabled` by every run."""
+
+    enabled: bool = Field(False, description="whether `neurondrift run` does it too")
+
+
+class InterveneSection(Experiment):
+    """Acting on groups, and on matched random groups beside each."""
+
+    groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups")
+    interventions: list[Literal["prune", "rewind", "transplant", "freeze"]] = Field(
+        [], description="empty: all that can be run"
+    )
+    draws: int = Field(20, description="matched random groups for each group")
+    dose_draws: int = Field(3, description="the same at each smaller dose")
+    freeze_draws: int = Field(20, description="the same for freeze, which trains again for each")
+    stop_early: Literal["freeze", "all", "none"] = Field("freeze", description="whose draws stop once p is settled")
+    doses: list[Fraction] | None = Field(
+        None, description="shares by importance; default: 0.1, 0.25, 0.5, 1 as far as importances are there"
+    )
+    granularity: Literal["neuron", "weight", "unit"] = "neuron"
+    mode: Literal["zero", "mean"] = Field("zero", description="what pruned weights become")
+    harmful: Count = Field(32, description="harmful requests of each run")
+    ordinary: Count = Field(8, description="ordinary prompts of each run")
+    answers: Count | None = Field(None, description="held-out answers of each run; default: as many as ordinary")
+    max_new_tokens: Count = Field(16, description="longest answer that is judged")
+    seed: int | None = Field(None, description="training seed that is acted on; default: the first")
+    scores: Path | None = Field(None, description="score file that orders the members for doses")
+    adapter: Path | None = Field(None, description="adapter made elsewhere, of no study; groups are files then")
+
+    @field_validator("groups")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not name.endswith((".parquet", ".json")) and name not in GROUP_NAMES:
+                raise ValueError(f"no such group: {name!r}; {', '.join(GROUP_NAMES)}, or a .parquet or .json file")
+        return value
+
+    @model_validator(mode="after")
+    def _of_no_study(self) -> InterveneSection:
+        if self.enabled and self.adapter is not None:
+            raise ValueError("an adapter made elsewhere is of no study: neurondrift intervene --adapter, not enabled")
+        return self
+
+
+class SubspacesSection(Experiment):
+    """The rank level: directions of each site's outputs."""
+
+    rank: int = Field(32, description="safety directions of each site")
+    utility_rank: int = Field(32, description="utility directions of each site")
+    limit: int | None = Field(None, description="examples of each set at most; default: as the study scores")
+    draws: int = Field(5, description="random removals that refusals are compared with; 0: no refusals are measured")
+
+    @field_validator("draws")
+    @classmethod
+    def _draws(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError("the number of draws cannot be negative")
+        return value
+
+
+class StabilitySection(Experiment):
+    """The noise floor of the groups."""
+
+    draws: int = Field(4, description="how often the calibration examples are re-drawn")
+
+
 class Study(Section):
     """Everything that determines a study's result."""
 
@@ -192,6 +269,9 @@ class Study(Section):
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
     analyze: AnalyzeSection = AnalyzeSection()
+    intervene: InterveneSection = InterveneSection()
+    subspaces: SubspacesSection = SubspacesSection()
+    stability: StabilitySection = StabilitySection()
 
     @field_validator("seeds")
     @classmethod
@@ -287,19 +367,24 @@ def resolve(*, preset: str | None = None, file: Path | None = None, flags: Mappi
     complete = "model" in content and named is None and preset is None
     base = {} if complete else load_preset(preset or named or "demo")
     merged = merge(merge(base, content), nested(flags or {}))
+    return validated(Study, merged)
+
+
+def validated(kind: type[AnySection], content: Mapping[str, Any]) -> AnySection:
+    """A section made of plain values. Raises `ConfigError`, with what is allowed, where they do not fit."""
     try:
-        return Study.model_validate(merged)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise _readable(error) from error
+        raise _readable(error, kind) from error
 
 
-def _readable(error: ValidationError) -> ConfigError:
+def _readable(error: ValidationError, kind: type[Section]) -> ConfigError:
     """The first problem that pydantic found, as one message with a suggestion."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"] if part not in ("list[str]", "literal['all-linear']")]
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _keys_of(location[:-1])
+        known = _keys_of(kind, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         return ConfigError(
             f"There is no setting {where}",
@@ -312,14 +397,14 @@ def _readable(error: ValidationError) -> ConfigError:
     return ConfigError(f"The setting {where} does not fit: {first['msg']}", received=first["input"])
 
 
-def _keys_of(tables: list[str]) -> list[str]:
-    """The settings that exist in a (nested) table of the configuration."""
-    section: Any = Study
+def _keys_of(kind: type[Section], tables: list[str]) -> list[str]:
+    """The settings that exist in a (nested) table of a configuration of that kind."""
+    section: Any = kind
     for name in tables:
         field = section.model_fields.get(name)
         annotation = field.annotation if field else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if section is None:
             return []
     return sorted(section.model_fields)

@@ -23,7 +23,8 @@ from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
 from neurondrift.models.batches import Batch, make_batches, token_losses
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
+from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
 logger = logging.getLogger(__name__)
@@ -90,9 +91,9 @@ class _SaveAdapters(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         # After a resume, later adapters will be made again.
-        for entry in self.folder.glob("step=*") if self.folder.is_dir() else ():
-            if int(entry.name.removeprefix("step=")) > state.global_step:
-                shutil.rmtree(entry)
+        for step in saved_steps(self.folder):
+            if step > state.global_step:
+                shutil.rmtree(saved_step(self.folder, step))
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -102,11 +103,6 @@ class _SaveAdapters(TrainerCallback):
                 model.save_pretrained(str(partial))
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(str(partial))
-
-
-def saved_step(folder: Path, step: int) -> Path:
-    """Where the adapter of a step lies within a seed's folder of fine-tuned models."""
-    return folder / f"step={step:06d}"
 
 
 def total_steps(examples: int, settings: FinetuneSection) -> int:
@@ -257,10 +253,11 @@ def _with_lora(model: Any, settings: FinetuneSection) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = settings.target_modules
+    sites = Sites(model)
     if targets == "all-linear":
-        targets = sorted({site.module_type for site in linear_sites(model).values() if site.expert is None})
+        targets = sorted({site.module_type for site in sites.values() if site.expert is None})
     else:
-        known = {site.module_type for site in linear_sites(model).values()}
+        known = {site.module_type for site in sites.values()}
         if unknown := sorted(set(targets) - known):
             raise ModelError(
                 "The model has no modules of this name to adapt", received=unknown, allowed=", ".join(sorted(known))

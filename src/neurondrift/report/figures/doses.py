@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from neurondrift.report.figures.style import FULL_WIDTH, GREY, INK, LEAST_WIDTH, group_marks, letters, new_figure, words
+from neurondrift.report.reading import roles_of
 from neurondrift.report.tables.causes import _draws, _is_stopped
 from neurondrift.report.wording import Record, finite
 
@@ -27,7 +28,7 @@ def intervention_doses(results: Record) -> Figure | None:
     effects = found["effects"]
     groups = list(dict.fromkeys(str(effect["group"]) for effect in effects))
     kinds = [kind for kind in PANELS if any(effect["intervention"] == kind for effect in effects)]
-    marks = group_marks(groups)
+    marks = group_marks(groups, roles_of(results))
     figure = new_figure(
         1.0 + 1.55 * len(groups),
         "Harmful requests refused when only one group is acted on",

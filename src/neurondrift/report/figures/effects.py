@@ -27,20 +27,22 @@ from neurondrift.report.figures.style import (
     new_figure,
     words,
 )
-from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of
+from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of, roles_of
 from neurondrift.report.wording import Record, finite
 
 #: Limits of the colour map, the smallest that holds most cells being taken.
 COLOUR_LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 MOST_CELLS = 0.95
 DIVERGING = "PuOr_r"
+#: Points between the line of no effect and the names of its sides.
+BESIDE_ZERO = 6.0
 
 
 def effect_sizes(results: Record) -> Figure | None:
     """Forest plot of g of every group in every metric, with the band that counts as no difference."""
     metrics = metrics_of(results)
     effects = effects_of(results)
-    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order)
+    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order(results))
     if not effects:
         return None
     by_key = {(e["group"], e["metric"]): e for e in effects}
@@ -50,7 +52,7 @@ def effect_sizes(results: Record) -> Figure | None:
     sesoi = finite(analysis_of(results).get("sesoi")) or 0.0
     ax.axvspan(-sesoi, sesoi, color=BAND, lw=0, zorder=0)
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
-    marks = group_marks(groups)
+    marks = group_marks(groups, roles_of(results))
     at, ticks, labels = 0.0, [], []
     for group in groups:
         ax.text(
@@ -74,10 +76,8 @@ def effect_sizes(results: Record) -> Figure | None:
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("effect size g of members against matched controls, in SD within strata")
-    above = blended_transform_factory(ax.transData, ax.transAxes)
-    ax.text(0, 1.015, "← drifted less  ", transform=above, ha="right", va="bottom", color=GREY)
-    ax.text(0, 1.015, "  drifted more (H1) →", transform=above, ha="left", va="bottom", color=GREY)
     _symmetric(ax, effects, sesoi)
+    _name_the_sides(ax)
     band = [Patch(facecolor=BAND, label=f"counts as the same (H2): |g| < {sesoi:g}")] if sesoi else []
     figure.legend(
         handles=[
@@ -111,6 +111,26 @@ def _forest_row(ax: Axes, effect: Record | None, at: float, mark: Mark) -> None:
         transform=beside,
         va="center",
     )
+
+
+def _name_the_sides(ax: Axes) -> None:
+    """What lies to the left and to the right of 0, above the panel, each label `BESIDE_ZERO` points from the line.
+
+    The distance is no spaces in the text: an SVG drops those at its ends, so that the labels would touch.
+    """
+    above = blended_transform_factory(ax.transData, ax.transAxes)
+    for text, side, alignment in (("← drifted less", -1, "right"), ("drifted more (H1) →", 1, "left")):
+        ax.annotate(
+            text,
+            (0, 1),
+            xycoords=above,
+            xytext=(side * BESIDE_ZERO, 3),
+            textcoords="offset points",
+            ha=alignment,
+            va="bottom",
+            color=GREY,
+            annotation_clip=False,
+        )
 
 
 def _symmetric(ax: Axes, effects: Sequence[Record], sesoi: float) -> None:

@@ -25,8 +25,8 @@ from neurondrift.report.figures.style import (
     step_axis,
     words,
 )
-from neurondrift.report.reading import behaviour_of, group_order, kinds_of, metrics_of, primary_of, rates_of
-from neurondrift.report.wording import ALL, KINDS, Record, finite, is_safety
+from neurondrift.report.reading import behaviour_of, group_order, kinds_of, metrics_of, primary_of, rates_of, roles_of
+from neurondrift.report.wording import ALL, KINDS, Record, finite
 
 ARMS = ("members", "controls")
 #: Room in points for the power of ten of an axis, between the panel and its title.
@@ -51,8 +51,8 @@ def drift_over_training(results: Record) -> Figure | None:
     metrics = [m for m in metrics_of(results) if m in known] + sorted(known - set(metrics_of(results)))
     if not metrics:
         return None
-    groups = sorted(dict.fromkeys(str(p["group"]) for p in points if p["group"] != ALL), key=group_order)
-    marks = group_marks(groups)
+    groups = sorted(dict.fromkeys(str(p["group"]) for p in points if p["group"] != ALL), key=group_order(results))
+    marks = group_marks(groups, roles_of(results))
     seeds = len({p["seed"] for p in points})
     figure = new_figure(
         3.0,
@@ -93,10 +93,10 @@ def final_drift_distributions(results: Record) -> Figure | None:
     ]
     known = {str(r["metric"]) for r in records}
     metrics = [m for m in metrics_of(results) if m in known] + sorted(known - set(metrics_of(results)))
-    groups = sorted(dict.fromkeys(str(r["group"]) for r in records), key=group_order)
+    groups = sorted(dict.fromkeys(str(r["group"]) for r in records), key=group_order(results))
     if not records:
         return None
-    marks = group_marks(groups)
+    marks = group_marks(groups, roles_of(results))
     figure = new_figure(
         0.9 + 1.35 * len(metrics),
         "Final drift of each group's neurons and of their matched controls",
@@ -142,7 +142,10 @@ def refusals_over_training(results: Record) -> Figure | None:
     points, metric = results.get("trajectories") or [], "relative"
     if not any(p["metric"] == metric for p in points):
         metric = primary_of(results)
-    groups = [str(g) for g in dict.fromkeys(p["group"] for p in points if p["metric"] == metric) if is_safety(str(g))]
+    roles = roles_of(results)
+    groups = [
+        str(g) for g in dict.fromkeys(p["group"] for p in points if p["metric"] == metric) if roles[str(g)] == "safety"
+    ]
     figure = new_figure(
         4.0 if groups else 2.6,
         "Refusals during fine-tuning" + (", and how far the safety groups moved" if groups else ""),
@@ -163,7 +166,7 @@ def refusals_over_training(results: Record) -> Figure | None:
     axes[0].grid(axis="y")
     if groups:
         chosen = [p for p in points if p["metric"] == metric]
-        for group, mark in group_marks(groups).items():
+        for group, mark in group_marks(groups, roles).items():
             _curves(axes[1], _lines(chosen, group, "members"), mark, "-")
         axes[1].set(
             ylabel=METRIC_LABELS.get(metric, words(metric)),
@@ -185,7 +188,8 @@ def refusals_over_training(results: Record) -> Figure | None:
     axes[0].legend(handles=[*handles, *([_spread_handle(seeds)] if seeds > 1 else [])], **beside)
     if groups:
         lines = [
-            Line2D([], [], color=m.colour, marker=m.marker, label=words(g)) for g, m in group_marks(groups).items()
+            Line2D([], [], color=m.colour, marker=m.marker, label=words(g))
+            for g, m in group_marks(groups, roles).items()
         ]
         one_run = len({p["seed"] for p in points}) == 1
         axes[1].legend(handles=[*lines, *([_spread_handle(1)] if one_run else [])], **beside)

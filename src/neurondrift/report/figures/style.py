@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from neurondrift.report.wording import clean, is_safety
+from neurondrift.base.roles import Role
+from neurondrift.report.wording import clean
 
 #: Width in inches of a figure over both columns of a paper.
 FULL_WIDTH = 7.0
@@ -77,12 +78,13 @@ SAFETY_MARKS = (Mark("#D55E00", "o"), Mark("#CC79A7", "D"), Mark("#E69F00", "P")
 OTHER_MARKS = (Mark("#0072B2", "s"), Mark("#009E73", "^"), Mark("#56B4E9", "v"), Mark("#F0E442", "X"))
 
 
-def group_marks(groups: Iterable[str]) -> dict[str, Mark]:
+def group_marks(groups: Iterable[str], roles: Mapping[str, Role | None]) -> dict[str, Mark]:
     """A colour and a marker for each group: warm for safety groups, cool for the others."""
     marks: dict[str, Mark] = {}
-    for group in dict.fromkeys(groups):
-        family = SAFETY_MARKS if is_safety(group) else OTHER_MARKS
-        marks[group] = family[sum(is_safety(g) == is_safety(group) for g in marks) % len(family)]
+    is_safety = {group: roles[group] == "safety" for group in groups}
+    for group in is_safety:
+        family = SAFETY_MARKS if is_safety[group] else OTHER_MARKS
+        marks[group] = family[sum(is_safety[g] == is_safety[group] for g in marks) % len(family)]
     return marks
 
 

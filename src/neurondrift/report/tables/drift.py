@@ -8,7 +8,17 @@ from typing import Any
 from neurondrift.report import wording
 from neurondrift.report.blocks import Table, table
 from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of
-from neurondrift.report.wording import ALL, RANDOM, Footnotes, Record, clean, finite, is_safety, metric_words
+from neurondrift.report.wording import (
+    ALL,
+    Footnotes,
+    Record,
+    clean,
+    finite,
+    is_negative_control,
+    is_safety,
+    metric_words,
+    role_of,
+)
 
 CONFOUNDED = "* unmatched: confounded with |w| and with the sites that members come from; for comparison only"
 RELATIVE_IS_CONFOUNDED = (
@@ -66,14 +76,14 @@ def answer_table(results: Record) -> Table:
 
 def _meaning(effect: Record) -> str:
     verdict = clean(effect.get("verdict"))
-    if is_safety(effect["group"]):
+    if is_safety(effect):
         return f"{verdict.upper()} ({wording.VERDICTS.get(verdict, 'no hypothesis')})"
-    return f"{verdict}, {'negative control' if effect['group'] == RANDOM else 'for comparison'}"
+    return f"{verdict}, {'negative control' if is_negative_control(effect) else 'for comparison'}"
 
 
 def _holm(effect: Record, notes: Footnotes) -> str:
     """The adjusted p; a dash for the negative control, which has none by design."""
-    if effect.get("group") == RANDOM and finite(effect.get("p_holm")) is None:
+    if is_negative_control(effect) and finite(effect.get("p_holm")) is None:
         return "–"
     return notes.number(effect, "p_holm", wording.probability)
 
@@ -117,7 +127,7 @@ def unmatched_table(results: Record) -> Table:
                 notes.number(effect["mean_others"], "value", wording.drift),
                 notes.number(effect["ratio_unmatched"], "value", wording.ratio),
                 notes.number(effect["ratio_matched"], "value", wording.ratio),
-                "–" if effect["group"] == RANDOM else notes.number(effect["d_random"], "value", wording.effect),
+                "–" if role_of(effect) == "random" else notes.number(effect["d_random"], "value", wording.effect),
             )
         )
     return table(
@@ -287,10 +297,11 @@ def trajectory_tables(results: Record) -> list[Table]:
     metric = primary_of(results)
     points = [p for p in results.get("trajectories") or [] if p["metric"] == metric]
     out = []
+    order = group_order(results)
     for seed in dict.fromkeys(p["seed"] for p in points):
         chosen = [p for p in points if p["seed"] == seed]
         steps = _spread(sorted({int(p["step"]) for p in chosen}), MOST_STEPS)
-        names = sorted(dict.fromkeys(str(p["group"]) for p in chosen), key=lambda g: (g == ALL, *group_order(g)))
+        names = sorted(dict.fromkeys(str(p["group"]) for p in chosen), key=lambda g: (g == ALL, *order(g)))
         rows: list[tuple[str, ...]] = []
         notes = Footnotes()
         for name in names:
@@ -334,7 +345,7 @@ def weight_table(results: Record) -> Table | None:
     if not records:
         return None
     notes, rows = Footnotes(), []
-    for record in _at_last_step(records):
+    for record in _at_last_step(results, records):
         for label, *fields in WEIGHT_QUANTITIES:
             if fields[0] not in record:
                 continue
@@ -364,14 +375,14 @@ def weight_table(results: Record) -> Table | None:
     )
 
 
-def _at_last_step(records: Iterable[Record]) -> list[Record]:
+def _at_last_step(results: Record, records: Iterable[Record]) -> list[Record]:
     last: dict[tuple[Any, Any], Record] = {}
     for record in records:
         key = record["group"], record["seed"]
         if key not in last or record["step"] >= last[key]["step"]:
             last[key] = record
-    groups = list(dict.fromkeys(group for group, _ in last))
-    return sorted(last.values(), key=lambda r: (*group_order(r["group"]), groups.index(r["group"])))
+    groups, order = list(dict.fromkeys(group for group, _ in last)), group_order(results)
+    return sorted(last.values(), key=lambda r: (*order(r["group"]), groups.index(r["group"])))
 
 
 def overlap_table(results: Record) -> Table:

@@ -7,68 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import write_text
 from neurondrift.base.progress import progress
 from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
-from neurondrift.behaviour.generate import Backend
 from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_rate
-from neurondrift.behaviour.requests import Attack, system_prompt
+from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.data import load_examples
 from neurondrift.models.loading import load_model
+from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
+from neurondrift.study.folder import record
+from neurondrift.study.stages.evaluation import attack_of
 
 Say = Callable[[str], None]
 
 
 def evaluate_model(
-    reference: str,
-    *,
-    adapter: Path | None = None,
-    sets: Mapping[str, str],
-    answers: str | None = None,
-    judges: Sequence[str] = ("refusal",),
-    judge_kind: Any = None,
-    judge_prompt: str | None = None,
-    attacks: Sequence[Attack],
-    system: str | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    max_new_tokens: int = 32,
-    batch_size: int = 32,
-    max_length: int = 2048,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    backend: Backend = "transformers",
-    output: Path,
-    show_responses: bool = False,
-    say: Say = lambda line: None,
+    asked: ModelEvaluation, output: Path, *, show_responses: bool = False, say: Say = lambda line: None
 ) -> dict[str, Any]:
-    """Ask a model, judge its answers, print a table and write `answers.parquet`.
+    """Ask a model, judge its answers, print a table, write `answers.parquet` and what was asked (`evaluation.toml`).
 
     Parameters
     ----------
-    reference, adapter, dtype, device, revision, trust_remote_code
-        The model, as in `load_model`.
-    sets
-        Kind of prompt (`harmful`, `ordinary`, `borderline`) -> data reference.
-    answers
-        Data reference of held-out answers for the perplexity; None: not measured.
-    judges, judge_kind, judge_prompt
-        As in `Panel`.
-    attacks
-        How harmful prompts are put, one after the other.
-    system
-        `llama2`, or a system prompt.
-    tasks
-        Of lm-evaluation-harness; `limit` counts there too.
-    limit
-        Prompts drawn from each set.
-    max_new_tokens, batch_size, max_length, backend
-        As in `generate.answer`.
+    asked
+        Which model, which prompts and answers (of harmful prompts: under each attack in turn), which judges, and how.
     output
-        Folder of `answers.parquet`.
+        Folder of the two files.
     show_responses
         Whether answers to harmful requests are printed, without control characters.
     say
@@ -83,28 +50,22 @@ def evaluate_model(
     UserError
         Anything that is missing or does not fit: all of it is looked for before an answer is generated.
     """
-    panel = Panel(judges, kind=judge_kind, prompt=judge_prompt, device=device, trust_remote_code=trust_remote_code)
-    manager = check_tasks(tasks) if tasks else None
+    sets = {kind: getattr(asked, kind) for kind in KINDS if getattr(asked, kind) is not None}
+    if not sets:
+        raise ConfigError("No set of prompts is left", allowed="--harmful, --ordinary, --borderline")
+    attacks = [attack_of(section) for section in asked.attacks]
+    panel = Panel(
+        asked.judges,
+        kind=asked.judge_kind,
+        prompt=asked.judge_prompt,
+        device=asked.model.device,
+        trust_remote_code=asked.model.trust_remote_code,
+    )
+    manager = check_tasks(asked.tasks) if asked.tasks else None
+    limit = asked.limit
     examples = {kind: load_examples(source, limit=limit, require_response=False) for kind, source in sets.items()}
-    held_out = load_examples(answers, limit=limit) if answers else []
-    if backend == "vllm":
-        if held_out or tasks:
-            raise ConfigError("vLLM answers prompts only", fix="--answers none, no --tasks, or --backend transformers")
-        from neurondrift.behaviour.vllm_backend import VllmModel
-
-        model: Any = VllmModel(
-            reference, adapter=adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-        )
-        tokenizer = model.tokenizer
-    else:
-        model, tokenizer = load_model(
-            reference,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+    held_out = load_examples(asked.answers, limit=limit) if asked.answers else []
+    model, tokenizer = _loaded(asked)
     rows: list[dict[str, Any]] = []
     parts = [
         (attack, {kind: found for kind, found in examples.items() if first or kind == "harmful"})
@@ -118,24 +79,25 @@ def evaluate_model(
                 chosen,
                 panel=panel,
                 attack=attack,
-                system=system_prompt(system),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                max_length=max_length,
-                backend=backend,
+                system=system_prompt(asked.system_prompt),
+                max_new_tokens=asked.max_new_tokens,
+                batch_size=asked.batch_size,
+                max_length=asked.max_length,
+                backend=asked.backend,
                 advance=advance,
             )
     panel.release()
     write_answers(output / "answers.parquet", rows, step=None, seed=None)
-    found = {
-        "model": reference,
-        "adapter": str(adapter) if adapter else None,
-        "max_new_tokens": max_new_tokens,
+    write_text(output / "evaluation.toml", asked.to_toml() + "\n" + tomli_w.dumps({"record": record()}))
+    figures = {
+        "model": asked.model.reference,
+        "adapter": str(asked.adapter) if asked.adapter else None,
+        "max_new_tokens": asked.max_new_tokens,
         "rates": rates_of(rows),
-        "perplexity": perplexity(model, tokenizer, held_out, max_length=max_length) if held_out else None,
-        "capability": capability(model, tokenizer, tasks, limit=limit, manager=manager) if tasks else [],
+        "perplexity": perplexity(model, tokenizer, held_out, max_length=asked.max_length) if held_out else None,
+        "capability": capability(model, tokenizer, asked.tasks, limit=limit, manager=manager) if asked.tasks else [],
     }
-    for line in _lines(found):
+    for line in _lines(figures):
         say(line)
     if show_responses:
         say("\nAnswers to harmful requests, as the model wrote them (no person has read them):")
@@ -143,7 +105,25 @@ def evaluate_model(
             if row["kind"] == "harmful" and row["primary"]:
                 say(f"- [{row['verdict']}] {shown(row['prompt'])}\n  {shown(row['response']) or '(no text)'}")
     say(f"\nEvery answer: {output / 'answers.parquet'}")
-    return found
+    return figures
+
+
+def _loaded(asked: ModelEvaluation) -> tuple[Any, Any]:
+    """The model and its tokenizer, for the backend that is asked for."""
+    of: dict[str, Any] = {
+        "adapter": asked.adapter,
+        "dtype": asked.model.dtype,
+        "revision": asked.model.revision,
+        "trust_remote_code": asked.model.trust_remote_code,
+    }
+    if asked.backend == "transformers":
+        return load_model(asked.model.reference, device=asked.model.device, **of)
+    if asked.answers or asked.tasks:
+        raise ConfigError("vLLM answers prompts only", fix="--answers none, no --tasks, or --backend transformers")
+    from neurondrift.behaviour.vllm_backend import VllmModel
+
+    model = VllmModel(asked.model.reference, **of)
+    return model, model.tokenizer
 
 
 def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from neurondrift.base.errors import ArtifactError, ConfigError
-from neurondrift.base.files import json_safe, sha256_of_value, write_json
+from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
 from neurondrift.groups.doses import Importance, importance_of, read_importance
-from neurondrift.groups.group import Granularity, Group, load_group
+from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
-from neurondrift.interventions.contexts import Applied, PruneMode, reach
+from neurondrift.interventions.contexts import Applied, reach
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
 from neurondrift.interventions.trials import (
     INTERVENTIONS,
@@ -33,41 +33,38 @@ from neurondrift.interventions.trials import (
     planned_draws,
     run_trials,
 )
+from neurondrift.models.adapters import is_trained
 from neurondrift.models.data import load_examples
 from neurondrift.models.loading import attach_adapter, load_model
-from neurondrift.models.sites import Site, fingerprint, linear_sites, magnitudes_of, mlp_units
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
-from neurondrift.study.folder import StudyFolder, record
-from neurondrift.study.settings import GROUP_NAMES, Study
+from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
+from neurondrift.study.settings import GROUP_ROLES, InterveneSection, Study
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee, trainee_of
 from neurondrift.study.stages.grouping import bins_of
 from neurondrift.study.stages.reporting import weights_digest
-from neurondrift.study.training import detach_adapter, saved_step
+from neurondrift.study.training import detach_adapter
 
 Say = Callable[[str], None]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `neurondrift intervene` is asked for."""
-
-    groups: tuple[str, ...] = ()  # names of the study's groups, or files; default: the safety groups
-    interventions: tuple[str, ...] = ()  # default: all that can be run
-    draws: Draws = field(default_factory=Draws)
-    doses: tuple[float, ...] | None = None  # default: 0.1, 0.25, 0.5, 1, as far as importances are there
-    granularity: Granularity = "neuron"
-    mode: PruneMode = "zero"
-    seed: int | None = None  # the training seed; default: the study's first
-    harmful: int = 32
-    ordinary: int = 8
-    answers: int = 8
-    max_new_tokens: int = 16
-    scores: Path | None = None
-    adapter: Path | None = None
-
-
 DOSES = (0.1, 0.25, 0.5, 1.0)
+
+
+def of_study(study: Study, folder: StudyFolder, *, say: Say) -> str:
+    """The optional stage: the interventions that the study's section `intervene` asks for."""
+    findings = intervene(study, folder, study.intervene, say=say)
+    groups = ", ".join(dict.fromkeys(effect["group"] for effect in findings["effects"]))
+    return f"{len(findings['effects'])} effects of {', '.join(findings['settings']['interventions'])} on {groups}"
+
+
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [results_file(folder), runs_file(folder)]
+
+
+def lacks(study: Study, folder: StudyFolder) -> None:
+    """Raise `ArtifactError` where there is no fine-tuned model at all."""
+    last_step(folder, study.seed if study.intervene.seed is None else study.intervene.seed)
 
 
 def results_file(folder: StudyFolder) -> Path:
@@ -75,7 +72,21 @@ def results_file(folder: StudyFolder) -> Path:
     return folder.results / "interventions.json"
 
 
-def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) -> dict[str, Any]:
+def runs_file(folder: StudyFolder) -> Path:
+    """Where every run lies: those that still count are not made again."""
+    return folder.results / "interventions.parquet"
+
+
+def show(folder: StudyFolder, *, say: Say) -> None:
+    """What `results/interventions.json` holds, as tables on the screen."""
+    from neurondrift.report.tables.causes import section
+    from neurondrift.report.text import render_tables
+
+    say("\n".join(render_tables(section(read_json(results_file(folder))))))
+    say(f"written to {results_file(folder)}")
+
+
+def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, say: Say) -> dict[str, Any]:
     """Run the interventions that are not done yet, and write what they show.
 
     Raises
@@ -87,8 +98,9 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
     """
     began = time.perf_counter()
     seed = study.seed if options.seed is None else options.seed
+    draws = planned(options)
     subject, adapter = _subject(study, folder, options, seed)
-    base = fingerprint(subject.before)
+    base = subject.sites_before.fingerprint
     groups, asked = _groups(folder, options), _asked(options, subject)
     _check(groups, subject, base, asked)
     doses, importance = _importances(folder, groups, options, say)
@@ -96,15 +108,15 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
         groups,
         interventions=asked,
         doses=doses,
-        draws=options.draws,
-        magnitudes=magnitudes_of(subject.before, options.granularity),
+        draws=draws,
+        magnitudes=magnitudes_of(subject.sites_before, options.granularity),
         bins=bins_of(study.groups, options.granularity),
         seed=study.seed,
         importance=importance,
     )
     bench = _bench(study, options)
-    log = RunLog(folder.results / "interventions.parquet")
-    say(_announce(trials, bench, options.draws))
+    log = RunLog(runs_file(folder))
+    say(_announce(trials, bench, draws))
     results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
     findings: dict[str, Any] = json_safe(
         {
@@ -123,10 +135,10 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
     return findings
 
 
-def _asked(options: Options, subject: Subject) -> tuple[str, ...]:
+def _asked(options: InterveneSection, subject: Subject) -> tuple[str, ...]:
     """The interventions that were named; default: all that can be run on these models."""
     possible = tuple(name for name in INTERVENTIONS if name != "freeze" or subject.train_frozen is not None)
-    return options.interventions or possible
+    return tuple(options.interventions) or possible
 
 
 def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> str:
@@ -140,14 +152,14 @@ def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> s
 
 
 def _as_made(
-    study: Study, options: Options, asked: Sequence[str], doses: Sequence[float], bench: Bench
+    study: Study, options: InterveneSection, asked: Sequence[str], doses: Sequence[float], bench: Bench
 ) -> dict[str, Any]:
     """The object `settings` of the findings: what was run, also where it was not asked for by name."""
     return {
         "interventions": list(asked),
         "granularity": options.granularity,
         "doses": list(doses),
-        "draws": asdict(options.draws),
+        "draws": asdict(planned(options)),
         "mode": options.mode,
         "bins": bins_of(study.groups, options.granularity),
         "rng_seed": study.seed,
@@ -157,9 +169,16 @@ def _as_made(
     }
 
 
+def planned(options: InterveneSection) -> Draws:
+    """How many matched random groups are asked for."""
+    return Draws(
+        whole=options.draws, dose=options.dose_draws, freeze=options.freeze_draws, stop_early=options.stop_early
+    )
+
+
 def last_step(folder: StudyFolder, seed: int) -> int:
     """The last step whose adapter (or model) is kept."""
-    steps = sorted(int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*"))
+    steps = saved_steps(folder.adapters(seed))
     if not steps:
         raise ArtifactError(
             f"The study has no fine-tuned model of seed {seed}",
@@ -169,7 +188,7 @@ def last_step(folder: StudyFolder, seed: int) -> int:
     return steps[-1]
 
 
-def _subject(study: Study, folder: StudyFolder, options: Options, seed: int) -> tuple[Subject, str]:
+def _subject(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:
     if options.adapter is not None:
         model, tokenizer = load_named(study, adapter=options.adapter)
         return Subject(before=model, after=model, tokenizer=tokenizer), _digest(options.adapter)
@@ -210,26 +229,22 @@ def _trained_adapter(
     base = detach_adapter(adapted)  # from the second run on it has none, and nothing happens
     trained = finetune_study(study, trainee_of(study, base, tokenizer), seed, freeze=group).model
     try:
-        sites = linear_sites(trained)
-        yield trained, reach(group, sites, _adapted(sites), "freeze")
+        sites = Sites(trained)
+        yield trained, reach(group, sites, _trained(sites), "freeze")
     finally:
         detach_adapter(trained)
 
 
-def _adapted(sites: Mapping[str, Site]) -> set[str]:
-    return {name for name, site in sites.items() if site.wrapper is not site.owner}
+def _trained(sites: Sites) -> set[str]:
+    return {name for name, site in sites.items() if is_trained(site)}
 
 
-def _groups(folder: StudyFolder, options: Options) -> dict[str, Group]:
-    names = options.groups or tuple(name for name in GROUP_NAMES if "safety" in name)
+def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
+    names = tuple(options.groups) or tuple(name for name, role in GROUP_ROLES.items() if role == "safety")
     found: dict[str, Group] = {}
     for name in names:
         path = Path(name)
         if path.suffix not in (".parquet", ".json"):
-            if name not in GROUP_NAMES:
-                raise ConfigError(
-                    "There is no such group", received=name, allowed=", ".join(GROUP_NAMES) + ", or a group file"
-                )
             path = folder.group_file(name, options.granularity)
         group = load_group(path)
         label = path.name.split(".")[0]
@@ -247,13 +262,13 @@ def _groups(folder: StudyFolder, options: Options) -> dict[str, Group]:
 
 def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequence[str]) -> None:
     """Mistakes before any run: a group of another model, or outside the trained sites."""
-    sites = linear_sites(subject.before)
-    trained = _adapted(sites) if subject.is_adapted else set(sites)
+    sites = subject.sites_before
+    trained = _trained(sites) if subject.is_adapted else set(sites)
     for group in groups.values():
         if group.granularity == "unit":
-            shapes = {name: (unit.count, 1) for name, unit in mlp_units(sites).items()}
+            shapes = {name: (unit.count, 1) for name, unit in sites.units.items()}
         else:
-            shapes = {name: site.shape for name, site in sites.items()}
+            shapes = sites.shapes
         group.check_model(base, shapes)
         for what in asked:
             if what != "prune":
@@ -261,10 +276,13 @@ def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequ
 
 
 def _importances(
-    folder: StudyFolder, groups: Mapping[str, Group], options: Options, say: Say
+    folder: StudyFolder,
+    groups: Mapping[str, Group],
+    options: InterveneSection,
+    say: Say,
 ) -> tuple[tuple[float, ...], dict[str, Importance]]:
     """The doses, and what they are taken by. Default doses are left out, said aloud, where nothing orders members."""
-    doses = options.doses if options.doses is not None else DOSES
+    doses = DOSES if options.doses is None else tuple(options.doses)
     if all(dose == 1 for dose in doses):
         return doses, {}
     found: dict[str, Importance] = {}
@@ -285,7 +303,7 @@ def _importances(
     return doses, found
 
 
-def _bench(study: Study, options: Options) -> Bench:
+def _bench(study: Study, options: InterveneSection) -> Bench:
     settings = study.evaluate
 
     def first(reference: Any, count: int, *, responses: bool) -> list[Any]:
@@ -297,7 +315,7 @@ def _bench(study: Study, options: Options) -> Bench:
             "harmful": first(settings.harmful, options.harmful, responses=False),
             "ordinary": first(settings.ordinary, options.ordinary, responses=False),
         },
-        answers=first(settings.answers, options.answers, responses=True),
+        answers=first(settings.answers, options.answers or options.ordinary, responses=True),
         judging={
             "judge_name": settings.judge,
             "max_new_tokens": min(options.max_new_tokens, settings.max_new_tokens),
@@ -326,7 +344,13 @@ def _announce(trials: Sequence[Trial], bench: Bench, draws: Draws) -> str:
 
 
 def _run(
-    trials: Sequence[Trial], subject: Subject, bench: Bench, log: RunLog, inputs: str, options: Options, say: Say
+    trials: Sequence[Trial],
+    subject: Subject,
+    bench: Bench,
+    log: RunLog,
+    inputs: str,
+    options: InterveneSection,
+    say: Say,
 ) -> dict[Any, Any]:
     spent: dict[str, list[float]] = {}
     left_out: Counter[str] = Counter()
@@ -347,5 +371,5 @@ def _run(
                 say(f"{trial.intervention:<12}{len(times):>5} runs, {made} made now in {sum(times):.0f} s{ending}")
 
         return run_trials(
-            trials, subject, bench, log, inputs=inputs, mode=options.mode, stops=options.draws.stops, done=done
+            trials, subject, bench, log, inputs=inputs, mode=options.mode, stops=planned(options).stops, done=done
         )

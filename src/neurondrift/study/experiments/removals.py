@@ -19,7 +19,7 @@ from neurondrift.behaviour.rates import refusal_rate
 from neurondrift.importance.directions import Projection, projection, random_directions, safety_only
 from neurondrift.interventions.removal import remove_rank
 from neurondrift.models.data import load_examples
-from neurondrift.models.sites import Site
+from neurondrift.models.sites import Sites
 from neurondrift.study.settings import Study
 
 #: The removals that are no random ones, in the order in which they are made.
@@ -30,7 +30,7 @@ def removal_effects(
     study: Study,
     model: Any,
     tokenizer: Any,
-    sites: Mapping[str, Site],
+    sites: Sites,
     directions: Mapping[str, Mapping[str, torch.Tensor]],
     *,
     draws: int,
@@ -46,7 +46,7 @@ def removal_effects(
     conditions = []
     with progress("refusals", len(prompts) * (len(REMOVED) + draws)) as advance:
         for label, draw, chosen in _removals(sites, directions, draws=draws, seed=study.seed):
-            with remove_rank(model, chosen):
+            with remove_rank(sites, chosen):
                 rows = judge_answers(
                     model,
                     tokenizer,
@@ -79,7 +79,7 @@ def removal_effects(
 
 
 def _removals(
-    sites: Mapping[str, Site], directions: Mapping[str, Mapping[str, torch.Tensor]], *, draws: int, seed: int
+    sites: Sites, directions: Mapping[str, Mapping[str, torch.Tensor]], *, draws: int, seed: int
 ) -> Iterator[tuple[str, int | None, Mapping[str, Projection]]]:
     """What is removed, the number of the random draw, and the projections: one removal at a time is in memory."""
     safety, utility = directions["safety"], directions["utility"]
@@ -90,7 +90,7 @@ def _removals(
     generator = torch.Generator().manual_seed(seed)
     for draw in range(draws):
         drawn = {
-            name: random_directions(sites[name].shape[0], part.shape[1], generator) for name, part in safety.items()
+            name: random_directions(sites.shapes[name][0], part.shape[1], generator) for name, part in safety.items()
         }
         yield "random", draw, {name: projection(part) for name, part in drawn.items()}
 

@@ -18,7 +18,7 @@ from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import Stability, as_rows, overlap, overlap_by, stability
 from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -54,7 +54,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
                 fix=f"use fewer (limit) or a larger set: score.{purpose}",
             )
     model, tokenizer = load_base(study, folder)
-    sites = linear_sites(model)
+    sites = Sites(model)
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:
@@ -90,14 +90,29 @@ def _pool(reference: DataReference) -> DataReference:
     return reference.model_copy(update={"limit": None})
 
 
-def write_stability(study: Study, folder: StudyFolder, *, draws: int, say: Say) -> Path:
-    """`results/stability.json`, and a table on the screen."""
-    found = redraw(study, folder, draws=draws)
-    path = folder.results / "stability.json"
-    write_json(path, json_safe(found))
-    say(f"overlap between {found['draws']} draws of {found['examples']} from {found['pool']} examples, same model")
+def of_study(study: Study, folder: StudyFolder) -> str:
+    """The optional stage: `results/stability.json` as the study's section `stability` asks for it."""
+    write_json(results_file(folder), json_safe(redraw(study, folder, draws=study.stability.draws)))
+    return f"{study.stability.draws} draws"
+
+
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [results_file(folder)]
+
+
+def results_file(folder: StudyFolder) -> Path:
+    """Where the figures lie."""
+    return folder.results / "stability.json"
+
+
+def show(folder: StudyFolder, *, say: Say) -> None:
+    """What `results/stability.json` holds, as a table on the screen."""
+    figures = read_json(results_file(folder))
+    say(
+        f"overlap between {figures['draws']} draws of {figures['examples']} from {figures['pool']} examples, same model"
+    )
     say(f"{'group':<24}{'of':<8}{'members':>10}{'Jaccard':>9}{'range':>16}{'chance':>8}{'overlap':>9}")
-    for name, by_granularity in found["groups"].items():
+    for name, by_granularity in figures["groups"].items():
         for granularity, values in by_granularity.items():
             one = Stability(**values)
             spread = f"{one.jaccard_low:.3f}-{one.jaccard_high:.3f}"
@@ -105,8 +120,7 @@ def write_stability(study: Study, folder: StudyFolder, *, draws: int, say: Say) 
                 f"{name:<24}{granularity:<8}{one.members:>10,.0f}{one.jaccard:>9.3f}{spread:>16}"
                 f"{one.chance_jaccard:>8.3f}{one.overlap:>9.3f}"
             )
-    say(f"written to {path}")
-    return path
+    say(f"written to {results_file(folder)}")
 
 
 def compare_groups(first: Path, second: Path, *, floor: Path | None, say: Say) -> dict[str, Any]:

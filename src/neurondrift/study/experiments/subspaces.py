@@ -1,21 +1,21 @@
 """The rank level of a finished study: which output directions carry safety, and how much of the change lies there.
 
 Owns the loop over data sets, seeds and subspaces, and the layout of `results/subspaces.json`. The directions
-come from `importance.subspaces`, the intervals from `statistics.shares`, refusals from `interventions.ranks`.
+come from `importance.directions`, the intervals from `statistics.descriptive`, refusals from `removals`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
-from neurondrift.base.files import json_safe, write_json
+from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.drift.meter import DriftMeter
 from neurondrift.importance.directions import (
@@ -32,14 +32,15 @@ from neurondrift.models.adapters import low_rank_delta
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.loading import attach_adapter, load_model
-from neurondrift.models.sites import Site, fingerprint, is_router, linear_sites
+from neurondrift.models.sites import Site, Sites, is_router
 from neurondrift.statistics.descriptive import share
+from neurondrift.statistics.estimates import FloatArray
 from neurondrift.statistics.inference import Inference
 from neurondrift.study.base_model import load_base
 from neurondrift.study.experiments.removals import removal_effects
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.settings import Study
-from neurondrift.study.training import saved_step
+from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
+from neurondrift.study.settings import Study, SubspacesSection
+from neurondrift.study.stages.reporting import weights_digest
 
 Say = Callable[[str], None]
 
@@ -49,48 +50,55 @@ SUBSPACES = ("safety", "utility", "safety_only")
 RANDOM_SUBSPACES = 20
 #: What a change is measured by: its weights, or the outputs that it changes on a data set.
 MEASURES = ("weights", "safety_outputs", "utility_outputs")
+#: Subspaces that are compared: the first minus the second.
+CONTRASTS = (("safety", "utility"), ("safety_only", "utility"))
 
 
-class Settings(NamedTuple):
-    """`rank`, `utility_rank`: directions a site. `limit`: examples a data set at most (None: as the study scores).
-    `draws`: random removals that refusals are compared with; 0: no refusals are measured."""
-
-    rank: int = 32
-    utility_rank: int = 32
-    limit: int | None = None
-    draws: int = 5
+def of_study(study: Study, folder: StudyFolder) -> str:
+    """The optional stage: `results/subspaces.json` as the study's section `subspaces` asks for it."""
+    write_json(results_file(folder), json_safe(measure(study, folder, study.subspaces)))
+    return f"{study.subspaces.rank} safety and {study.subspaces.utility_rank} utility directions per site"
 
 
-def write_subspaces(study: Study, folder: StudyFolder, settings: Settings, *, say: Say) -> Path:
-    """`results/subspaces.json`, and a table on the screen."""
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
+    return [results_file(folder)]
+
+
+def lacks(study: Study, folder: StudyFolder) -> None:
+    """Raise `ArtifactError` where a seed has no fine-tuned model at all."""
+    for seed in study.seeds:
+        _last_step(folder, seed)
+
+
+def results_file(folder: StudyFolder) -> Path:
+    """Where the findings lie."""
+    return folder.results / "subspaces.json"
+
+
+def show(folder: StudyFolder, *, say: Say) -> None:
+    """What `results/subspaces.json` holds, as a table on the screen."""
     from neurondrift.report.tables.ranks import section
     from neurondrift.report.text import render_section
 
-    found = json_safe(measure(study, folder, settings))
-    path = folder.results / "subspaces.json"
-    write_json(path, found)
-    say("\n".join(render_section(section(found))))
-    say(f"\nwritten to {path}; into the report: neurondrift report --force --output-dir {folder.root}")
-    return path
+    say("\n".join(render_section(section(read_json(results_file(folder))))))
+    say(f"\nwritten to {results_file(folder)}")
 
 
-def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, Any]:
+def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> dict[str, Any]:
     """All figures of the rank level, as they go into `results/subspaces.json`.
 
     Raises
     ------
     ConfigError
-        A rank that a site does not have, or a negative number of draws.
+        A rank that a site does not have.
     ArtifactError
         The study has not been fine-tuned.
     ModelError
         An adapter whose change cannot be measured exactly.
     """
-    if settings.draws < 0:
-        raise ConfigError("The number of draws cannot be negative", received=settings.draws, allowed="0 or more")
     changes = {seed: _changes(study, folder, seed) for seed in study.seeds}
     model, tokenizer = load_base(study, folder)
-    everything = linear_sites(model)
+    everything = Sites(model)
     sites = {name: site for name, site in everything.items() if not is_router(site.owner)}
     check_rank(settings.rank, sites, setting="rank")
     check_rank(settings.utility_rank, sites, setting="utility rank")
@@ -119,9 +127,10 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
         "study": {
             "name": study.name,
             "model": study.model.reference,
-            "model_fingerprint": fingerprint(model),
+            "model_fingerprint": everything.fingerprint,
             "seeds": study.seeds,
             "steps": {str(seed): change.step for seed, change in changes.items()},
+            "adapters": {str(seed): change.digest for seed, change in changes.items()},
         },
         "settings": {
             "rank": settings.rank,
@@ -139,7 +148,7 @@ def measure(study: Study, folder: StudyFolder, settings: Settings) -> dict[str, 
         "subspaces": _summary(rows),
         **_shares(study, sites, found, directions, changes),
         "sites": rows,
-        "behaviour": removal_effects(study, model, tokenizer, sites, directions, draws=settings.draws)
+        "behaviour": removal_effects(study, model, tokenizer, everything, directions, draws=settings.draws)
         if settings.draws
         else None,
     }
@@ -159,30 +168,40 @@ class Pair(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What one seed's fine-tuning changed at its last saved step, for every site that it trained."""
+    """What one seed's fine-tuning changed at its last saved step, for every site that it trained.
+
+    `digest` tells its weights from others (`weights_digest`).
+    """
 
     step: int
+    digest: str
     pairs: dict[str, Pair]
 
 
-def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
-    steps = [int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*")]
+def _last_step(folder: StudyFolder, seed: int) -> int:
+    """The last training step whose adapter (or model) is kept."""
+    steps = saved_steps(folder.adapters(seed))
     if not steps:
         raise ArtifactError(
             "There is no fine-tuned model to measure the change of",
             received=str(folder.adapters(seed)),
             fix=f"neurondrift finetune --output-dir {folder.root}",
         )
-    step = max(steps)
+    return steps[-1]
+
+
+def _changes(study: Study, folder: StudyFolder, seed: int) -> Changes:
+    step = _last_step(folder, seed)
     saved = saved_step(folder.adapters(seed), step)
+    digest = weights_digest(saved)
     if study.finetune.method == "full":
         tuned, _ = load_model(saved, dtype="float32", device="cpu")
-        initial = CheckpointWeights(folder.base_model, linear_sites(tuned))
-        meter = DriftMeter(tuned, initial=initial)
-        return Changes(step, {name: Pair(meter.delta(name), None) for name in meter.sites})
+        sites = Sites(tuned)
+        meter = DriftMeter(sites, initial=CheckpointWeights(folder.base_model, sites))
+        return Changes(step, digest, {name: Pair(meter.delta(name), None) for name in meter.sites})
     base, _ = load_base(study, folder)
     meter = DriftMeter(attach_adapter(base, saved))
-    return Changes(step, {name: _pair(meter, name, site) for name, site in meter.sites.items()})
+    return Changes(step, digest, {name: _pair(meter, name, site) for name, site in meter.sites.items()})
 
 
 def _pair(meter: DriftMeter, name: str, site: Site) -> Pair:
@@ -255,6 +274,30 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+class SiteShare(NamedTuple):
+    """What lies in one subspace of a site, of each seed's change; beside K random subspaces of its rank, and chance."""
+
+    of_seeds: list[Share]  # S
+    random_SK: list[list[float]]
+    expected: float
+
+
+class Question(NamedTuple):
+    """In which subspace, and by which measure, a change is looked for."""
+
+    subspace: str
+    measure: str
+
+
+class Amounts(NamedTuple):
+    """The answer to a question over all sites that were measured: S seeds, J sites, K random subspaces."""
+
+    inside_SJ: FloatArray
+    whole_SJ: FloatArray
+    random_JSK: FloatArray
+    expected_J: FloatArray
+
+
 def _shares(
     study: Study,
     sites: Mapping[str, Site],
@@ -264,58 +307,64 @@ def _shares(
 ) -> dict[str, Any]:
     """Shares of the change in each subspace by each measure, with their nulls, and safety minus utility."""
     trained = [name for name in sites if all(name in change.pairs for change in changes.values())]
+    answers: dict[Question, list[SiteShare]] = {}
     generator = torch.Generator().manual_seed(study.seed)
-    parts: dict[tuple[str, str], list[list[Share]]] = {}
-    drawn: dict[tuple[str, str], list[list[list[float]]]] = {}
     for name in trained:
         chosen = {subspace: directions[subspace][name] for subspace in SUBSPACES}
-        randoms = {
-            rank: [random_directions(sites[name].shape[0], rank, generator) for _ in range(RANDOM_SUBSPACES)]
-            for rank in sorted({part.shape[1] for part in chosen.values()})
-        }
-        for measure_name in MEASURES:
-            inners = _inners(measure_name, name, found, changes)
-            if inners is None:
-                continue
-            pairs = [change.pairs[name] for change in changes.values()]
-            for subspace, part in chosen.items():
-                key = (subspace, measure_name)
-                of_seeds = [share_of_change(part, p.b, inner) for p, inner in zip(pairs, inners, strict=True)]
-                parts.setdefault(key, []).append(of_seeds)
-                drawn.setdefault(key, []).append(
-                    [
-                        [share_of_change(random, p.b, inner).inside for random in randoms[part.shape[1]]]
-                        for p, inner in zip(pairs, inners, strict=True)
-                    ]
-                )
-    expected = {
-        subspace: np.array([directions[subspace][name].shape[1] / sites[name].shape[0] for name in trained])
-        for subspace in SUBSPACES
-    }
+        randoms = _random_subspaces(chosen, sites[name].shape[0], generator)
+        for question, share_of_site in _site_shares(name, chosen, randoms, found, changes):
+            answers.setdefault(question, []).append(share_of_site)
+    amounts = {question: _amounts(of_sites) for question, of_sites in answers.items()}
     settings = {"resamples": study.analyze.resamples, "rng_seed": study.seed}
-    rows, contrasts = [], []
+    measures = [name for name in MEASURES if Question(SUBSPACES[0], name) in amounts]
+    return {
+        "trained_sites": len(trained),
+        "shares": [
+            question._asdict() | _share_row(amounts[question], settings)
+            for question in (Question(subspace, measure) for measure in measures for subspace in SUBSPACES)
+        ],
+        "contrasts": [
+            {"first": first, "second": second, "measure": measure}
+            | _contrast_row(amounts[Question(first, measure)], amounts[Question(second, measure)], settings)
+            for measure in measures
+            for first, second in CONTRASTS
+        ],
+    }
+
+
+def _random_subspaces(
+    chosen: Mapping[str, torch.Tensor], outputs: int, generator: torch.Generator
+) -> dict[int, list[torch.Tensor]]:
+    """Rank -> `RANDOM_SUBSPACES` random subspaces of a site's outputs, for every rank that its subspaces have."""
+    ranks = sorted({part.shape[1] for part in chosen.values()})
+    return {rank: [random_directions(outputs, rank, generator) for _ in range(RANDOM_SUBSPACES)] for rank in ranks}
+
+
+def _site_shares(
+    site: str,
+    chosen: Mapping[str, torch.Tensor],
+    randoms: Mapping[int, Sequence[torch.Tensor]],
+    found: Mapping[str, Mapping[str, Basis]],
+    changes: Mapping[int, Changes],
+) -> Iterator[tuple[Question, SiteShare]]:
+    """What lies in each subspace of a site, by each measure that its change has."""
     for measure_name in MEASURES:
-        if (SUBSPACES[0], measure_name) not in parts:
+        inners = _inners(measure_name, site, found, changes)
+        if inners is None:
             continue
-        inside: dict[str, Any] = {}
-        for subspace in SUBSPACES:
-            amounts = np.array(parts[subspace, measure_name])  # [J, S, 2]
-            inside[subspace], whole = amounts[..., 0].T, amounts[..., 1].T
-            if not (whole > 0).all(axis=0).any():
-                raise ArtifactError("Fine-tuning has changed nothing: there is no change to share out")
-            rows.append(
-                {"subspace": subspace, "measure": measure_name}
-                | _share_row(inside[subspace], whole, expected[subspace], drawn[subspace, measure_name], settings)
+        weighed = [(change.pairs[site].b, inner) for change, inner in zip(changes.values(), inners, strict=True)]
+        for subspace, part_OR in chosen.items():
+            outputs, rank = part_OR.shape
+            yield (
+                Question(subspace, measure_name),
+                SiteShare(
+                    of_seeds=[share_of_change(part_OR, b, inner) for b, inner in weighed],
+                    random_SK=[
+                        [share_of_change(random, b, inner).inside for random in randoms[rank]] for b, inner in weighed
+                    ],
+                    expected=rank / outputs,
+                ),
             )
-        for first, second in (("safety", "utility"), ("safety_only", "utility")):
-            # Beyond chance, so that subspaces of different ranks compare.
-            chance = whole * (expected[first] - expected[second])
-            both = share(inside[first] - inside[second] - chance, whole, **settings)
-            contrasts.append(
-                {"first": first, "second": second, "measure": measure_name}
-                | {"of_sum": _estimate(both.of_sum), "of_sites": _estimate(both.of_sites)}
-            )
-    return {"trained_sites": len(trained), "shares": rows, "contrasts": contrasts}
 
 
 def _inners(
@@ -339,18 +388,27 @@ def _inners(
     return blocks
 
 
-def _share_row(
-    part_SJ: Any, whole_SJ: Any, expected_J: Any, drawn: list[list[list[float]]], settings: Mapping[str, int]
-) -> dict[str, Any]:
-    both = share(part_SJ, whole_SJ, **settings)
-    whole_S = whole_SJ.sum(axis=1)
-    random_K = (np.array(drawn).sum(axis=0).T / whole_S).mean(axis=1)  # from [J, S, K]: each draw over all sites
-    by_chance = float((whole_SJ @ expected_J / whole_S).mean())
+def _amounts(of_sites: Sequence[SiteShare]) -> Amounts:
+    """The sites' shares as arrays. Raises `ArtifactError` where nothing has changed in any of them."""
+    shares_JS2 = np.array([site.of_seeds for site in of_sites])
+    whole_SJ = shares_JS2[..., 1].T
+    if not (whole_SJ > 0).all(axis=0).any():
+        raise ArtifactError("Fine-tuning has changed nothing: there is no change to share out")
+    random_JSK = np.array([site.random_SK for site in of_sites])
+    return Amounts(shares_JS2[..., 0].T, whole_SJ, random_JSK, np.array([site.expected for site in of_sites]))
+
+
+def _share_row(amounts: Amounts, settings: Mapping[str, int]) -> dict[str, Any]:
+    """The share of the change that lies in one subspace, beside random subspaces of its rank and chance."""
+    both = share(amounts.inside_SJ, amounts.whole_SJ, **settings)
+    whole_S = amounts.whole_SJ.sum(axis=1)
+    random_K = (amounts.random_JSK.sum(axis=0).T / whole_S).mean(axis=1)  # each draw over all sites
+    by_chance = float((amounts.whole_SJ @ amounts.expected_J / whole_S).mean())
     return {
         "of_sum": _estimate(both.of_sum),
         "of_sites": _estimate(both.of_sites),
         "expected": by_chance,
-        "expected_of_sites": float(expected_J.mean()),
+        "expected_of_sites": float(amounts.expected_J.mean()),
         "ratio": both.of_sum.value / by_chance if by_chance > 0 else math.nan,
         "random": {
             "mean": float(random_K.mean()),
@@ -361,12 +419,20 @@ def _share_row(
     }
 
 
-def _estimate(found: Inference) -> dict[str, Any]:
+def _contrast_row(first: Amounts, second: Amounts, settings: Mapping[str, int]) -> dict[str, Any]:
+    """The share in one subspace minus that in another, each beyond chance, so that different ranks compare."""
+    whole_SJ = first.whole_SJ
+    chance_SJ = whole_SJ * (first.expected_J - second.expected_J)
+    both = share(first.inside_SJ - second.inside_SJ - chance_SJ, whole_SJ, **settings)
+    return {"of_sum": _estimate(both.of_sum), "of_sites": _estimate(both.of_sites)}
+
+
+def _estimate(inferred: Inference) -> dict[str, Any]:
     return {
-        "value": found.value,
-        "ci95": list(found.interval(0.95)),
-        "per_seed": found.per_seed.tolist(),
-        "sites": found.sites,
-        "method": found.method,
-        "reason": found.reason or None,
+        "value": inferred.value,
+        "ci95": list(inferred.interval(0.95)),
+        "per_seed": inferred.per_seed.tolist(),
+        "sites": inferred.sites,
+        "method": inferred.method,
+        "reason": inferred.reason or None,
     }

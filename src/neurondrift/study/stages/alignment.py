@@ -40,5 +40,5 @@ def align(study: Study, folder: StudyFolder) -> str:
     return f"{settings.max_steps} steps on {len(examples)} examples{loss}"
 
 
-def align_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.aligned]

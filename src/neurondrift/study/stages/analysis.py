@@ -59,7 +59,7 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     return "; ".join(
         f"{effect['group']}: {effect['verdict']}"
         for effect in content["analysis"]["effects"]
-        if effect["metric"] == study.analyze.primary_metric and effect["group"].startswith("safety")
+        if effect["metric"] == study.analyze.primary_metric and effect["role"] == "safety"
     )
 
 
@@ -96,7 +96,7 @@ def analyze_files(
     return content
 
 
-def analyze_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.results_file]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path
@@ -16,12 +16,8 @@ from neurondrift.behaviour.requests import Attack, read_suffixes, system_prompt
 from neurondrift.models.data import DataReference, Example, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.study.base_model import load_base, load_named
-from neurondrift.study.folder import StudyFolder
+from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.settings import AttackSection, Study
-from neurondrift.study.training import saved_step
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
@@ -35,7 +31,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     if target.is_dir():
         shutil.rmtree(target)
     target.mkdir(parents=True)
-    steps = [0, *sorted(int(entry.name.removeprefix("step=")) for entry in folder.adapters(seed).glob("step=*"))]
+    steps = [0, *saved_steps(folder.adapters(seed))]
     answers = count_answers(sets, judging["attack"])
     unaligned = study.align.enabled and seed == study.seed
     early = {"harmful": sets["harmful"]}
@@ -51,7 +47,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             model, tokenizer = _model_at(study, folder, seed, step)
             rows = judge_answers(model, tokenizer, sets, advance=advance, **judging)
             judging["panel"].release()
-            write_answers(target / f"step={step:06d}.parquet", rows, step=step, seed=seed)
+            write_answers(saved_step(target, step, ".parquet"), rows, step=step, seed=seed)
             harmful[step] = refusal_rate([row["refused"] for row in per_prompt(rows) if row["kind"] == "harmful"]).rate
             value = perplexity(
                 model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
@@ -69,7 +65,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     return "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
 
 
-def evaluate_outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.behaviour(seed)]
 
 

@@ -19,7 +19,7 @@ from neurondrift.groups.group import Group, load_group
 from neurondrift.interventions.freezing import FreezeCallback, FreezeReport
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -119,7 +119,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
         folder.drift(seed),
         every=settings.drift_interval,
         groups=weight_groups(folder),
-        initial=CheckpointWeights(folder.base_model, linear_sites(trainee.model)) if full else None,
+        initial=CheckpointWeights(folder.base_model, Sites(trainee.model)) if full else None,
         on_full_disk="stop",  # the command is run again and resumes
     )
     target = folder.adapters(seed)
@@ -143,7 +143,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     return f"{total} steps, {len(drift.log.steps())} drift snapshots{loss}{held}"
 
 
-def finetune_outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.adapters(seed), folder.drift(seed)]
 
 

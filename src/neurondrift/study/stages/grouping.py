@@ -14,7 +14,7 @@ from neurondrift.groups.group import Granularity, Group, load_group
 from neurondrift.groups.selection import Scores, random_group, select_top, set_difference
 from neurondrift.importance.scores import ScoreFile, check_compatible
 from neurondrift.models.parts import unit_scores
-from neurondrift.models.sites import linear_sites, magnitudes_of, mlp_units
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.population import MATCHED
@@ -56,7 +56,10 @@ def scored_groups(
     of_safety, of_utility = about.get("safety", {}), about.get("utility", {})
     return {
         "safety_top": select_top(
-            scores["safety"], fraction=settings.top_fraction, granularity=granularity, provenance=of_safety
+            scores["safety"],
+            fraction=settings.top_fraction,
+            granularity=granularity,
+            provenance={**of_safety, "role": "safety"},
         ),
         "safety_set_difference": set_difference(
             scores["safety"],
@@ -64,10 +67,13 @@ def scored_groups(
             p=settings.set_difference_p,
             q=settings.set_difference_q,
             granularity=granularity,
-            provenance={**of_safety, "utility_data": of_utility.get("data")},
+            provenance={**of_safety, "utility_data": of_utility.get("data"), "role": "safety"},
         ),
         "utility_top": select_top(
-            scores["utility"], fraction=settings.top_fraction, granularity=granularity, provenance=of_utility
+            scores["utility"],
+            fraction=settings.top_fraction,
+            granularity=granularity,
+            provenance={**of_utility, "role": "utility"},
         ),
     }
 
@@ -112,13 +118,13 @@ def groups(study: Study, folder: StudyFolder) -> str:
     files = {purpose: ScoreFile(folder.score_file(purpose)) for purpose in ("safety", "utility")}
     check_compatible(files["safety"], files["utility"])
     headers = {purpose: file.header for purpose, file in files.items()}
-    model, _ = load_base(study, folder)
+    sites = Sites(load_base(study, folder)[0])
     folder.groups.mkdir(parents=True, exist_ok=True)
     counts = []
     for granularity in _granularities(study):
-        scores = _scores_of_units(files, model) if granularity == "unit" else files
+        scores = _scores_of_units(files, sites) if granularity == "unit" else files
         made = study_groups(scores, study.groups, granularity, seed=study.seed, headers=headers)
-        magnitudes = magnitudes_of(model, granularity)
+        magnitudes = magnitudes_of(sites, granularity)
         save = partial(_save, study, folder, scores=scores, magnitudes=magnitudes)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(save, made, made.values()))
@@ -130,9 +136,8 @@ def _granularities(study: Study) -> tuple[Granularity, ...]:
     return (*GRANULARITIES, "unit") if study.finetune.freeze_granularity == "unit" else GRANULARITIES
 
 
-def _scores_of_units(files: Mapping[str, ScoreFile], model: Any) -> dict[str, Scores]:
-    units = mlp_units(linear_sites(model))
-    return {purpose: unit_scores(file, units) for purpose, file in files.items()}
+def _scores_of_units(files: Mapping[str, ScoreFile], sites: Sites) -> dict[str, Scores]:
+    return {purpose: unit_scores(file, sites.units) for purpose, file in files.items()}
 
 
 def _save(
@@ -154,7 +159,7 @@ def _save(
         write_importance(folder.importance_file(name, group.granularity), group, importance)
 
 
-def groups_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.groups]
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from neurondrift.base.files import read_json, sha256_of_file, sha256_of_value, write_text
 from neurondrift.study.findings import read_table
-from neurondrift.study.folder import StudyFolder
+from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.settings import Study
-from neurondrift.study.training import saved_step
+
+#: The fingerprint that the report meets where findings are of weights that are not the study's any more.
+OTHER_WEIGHTS = "other weights"
 
 
 def report(study: Study, folder: StudyFolder) -> str:
@@ -18,18 +20,40 @@ def report(study: Study, folder: StudyFolder) -> str:
     from neurondrift.report.page import render_page
     from neurondrift.report.text import render_text
 
-    results = read_json(folder.results_file)
-    if (ranks := folder.results / "subspaces.json").exists():
-        results["subspaces"] = read_json(ranks)
-    if (causes := folder.results / "interventions.json").exists():
-        found = read_json(causes)
-        tuned = saved_step(folder.adapters(found["training_seed"]), found["training_step"] or 0)  # 0: made elsewhere
-        is_current = found["adapter"] == weights_digest(tuned)
-        results["interventions"] = found if is_current else found | {"model_fingerprint": "other weights"}
+    results = read_findings(folder)
     write_text(folder.results / "drift_analysis_report.txt", render_text(results))
     figures = draw_figures(results, folder.results / "figures")
     write_text(folder.results / "report.html", render_page(results, figures))
     return str(folder.results / "drift_analysis_report.txt")
+
+
+def read_findings(folder: StudyFolder) -> dict[str, Any]:
+    """All that the report is made from: the analysis, and what lies there of interventions and of the rank level.
+
+    Those of weights that are not the study's any more are marked as of another model. Raises `ArtifactError` where the
+    study has no findings yet.
+    """
+    results: dict[str, Any] = read_json(folder.results_file)
+    if (ranks := folder.results / "subspaces.json").exists():
+        results["subspaces"] = _subspaces(read_json(ranks), folder)
+    if (causes := folder.results / "interventions.json").exists():
+        results["interventions"] = _interventions(read_json(causes), folder)
+    return results
+
+
+def _interventions(findings: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+    tuned = saved_step(folder.adapters(findings["training_seed"]), findings["training_step"] or 0)  # 0: made elsewhere
+    is_current = findings["adapter"] == weights_digest(tuned)
+    return findings if is_current else findings | {"model_fingerprint": OTHER_WEIGHTS}
+
+
+def _subspaces(findings: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+    about = findings["study"]
+    is_current = all(
+        digest == weights_digest(saved_step(folder.adapters(int(seed)), about["steps"][seed]))
+        for seed, digest in about.get("adapters", {}).items()  # older versions wrote none
+    )
+    return findings if is_current else findings | {"study": about | {"model_fingerprint": OTHER_WEIGHTS}}
 
 
 def report_with_responses(study: Study, folder: StudyFolder) -> list[Path]:
@@ -41,11 +65,12 @@ def report_with_responses(study: Study, folder: StudyFolder) -> list[Path]:
     from neurondrift.report.page import render_page
     from neurondrift.report.text import render_text
 
-    results = read_json(folder.results_file)
+    results = read_findings(folder)
     answers: list[dict[str, Any]] = []
     for seed in study.seeds:
-        files = sorted(folder.behaviour(seed).glob("step=*.parquet"))
-        early = folder.behaviour(seed) / "before_alignment.parquet"
+        behaviour = folder.behaviour(seed)
+        files = [saved_step(behaviour, step, ".parquet") for step in saved_steps(behaviour, ".parquet")]
+        early = behaviour / "before_alignment.parquet"
         for file in [early] * early.exists() + files[:1] + files[1:][-1:]:
             rows = read_table(file)
             answers += [row for row in rows if row["kind"] == "harmful" and row.get("primary", True)]
@@ -65,6 +90,6 @@ def weights_digest(path: Path) -> str:
     return sha256_of_value(sums)[:16] if sums else ""
 
 
-def report_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     names = ("drift_analysis_report.txt", "report.html", "figures")
     return [folder.results / name for name in names]

@@ -12,7 +12,7 @@ from neurondrift.base.progress import progress
 from neurondrift.importance.scores import iterate_scores, score_header, score_shapes, write_scores
 from neurondrift.models.batches import Batch
 from neurondrift.models.data import encode, load_examples
-from neurondrift.models.sites import linear_sites
+from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -25,7 +25,7 @@ def score(study: Study, folder: StudyFolder) -> str:
     """
     settings = study.score
     model, tokenizer = load_base(study, folder)
-    sites = linear_sites(model)
+    sites = Sites(model)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
         scratch = scratch_directory(folder.root, needed=2 * 4 * weights)
@@ -47,7 +47,7 @@ def score(study: Study, folder: StudyFolder) -> str:
                 if not is_first_process():
                     collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
                     continue
-                header = score_header(model, encoded, method=settings.method, purpose=purpose, source=reference.source)
+                header = score_header(sites, encoded, method=settings.method, purpose=purpose, source=reference.source)
                 shapes = score_shapes(settings.method, sites)
                 write_scores(folder.score_file(purpose), scores, header=header, shapes=shapes)
     return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites"
@@ -57,5 +57,5 @@ def _advancing(advance: Callable[[int], None]) -> Callable[[Batch], None]:
     return lambda batch: advance(len(batch.names))
 
 
-def score_outputs(study: Study, folder: StudyFolder) -> list[Path]:
+def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.score_file(purpose) for purpose in ("safety", "utility")]

@@ -1,0 +1,82 @@
+"""The table of the optional stages: what a study may be asked beyond the stages that every study has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neurondrift.models.data import DataReference
+from neurondrift.study.experiments import intervene, stability, subspaces
+from neurondrift.study.settings import Study
+from neurondrift.study.stages.table import Stage, data_key, first_seed, section_inputs
+
+ONLY_WHEN = frozenset({"enabled"})
+
+
+def _trained_seed(study: Study) -> Sequence[int]:
+    """The one training seed that is acted on; none where the study has no such seed, which the stage says itself."""
+    seed = study.seed if study.intervene.seed is None else study.intervene.seed
+    return [seed] if seed in study.seeds else []
+
+
+def _acted_on(study: Study) -> dict[str, Any]:
+    """What interventions depend on besides: how answers are made and judged, and the files that are named."""
+    asked = study.intervene
+    files = [*asked.groups, *(str(path) for path in (asked.scores, asked.adapter) if path is not None)]
+    return first_seed(study) | {
+        "evaluate": section_inputs(study.evaluate),
+        "resamples": study.analyze.resamples,
+        "files": [data_key(DataReference(source=file)) for file in files],
+    }
+
+
+def _directions(study: Study) -> dict[str, Any]:
+    """What the rank level depends on besides: the data of the directions, and how refusals are measured."""
+    return first_seed(study) | {
+        "score": section_inputs(study.score),
+        "evaluate": section_inputs(study.evaluate) if study.subspaces.draws else None,
+        "resamples": study.analyze.resamples,
+    }
+
+
+def _redrawn(study: Study) -> dict[str, Any]:
+    """What the noise floor depends on besides: how scores and groups are made."""
+    return first_seed(study) | {"score": section_inputs(study.score), "groups": section_inputs(study.groups)}
+
+
+OPTIONAL = (
+    Stage(
+        name="intervene",
+        reads=("groups", "finetune"),
+        section="intervene",
+        no_result=ONLY_WHEN,
+        optional=True,
+        run=intervene.of_study,
+        outputs=intervene.outputs,
+        seeds=_trained_seed,
+        lacks=intervene.lacks,
+        extra_inputs=_acted_on,
+        wants=("say",),
+    ),
+    Stage(
+        name="subspaces",
+        reads=("align", "finetune"),
+        section="subspaces",
+        no_result=ONLY_WHEN,
+        optional=True,
+        run=subspaces.of_study,
+        outputs=subspaces.outputs,
+        extra_inputs=_directions,
+        lacks=subspaces.lacks,
+    ),
+    Stage(
+        name="stability",
+        reads=("align",),
+        section="stability",
+        no_result=ONLY_WHEN,
+        optional=True,
+        run=stability.of_study,
+        outputs=stability.outputs,
+        extra_inputs=_redrawn,
+    ),
+)

@@ -1,0 +1,158 @@
+"""What a stage of a study is, the table of those that every study has, and what enters their fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from neurondrift.base.files import sha256_of_file, sha256_of_value
+from neurondrift.models.data import BUILTIN, DataReference
+from neurondrift.study.folder import StudyFolder
+from neurondrift.study.settings import Section, Study
+from neurondrift.study.stages import alignment, analysis, evaluation, finetuning, grouping, reporting, scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage: what it reads, how it is done, which files it makes; whatever is special about it is a field.
+
+    `run` and `outputs` are called with the study and its folder, and the training seed where the stage is repeated for
+    each; `run` also with what it `wants`, by name. It returns the line that sums the stage up.
+    """
+
+    name: str
+    run: Callable[..., str]
+    outputs: Callable[..., list[Path]]
+    #: Stages above it. An optional one among them is read where it stands, and not missed where it does not.
+    reads: tuple[str, ...] = ()
+    #: Its table of the configuration, all of which is in its fingerprint but the settings that change no result.
+    section: str | None = None
+    no_result: frozenset[str] = frozenset()
+    #: What its result depends on besides: other tables' settings, files that they name.
+    extra_inputs: Callable[[Study], dict[str, Any]] = lambda study: {}
+    #: Whether it is repeated for each training seed, and for (or from) which seeds it is done.
+    per_seed: bool = False
+    seeds: Callable[[Study], Sequence[int]] = lambda study: study.seeds
+    #: Whether it is part of this study at all.
+    when: Callable[[Study], bool] = lambda study: True
+    #: Raises, in words of its own, where what it reads is not there at all.
+    lacks: Callable[[Study, StudyFolder], None] = lambda study, folder: None
+    #: Done only where it is asked for, by a command or by `enabled` in its section.
+    optional: bool = False
+    #: What the paths in its manifest are relative to.
+    root: Callable[[StudyFolder], Path] = lambda folder: folder.root
+    #: Its files are scratch: they are deleted, and need not stand, once this stage is done.
+    scratch_until: str | None = None
+    #: Whether several processes can do it together.
+    in_processes: bool = False
+    #: Of `key` (its fingerprint, by which it knows what an interrupted run has left) and `say` (takes lines of text).
+    wants: tuple[str, ...] = ()
+
+
+def data_key(reference: DataReference) -> str:
+    """What a data reference points to, by content where it is local."""
+    source = reference.source
+    if source.startswith("builtin:"):
+        file = BUILTIN.get(source.removeprefix("builtin:"), ("", ""))[0]
+        if file:
+            content = (resources.files("neurondrift.models") / "datasets" / file).read_bytes()
+            return sha256_of_value([source, content.decode("utf-8")])
+    elif not source.startswith("hf:") and Path(source).expanduser().is_file():
+        return sha256_of_file(Path(source).expanduser())
+    return source
+
+
+def section_inputs(section: Section, no_result: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """What a table of the configuration contributes to a fingerprint: its settings, and its data by content."""
+    return {
+        "settings": section.model_dump(mode="json", exclude=set(no_result)),
+        "data": {name: data_key(value) for name, value in section if isinstance(value, DataReference)},
+    }
+
+
+def first_seed(study: Study) -> dict[str, Any]:
+    """The first training seed, from which alignment, groups and resampling are drawn too."""
+    return {"first seed": study.seed}
+
+
+def _units(study: Study) -> dict[str, Any]:
+    """The groups of hidden units are made only where one is to be frozen."""
+    return {"units": True} if study.finetune.freeze_granularity == "unit" else {}
+
+
+def _frozen_group(study: Study) -> dict[str, Any]:
+    freeze = study.finetune.freeze
+    return {"frozen group": data_key(DataReference(source=freeze))} if freeze else {}
+
+
+def _suffixes(study: Study) -> dict[str, Any]:
+    suffixes = study.evaluate.attack.suffixes
+    return {"suffixes": data_key(DataReference(source=suffixes))} if suffixes else {}
+
+
+STAGES = (
+    Stage(
+        name="align",
+        section="align",
+        run=alignment.align,
+        outputs=alignment.outputs,
+        when=lambda study: study.align.enabled,
+        extra_inputs=first_seed,
+    ),
+    Stage(
+        name="score",
+        reads=("align",),
+        section="score",
+        no_result=frozenset({"checkpoint_activations"}),  # less memory, the same scores
+        run=scoring.score,
+        outputs=scoring.outputs,
+        extra_inputs=first_seed,
+        root=lambda folder: folder.scratch,
+        scratch_until="groups",
+        in_processes=True,
+    ),
+    Stage(
+        name="groups",
+        reads=("score",),
+        section="groups",
+        run=grouping.groups,
+        outputs=grouping.outputs,
+        extra_inputs=lambda study: first_seed(study) | _units(study),
+    ),
+    Stage(
+        name="finetune",
+        reads=("align", "groups"),
+        section="finetune",
+        per_seed=True,
+        run=finetuning.finetune,
+        outputs=finetuning.outputs,
+        extra_inputs=_frozen_group,
+        wants=("key",),
+    ),
+    Stage(
+        name="evaluate",
+        reads=("finetune",),
+        section="evaluate",
+        per_seed=True,
+        run=evaluation.evaluate,
+        outputs=evaluation.outputs,
+        extra_inputs=_suffixes,
+    ),
+    Stage(
+        name="analyze",
+        reads=("groups", "finetune", "evaluate"),
+        section="analyze",
+        run=analysis.analyze,
+        outputs=analysis.outputs,
+        extra_inputs=first_seed,
+    ),
+    Stage(
+        name="report",
+        reads=("analyze", "intervene", "subspaces"),
+        run=reporting.report,
+        outputs=reporting.outputs,
+    ),
+)

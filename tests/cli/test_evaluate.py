@@ -1,0 +1,118 @@
+"""`neurondrift evaluate MODEL` and `report --show-responses`, in one process, on the tiny model."""
+
+import json
+import re
+
+import pyarrow.parquet as pq
+import pytest
+
+from neurondrift.cli.__main__ import main
+from neurondrift.report.page import render_page
+from neurondrift.report.text import render_text
+from neurondrift.study.experiments.evaluate_model import shown
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def test_any_model_is_evaluated(tmp_path, capsys):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("First request\nSecond request\n")
+    run(
+        "evaluate", "tiny:llama", "--harmful", prompts, "--borderline", "none", "--limit", 3, "--judge", "refusal",
+        "--judge", "keyword", "--attack", "vanilla", "--attack", "decoding:2", "--max-new-tokens", 4,
+        "--output-dir", tmp_path, "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "First request" not in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(row["attack"], row["kind"], row["judge"], row["n"]) for row in figures["rates"]] == [
+        ("vanilla", "harmful", "refusal", 2),
+        ("vanilla", "harmful", "keyword", 2),
+        ("vanilla", "ordinary", "refusal", 3),
+        ("vanilla", "ordinary", "keyword", 3),
+        ("decoding", "harmful", "refusal", 2),
+        ("decoding", "harmful", "keyword", 2),
+    ]
+    keyword = figures["rates"][1]["refused"]
+    assert (keyword["rate"], keyword["category_low"]) == (1.0, None)  # under 20 words
+    assert "harmful   decoding  keyword  2  1.00 (0.34 to 1.00)" in out
+    assert figures["perplexity"] > 1 and "Perplexity of held-out answers" in out
+    rows = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    assert len(rows) == (2 + 3 + 2 * 2) * 2
+    run(
+        "evaluate", "tiny:llama", "--harmful", prompts, "--ordinary", "none", "--borderline", "none", "--answers",
+        "none", "--max-new-tokens", 2, "--output-dir", tmp_path, "--show-responses",
+    )  # fmt: skip
+    assert "First request" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "3"], "flags are about one model.*--limit.*neurondrift evaluate MODEL"),
+        (["tiny:llama", "--lora-r", "3"], "flags are about a study.*--lora-r"),
+        (["tiny:llama", "--preset", "smoke"], "flags are about a study.*--preset"),
+        (["tiny:llama", "--judge", "hf:no/such-harmbench"], "judge's model cannot be found"),
+        (["tiny:llama", "--attack", "magic"], "no such attack"),
+        (["tiny:llama", "--harmful", "empty.txt"], "data set is empty"),
+        (["tiny:llama", "--harmful", "none", "--ordinary", "none", "--borderline", "none"], "No set of prompts"),
+        (["tiny:llama", "--harmful", "long.txt"], "longer than max_length.*1281 tokens.*context is 1024"),
+        (["tiny:llama", "--backend", "vllm"], "vLLM loads hub ids and folders only"),
+        (["no/such-model", "--limit", "2"], "model cannot be found"),
+        (["tiny:llama", "--adapter", "nowhere"], "holds no adapter"),
+        (["tiny:llama", "--limit", "0"], "--limit takes a whole number"),
+    ],
+)
+def test_mistakes_are_one_message(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "long.txt").write_text("x" * 1278)
+    with pytest.raises(SystemExit) as stop:
+        run("evaluate", *arguments, "--output-dir", tmp_path / "out")
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out" / "answers.parquet").exists()
+
+
+def test_what_a_model_writes_cannot_act_on_the_terminal_or_the_page():
+    nasty = "one\x1b[2Jtwo\u202ethree\r\n<script>alert(1)</script>"
+    assert shown(nasty) == "one [2Jtwo three <script>alert(1)</script>"
+    row = dict(seed=0, step=3, judge="refusal", verdict="none", coherent=True, prompt="<b>?", response=nasty)
+    text, page = render_text({}, [row]), render_page({}, [], [row])
+    assert "\x1b" not in text + page and "\u202e" not in text + page
+    assert "&lt;script&gt;alert(1)" in page and "<script>" not in page
+    assert "ANSWERS TO HARMFUL REQUESTS, SEED 0, STEP 3" in text
+    assert "alert(1)" not in render_text({}) + render_page({}, [])
+
+
+def test_a_study_under_attack_shows_answers_only_when_asked(tmp_path, capsys):
+    settings = tmp_path / "study.toml"
+    settings.write_text(
+        'preset = "smoke"\n[finetune]\nmax_steps = 2\n[evaluate]\nfurther_judges = ["keyword"]\n'
+        'system_prompt = "Be kind."\nattack = { kind = "decoding", samples = 2 }\n'
+    )
+    study = tmp_path / "out"
+    run("run", "--config", settings, "--output-dir", study)
+    rows = pq.ParquetFile(study / "behaviour" / "step=000002.parquet").read().to_pylist()
+    assert {(row["kind"], row["judge"], row["sample"]) for row in rows if row["kind"] != "ordinary"} == {
+        *(("harmful", judge, sample) for judge in ("refusal", "keyword") for sample in (0, 1)),
+        *(("borderline", judge, 0) for judge in ("refusal", "keyword")),
+    }
+    assert {row["system_prompt"] for row in rows} == {"Be kind."}
+    behaviour = json.loads((study / "results" / "statistical_results.json").read_text())["behaviour"]
+    assert behaviour["attack"] == "decoding"
+    assert {rate["n"] for rate in behaviour["rates"]} == {6}  # prompts, not answers
+    prompt = next(row["prompt"] for row in rows if row["kind"] == "harmful")
+    results = study / "results"
+    assert prompt not in (results / "report.html").read_text()
+    assert not list(results.glob("report_with_responses*"))
+    run("report", "--output-dir", study, "--show-responses")
+    shown_once = " ".join((results / "report_with_responses.txt").read_text().split())
+    assert shown_once.count(" ".join(prompt.split())) == 2 * 3  # two samples; before alignment, first and last step
+    assert prompt in (results / "report_with_responses.html").read_text()
+    assert prompt not in (results / "report.html").read_text()
+    capsys.readouterr()
+    run("report", "--output-dir", study)
+    assert "stands" in capsys.readouterr().out

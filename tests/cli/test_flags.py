@@ -1,0 +1,106 @@
+"""A flag that overrides a setting says which, and the setting exists."""
+
+import typing
+
+import pytest
+from pydantic import BaseModel
+
+from neurondrift.base.errors import ConfigError
+from neurondrift.cli.__main__ import app
+from neurondrift.cli.app import EPILOGUE, Flags, SettingFlags, Source, study_of
+from neurondrift.cli.behaviour import ModelFlags
+from neurondrift.cli.groups import StabilityFlags
+from neurondrift.cli.interventions import InterveneFlags
+from neurondrift.cli.subspaces import SubspacesFlags
+from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.settings import Study, nested, validated
+
+KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags)
+FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]
+
+
+def setting(kind, path):
+    """The field of a configuration that a dotted path names."""
+    table, _, rest = path.partition(".")
+    field = kind.model_fields[table]
+    if not rest:
+        return field
+    parts = (field.annotation, *typing.get_args(field.annotation))
+    return setting(next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), rest)
+
+
+def test_these_are_all_the_flags_that_name_settings():
+    assert set(KINDS) == set(SettingFlags.__subclasses__())
+    for kind in KINDS:
+        assert set(typing.get_type_hints(kind)) - {"configures", "json"} == set(kind.flags())
+
+
+@pytest.mark.parametrize(("kind", "name", "flag"), FLAGS, ids=lambda part: part if isinstance(part, str) else "")
+def test_the_setting_of_a_flag_exists_and_its_help_is_made_from_it(kind, name, flag):
+    assert setting(kind.configures, flag.path) is not None
+    (text,) = flag.help if isinstance(flag.help, tuple) else (flag.help,)
+    assert text.endswith(f"[{flag.path}]") == (kind.configures is Study)
+    with pytest.raises(KeyError):
+        setting(kind.configures, flag.path + "x")
+
+
+def test_a_flag_that_is_not_given_overrides_nothing():
+    assert all(kind().overrides() == {} for kind in KINDS)
+    given = Flags(seeds="1,2", lora_r=4).overrides()
+    assert given == {"seeds": [1, 2], "finetune.lora_r": 4}
+
+
+def test_flags_of_a_command_override_its_section(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "smoke"\n[intervene]\ndraws = 7\nmode = "mean"\n')
+    asks = InterveneFlags(draws=5, doses="0.5,1", group=["random"], prompts=3)
+    study = study_of(Source(config=file, output_dir=tmp_path), Flags(lora_r=2), asks)
+    asked = study.intervene
+    assert (asked.draws, asked.mode, asked.doses, asked.groups, asked.harmful) == (5, "mean", [0.5, 1], ["random"], 3)
+    assert study.finetune.lora_r == 2
+    with pytest.raises(ConfigError, match="--doses takes shares"):
+        InterveneFlags(doses="2").overrides()
+
+
+def test_the_help_gives_the_defaults_of_the_configuration():
+    text = app.generate_docs(output_format="markdown", recursive=True)
+    assert r"`--draws INT`: matched random groups for each group \[intervene.draws] *[default: 20]*" in text
+    assert r"`--utility-rank INT`: utility directions of each site \[subspaces.utility_rank] *[default: 32]*" in text
+
+
+def test_the_stages_in_the_help_are_those_of_the_table():
+    from neurondrift.study.runner import STAGES, TABLE
+
+    assert f"Stages in order: {', '.join(STAGES)}." in EPILOGUE
+    assert all(app[name] for name in TABLE)
+
+
+def test_what_is_asked_of_a_model_survives_its_toml(tmp_path):
+    import tomllib
+
+    flags = ModelFlags(harmful="none", limit=3, judge=["keyword"], attack=["decoding:2", "no-template"], tasks="a,b")
+    asked = validated(ModelEvaluation, nested({"model.reference": "tiny:llama", **flags.overrides()}))
+    assert asked.harmful is None and asked.ordinary.source == "builtin:ordinary-heldout"
+    assert [(attack.kind, attack.samples, attack.chat_template) for attack in asked.attacks] == [
+        ("decoding", 2, True),
+        ("vanilla", 5, False),
+    ]
+    assert asked.tasks == ["a", "b"]
+    assert validated(ModelEvaluation, tomllib.loads(asked.to_toml())) == asked
+    by_vllm = validated(ModelEvaluation, {"model": {"reference": "a/b"}, "backend": "vllm"})
+    assert by_vllm.answers is None
+    with pytest.raises(ConfigError, match=r"no setting model.revison.*did you mean revision"):
+        validated(ModelEvaluation, {"model": {"reference": "a/b", "revison": "x"}})
+
+
+def test_what_was_asked_of_a_model_lies_beside_its_answers(tmp_path, capsys):
+    import tomllib
+
+    from neurondrift.cli.__main__ import main
+
+    arguments = ["evaluate", "tiny:llama", "--ordinary", "none", "--borderline", "none", "--answers", "none"]
+    main([*arguments, "--limit", "1", "--max-new-tokens", "2", "--output-dir", str(tmp_path)])
+    record = tomllib.loads((tmp_path / "evaluation.toml").read_text())
+    assert record.pop("record")["versions"]["torch"]
+    asked = validated(ModelEvaluation, record)
+    assert (asked.model.reference, asked.limit, asked.max_new_tokens, asked.answers) == ("tiny:llama", 1, 2, None)

@@ -1,0 +1,114 @@
+"""A group beside matched random groups: the plan of the trials, and how they stop and go on."""
+
+import pytest
+
+import neurondrift as nd
+from helpers.adapters import random_lora
+from helpers.groups import everything, some
+from neurondrift.base.errors import GroupError
+from neurondrift.models.sites import linear_sites, mlp_units
+
+
+def test_a_group_that_its_controls_cannot_match_names_the_site():
+    from neurondrift.interventions.trials import Draws, plan
+    from neurondrift.models.sites import magnitudes_of
+
+    model = random_lora("llama")
+    group = everything(model, "neuron")
+    norms = magnitudes_of(linear_sites(model), "neuron")
+    arguments = {"doses": [1.0], "magnitudes": norms, "bins": 5, "seed": 0, "importance": {}}
+    with pytest.raises(GroupError, match=r"big is larger than its controls can match .*layers\.0.*too few candidates"):
+        plan({"big": group}, interventions=["prune"], draws=Draws(), **arguments)
+    with pytest.raises(nd.UserError, match="no such intervention"):
+        plan({"big": group}, interventions=["melt"], draws=Draws(), **arguments)
+    with pytest.raises(nd.UserError, match="at least one random group"):
+        plan({"big": group}, interventions=["prune"], draws=Draws(whole=0), **arguments)
+    units = some(model, "unit")
+    norms = magnitudes_of(linear_sites(model), "unit")
+    trials = plan({"u": units}, interventions=["prune"], draws=Draws(whole=2), **arguments | {"magnitudes": norms})
+    assert [trial.draw for trial in trials] == [None, None, None, 0, 1]
+    name, unit = next(iter(mlp_units(linear_sites(model)).items()))
+    weights = linear_sites(model)
+    by_hand = weights[unit.down].weight[:, 3].square().sum()
+    by_hand = by_hand + sum(weights[site].weight[offset + 3].square().sum() for site, offset in unit.ups)
+    assert norms[name][3] == pytest.approx(by_hand.sqrt().item(), rel=1e-6)
+
+
+def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    from neurondrift.interventions import trials
+    from neurondrift.interventions.contexts import Applied
+    from neurondrift.interventions.outcomes import conclusion, summarise
+    from neurondrift.models.sites import magnitudes_of
+    from neurondrift.report.figures.doses import intervention_doses
+    from neurondrift.report.tables.causes import section
+    from neurondrift.report.text import render_section
+
+    model, made = random_lora("llama"), []
+    groups = {"safety_top": some(model, "neuron", fraction=0.1)}
+    refusals = {"before": 9, "after": 5, "rewind": 9, "transplant": 7}  # of 10 prompts
+
+    def acted(subject, trial, mode):
+        made.append(trial)
+        return nullcontext((model, Applied(1, 1, 0)))
+
+    def measure(of, tokenizer, bench, *, whole):
+        trial = made[-1]
+        count = 5 if trial.intervention == "rewind" and trial.draw is not None else refusals[trial.intervention]
+        blank = {"refused": None, "loss": None, "tokens": None}
+        rows = [blank | {"kind": "harmful", "id": str(i), "refused": i < count} for i in range(10)]
+        rows.append(blank | {"kind": "ordinary", "id": "o", "refused": False})
+        return [*rows, blank | {"kind": "answers", "id": "a", "loss": 1.0, "tokens": 3}]
+
+    monkeypatch.setattr(trials, "acted", acted)
+    monkeypatch.setattr(trials, "measure", measure)
+    subject = trials.Subject(before=model, after=model, tokenizer=None)
+    bench = trials.Bench(sets={}, answers=[])
+
+    def run(stop_early):
+        made.clear()
+        told = []
+        draws = trials.Draws(stop_early=stop_early)
+        planned = trials.plan(
+            groups,
+            interventions=["rewind", "transplant"],
+            doses=[1.0],
+            draws=draws,
+            magnitudes=magnitudes_of(linear_sites(model), "neuron"),
+            bins=2,
+            seed=0,
+            importance={},
+        )
+        log = trials.RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
+        results = trials.run_trials(
+            planned, subject, bench, log, inputs="", stops=draws.stops, done=lambda *event: told.append(event)
+        )
+        assert [trial for trial, _, _ in told] == planned
+        assert [trial for trial, _, fresh in told if fresh] == made
+        found = summarise(results, trials.planned_draws(planned), resamples=50)
+        return found, {effect["intervention"]: effect for effect in found["effects"]}
+
+    found, effects = run("all")
+    assert len(made) == 2 + 21 + 3
+    assert made[2].draw is None and [trial.draw for trial in made[23:]] == [None, 0, 1]  # the group before its draws
+    transplant, rewind = effects["transplant"], effects["rewind"]
+    assert (transplant["draws"], transplant["draws_planned"], transplant["stopped_early"]) == (2, 20, True)
+    assert (rewind["draws"], rewind["draws_planned"], rewind["stopped_early"]) == (20, 20, False)
+    assert rewind["measures"]["harmful"]["p"] == rewind["measures"]["harmful"]["p_floor"] == 1 / 21
+    assert transplant["measures"]["harmful"]["p_floor"] == 1 / 21  # it could have been reached
+    assert transplant["measures"]["answers"]["p_floor"] == 1 / 3
+    assert "p = 1, stopped after 2 of 20 draws" in found["conclusion"]
+    shown = {"model_fingerprint": "m", **found}
+    text = "\n".join(render_section(section(shown)))
+    assert "2 of 20" in text and "not adjusted for stopping" in text
+    drawn = intervention_doses({"interventions": shown})
+    assert [t.get_text() for ax in drawn.axes for t in ax.texts if "draws" in t.get_text()] == ["2 of 20 draws"]
+
+    assert run("all") == (found, effects) and not made
+    whole, effects = run("freeze")  # neither is freeze: the stopped null goes on
+    assert [(trial.intervention, trial.draw) for trial in made] == [("transplant", k) for k in range(2, 20)]
+    assert not any(effect["stopped_early"] for effect in effects.values())
+    assert "not adjusted" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
+    assert run("all")[0] == found and not made  # more runs lie there, and change nothing
+    assert "no evidence" in conclusion([transplant], found["references"])

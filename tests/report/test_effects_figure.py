@@ -1,0 +1,54 @@
+"""The forest plot: the names of the two sides of 0 stand apart, wherever 0 lies and in both kinds of file."""
+
+import re
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from neurondrift.report.figures.draw import draw_figures
+from neurondrift.report.figures.effects import effect_sizes
+from neurondrift.report.figures.style import RC
+
+
+def results(low: float, high: float) -> dict:
+    """One group whose interval spans `low` to `high`; a narrow band, so that 0 can lie near an edge."""
+    g = {"value": (low + high) / 2, "ci90": [low, high], "ci95": [low, high]}
+    effect = {"group": "safety_top", "metric": "relative", "g": g, "verdict": "more", "balance": {}}
+    return {"analysis": {"primary_metric": "relative", "metrics": ["relative"], "sesoi": 0.02, "effects": [effect]}}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "where"), [(0.0, 4.0, "left"), (-4.0, 0.0, "right"), (-2.0, 2.0, "middle")], ids=lambda v: str(v)
+)
+def test_the_names_of_the_sides_of_zero_do_not_run_into_each_other(low, high, where):
+    with matplotlib.rc_context(RC):
+        figure = effect_sizes(results(low, high))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        ax = figure.axes[0]
+        left, right = (next(t for t in ax.texts if word in t.get_text()) for word in ("less", "more (H1)"))
+        assert all(label.get_text() == label.get_text().strip() for label in (left, right)), "an SVG drops spaces"
+        boxes = [label.get_window_extent(renderer) for label in (left, right)]
+        zero = ax.transData.transform((0, 0))[0]
+        share = (zero - ax.bbox.x0) / ax.bbox.width
+        assert {"left": share < 0.1, "right": share > 0.9, "middle": 0.4 < share < 0.6}[where]
+        point = figure.dpi / 72
+        assert boxes[0].x1 <= zero - 4 * point
+        assert boxes[1].x0 >= zero + 4 * point
+        assert not boxes[0].overlaps(boxes[1])
+        others = [t for t in ax.texts if t not in (left, right)] + [figure._suptitle, *ax.get_yticklabels()]
+        for box in boxes:
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, "inside the figure"
+            assert not any(box.overlaps(other.get_window_extent(renderer)) for other in others)
+
+
+def test_in_an_svg_each_side_has_a_place_of_its_own(tmp_path):
+    draw_figures(results(0.0, 4.0), tmp_path)
+    text = (tmp_path / "effect_sizes.svg").read_text()
+    ends = {
+        word: float(re.search(rf'text-anchor: {anchor};[^>]* x="([\d.]+)"[^>]*>[^<]*{word}', text)[1])
+        for word, anchor in (("drifted less", "end"), (r"more \(H1\)", "start"))
+    }
+    assert ends[r"more \(H1\)"] - ends["drifted less"] > 8
