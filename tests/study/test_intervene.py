@@ -139,7 +139,7 @@ def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
                 assert not changes[-1][name][part.rows].any()
             assert any(delta.any() for delta in changes[-1].values())
     assert all(torch.equal(changes[0][name], changes[1][name]) for name in base)  # the second starts from the same base
-    for name, site in linear_sites(subject.train_frozen.base).items():
+    for name, site in linear_sites(subject.before).items():
         assert torch.equal(site.weight, base[name])
 
 

@@ -1,7 +1,7 @@
 """Freezing: weights that a training must not move, in any Trainer or training loop, and the proof that they did not.
 
 Owns how weights are held (rows and columns of LoRA factors, masks, gradients) and the assertion afterwards. Which
-weights a group means is the business of `models/parts.py`, the masked LoRA layer that of `masked_lora.py`.
+weights a group means is the business of `models.parts`, the masked LoRA layer that of `models.masked_lora`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FreezeReport:
         return text
 
 
-class _Hold(NamedTuple):
+class _Pin(NamedTuple):
     """Entries of a parameter that are put back to a value after every step; their gradient is zero."""
 
     parameter: nn.Parameter
@@ -124,11 +124,12 @@ class Freeze(AbstractContextManager["Freeze"]):
         for trained in self._trained.values():
             for each in trained.factors:
                 _require_unmoved(trained, each, "the adapter changes frozen weights before training has begun")
-        holds = [hold for trained in self._trained.values() for hold in _hold(trained)]
-        self._holds: dict[nn.Parameter, list[_Hold]] = {}
-        for hold in holds:
-            self._holds.setdefault(hold.parameter, []).append(hold)
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._still) for parameter in self._holds]
+        self._pins: dict[nn.Parameter, list[_Pin]] = {}
+        for trained in self._trained.values():
+            _mask_entries(trained)
+            for pin in _pins_of(trained):
+                self._pins.setdefault(pin.parameter, []).append(pin)
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._still) for parameter in self._pins]
         self.restore()
         if any(each.held() is not None for trained in self._trained.values() for each in trained.factors):
             save_masks_with(self.model)
@@ -160,15 +161,15 @@ class Freeze(AbstractContextManager["Freeze"]):
         """No gradient: so frozen entries enter neither momentum nor the norm that gradients are clipped by."""
         assert isinstance(parameter, nn.Parameter)
         if parameter.grad is not None:
-            for hold in self._holds[parameter]:
-                hold.view(parameter.grad)[hold.entry] = 0
+            for pin in self._pins[parameter]:
+                pin.view(parameter.grad)[pin.entry] = 0
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the frozen entries back to what they were."""
-        for parameter, holds in self._holds.items():
-            for hold in holds:
-                hold.view(parameter)[hold.entry] = hold.value
+        for parameter, pins in self._pins.items():
+            for pin in pins:
+                pin.view(parameter)[pin.entry] = pin.value
 
     @torch.no_grad()
     def check(self, why: str = "frozen weights have moved while training") -> None:
@@ -299,7 +300,8 @@ class FreezeCallback(TrainerCallback):
         self.report: FreezeReport | None = None
         self._freeze: Freeze | None = None
 
-    def _hold(self, model: nn.Module) -> Freeze:
+    def _freeze_of(self, model: nn.Module) -> Freeze:
+        """The freeze of the model that is trained: made where there is none yet, or one of another model."""
         if self._freeze is None or self._freeze.model is not model:
             self.release()
             self._freeze = Freeze(model, self.group)
@@ -310,12 +312,12 @@ class FreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if model is not None:
-            self._hold(model)
+            self._freeze_of(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._hold(model).check("the checkpoint has moved frozen weights: it was made without this freeze")
+        self._freeze_of(model).check("the checkpoint has moved frozen weights: it was made without this freeze")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -327,9 +329,9 @@ class FreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._freeze is not None
-        held = self._freeze
+        finished = self._freeze
         self.release()
-        self.report = held.verify()
+        self.report = finished.verify()
 
     def release(self) -> None:
         """Let gradients through again."""
@@ -347,30 +349,33 @@ def _chosen(group: Group, sites: Sites) -> dict[str, Part]:
     return parts(group, sites)
 
 
-def _hold(trained: _Trained) -> list[_Hold]:
-    """Hold a site's part: of the base weight where that is trained, and of every adapter.
-
-    Rows of B and columns of A at zero make exactly zero rows and columns of B A; single weights are masked.
-    """
-    from neurondrift.models.masked_lora import hold_weights
-
+def _pins_of(trained: _Trained) -> list[_Pin]:
+    """What holds a site's part step by step: in the base weight where that is trained, and in every adapter, whose
+    rows of B and columns of A at zero make exactly zero rows and columns of B A."""
     site, part = trained.site, trained.part
     if part is None:
         return []
-    holds = []
+    pins = []
     if site.tensor.requires_grad:
         assert isinstance(site.tensor, nn.Parameter)
-        holds += [_Hold(site.tensor, site.oriented, entry, value) for entry, value in trained.original]
+        pins += [_Pin(site.tensor, site.oriented, entry, value) for entry, value in trained.original]
     for each in trained.factors:
         if len(part.rows):
             rows = torch.from_numpy(part.rows).to(each.b.device)
-            holds.append(_Hold(each.b, each.view_b, (rows,), each.b.new_zeros(())))
+            pins.append(_Pin(each.b, each.view_b, (rows,), each.b.new_zeros(())))
         if len(part.columns):
             columns = torch.from_numpy(part.columns).to(each.a.device)
-            holds.append(_Hold(each.a, each.view_a, (slice(None), columns), each.a.new_zeros(())))
-        if len(part.entries):
-            hold_weights(each, torch.from_numpy(part.entries), site.name)
-    return holds
+            pins.append(_Pin(each.a, each.view_a, (slice(None), columns), each.a.new_zeros(())))
+    return pins
+
+
+def _mask_entries(trained: _Trained) -> None:
+    """Mask a site's single weights in every adapter: no entries of its factors hold them."""
+    from neurondrift.models.masked_lora import hold_weights
+
+    if trained.part is not None and len(trained.part.entries):
+        for each in trained.factors:
+            hold_weights(each, torch.from_numpy(trained.part.entries), trained.site.name)
 
 
 def _require_unmoved(trained: _Trained, factors: Factors, why: str) -> None:

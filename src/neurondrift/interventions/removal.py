@@ -1,4 +1,4 @@
-"""Removing directions from a model's weights, and giving them back."""
+"""Directions as a reversible context on a loaded model: removed from its weights, and given back bit by bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def remove_rank(
         left alone.
     projections
         Site name -> the two factors of P, `[out, k]` and `[k, out]`, for example `projection(U)` (ActSVD's removal) or
-        `safety_only(U_s, U_u)` of `importance.subspaces`.
+        `safety_only(U_s, U_u)` of `importance.directions`.
 
     Raises
     ------

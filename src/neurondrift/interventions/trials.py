@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 Intervention = Literal["prune", "rewind", "transplant", "freeze"]
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
-REFERENCES = ("before", "after")
 Rows = list[dict[str, Any]]
 Cell = tuple[str, str, float]  # intervention, group, dose
 Label = tuple[str, str, float, int | None]  # the same and the draw
 StopEarly = Literal["freeze", "all", "none"]
+Acted: TypeAlias = AbstractContextManager[tuple[nn.Module, Applied]]  # the model, and what was reached
 
 FORMAT = 1  # raise it when a run's outcome is measured in another way: older runs are then made again
 
@@ -57,7 +57,7 @@ class Subject:
     before: nn.Module
     after: nn.Module
     tokenizer: Any
-    train_frozen: Callable[[Group], AbstractContextManager[tuple[nn.Module, Applied]]] | None = None
+    train_frozen: Callable[[Group], Acted] | None = None
 
     @property
     def is_adapted(self) -> bool:
@@ -193,40 +193,66 @@ def planned_draws(trials: Sequence[Trial]) -> Counter[Cell]:
     return Counter(trial.cell for trial in trials if trial.draw is not None)
 
 
+def acted(subject: Subject, trial: Trial, mode: PruneMode) -> Acted:
+    """A context that gives the model under one trial's intervention.
+
+    Raises `ConfigError` for `freeze` where the training cannot be repeated.
+    """
+    if trial.group is None:
+        return REFERENCES[trial.intervention](subject)
+    return ACTIONS[trial.intervention](subject, trial.group, mode)
+
+
 @contextmanager
-def acted(subject: Subject, trial: Trial, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
-    """The model under one trial's intervention."""
-    group, what = trial.group, trial.intervention
-    nothing = Applied(0, 0, 0)
-    if what == "before":
-        with _without_change(subject) as model:
-            yield model, nothing
-    elif what == "after":
-        yield subject.after, nothing
-    else:
-        assert group is not None
-        if what == "prune":
-            with _without_change(subject) as model, prune(subject.sites_before, group, mode=mode) as applied:
-                yield model, applied
-        elif what == "freeze":
-            if subject.train_frozen is None:
-                raise ConfigError(
-                    "Freezing trains again, and how this adapter was trained is not known",
-                    received="freeze",
-                    allowed="prune, rewind, transplant",
-                    fix="run it in the study's folder",
-                )
-            with subject.train_frozen(group) as trained:
-                yield trained
-        elif subject.is_adapted:
-            with (rewind if what == "rewind" else transplant)(subject.sites_after, group) as applied:
-                yield subject.after, applied
-        elif what == "rewind":
-            with rewind(subject.sites_after, group, initial=_weights_of(subject.sites_before)) as applied:
-                yield subject.after, applied
-        else:
-            with transplant(subject.sites_before, group, tuned=_weights_of(subject.sites_after)) as applied:
-                yield subject.before, applied
+def _before(subject: Subject) -> Iterator[tuple[nn.Module, Applied]]:
+    with _without_change(subject) as model:
+        yield model, Applied(0, 0, 0)
+
+
+@contextmanager
+def _after(subject: Subject) -> Iterator[tuple[nn.Module, Applied]]:
+    yield subject.after, Applied(0, 0, 0)
+
+
+@contextmanager
+def _pruned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    with _without_change(subject) as model, prune(subject.sites_before, group, mode=mode) as applied:
+        yield model, applied
+
+
+@contextmanager
+def _rewound(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    initial = None if subject.is_adapted else _weights_of(subject.sites_before)
+    with rewind(subject.sites_after, group, initial=initial) as applied:
+        yield subject.after, applied
+
+
+@contextmanager
+def _transplanted(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    tuned = None if subject.is_adapted else _weights_of(subject.sites_after)
+    with transplant(subject.sites_before, group, tuned=tuned) as applied:
+        yield subject.before, applied
+
+
+def _frozen(subject: Subject, group: Group, mode: PruneMode) -> Acted:
+    if subject.train_frozen is None:
+        raise ConfigError(
+            "Freezing trains again, and how this adapter was trained is not known",
+            received="freeze",
+            allowed="prune, rewind, transplant",
+            fix="run it in the study's folder",
+        )
+    return subject.train_frozen(group)
+
+
+#: The models that every effect lies between.
+REFERENCES: dict[str, Callable[[Subject], Acted]] = {"before": _before, "after": _after}
+ACTIONS: dict[str, Callable[[Subject, Group, PruneMode], Acted]] = {
+    "prune": _pruned,
+    "rewind": _rewound,
+    "transplant": _transplanted,
+    "freeze": _frozen,
+}
 
 
 @contextmanager

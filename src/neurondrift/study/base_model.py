@@ -35,6 +35,11 @@ def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -
     )
 
 
+def dtype_of(study: Study) -> torch.dtype:
+    """The dtype that the study's models are loaded in where nothing else is asked for."""
+    return resolve_dtype(study.model.dtype, resolve_device(study.model.device))
+
+
 def autocasts(study: Study) -> bool:
     """Whether training computes in bfloat16 over float32 weights."""
-    return resolve_dtype(study.model.dtype, resolve_device(study.model.device)) == torch.bfloat16
+    return dtype_of(study) == torch.bfloat16

@@ -172,6 +172,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     advance: Advance = lambda n: None,
     freeze: Group | None = None,
+    resumable: bool = True,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -200,6 +201,8 @@ def finetune(
     freeze
         Neurons, weights or hidden units that must not move; asserted at the end (`freezing`, with its errors). The same
         as a `FreezeCallback` among the callbacks, which also reports.
+    resumable
+        Whether checkpoints are written at all.
 
     Returns
     -------
@@ -222,7 +225,7 @@ def finetune(
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.scheduler,
         bf16=autocast,
-        save_strategy="steps",
+        save_strategy="steps" if resumable else "no",
         save_steps=interval,
         save_total_limit=1,
     )

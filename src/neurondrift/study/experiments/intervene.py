@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from neurondrift.interventions.contexts import Applied, reach
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
 from neurondrift.interventions.trials import (
     INTERVENTIONS,
+    Acted,
     Bench,
     Draws,
     RunLog,
@@ -33,20 +34,19 @@ from neurondrift.interventions.trials import (
     run_trials,
 )
 from neurondrift.models.adapters import is_trained
-from neurondrift.models.data import encode, load_examples
-from neurondrift.models.loading import attach_adapter, load_model, resolve_device, resolve_dtype
+from neurondrift.models.data import load_examples
+from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.statistics.null import ALPHA, smallest_p
-from neurondrift.study.base_model import load_base, load_named
+from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.settings import GROUP_ROLES, InterveneSection, Study
+from neurondrift.study.stages.finetuning import finetune_study, load_trainee, trainee_of
+from neurondrift.study.stages.grouping import bins_of
 from neurondrift.study.stages.reporting import weights_digest
-from neurondrift.study.training import detach_adapter, finetune
+from neurondrift.study.training import detach_adapter
 
 Say = Callable[[str], None]
-
-NEVER = 1_000_000  # steps between checkpoints of a training that is not gone on from
-
 
 DOSES = (0.1, 0.25, 0.5, 1.0)
 
@@ -101,59 +101,72 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     draws = planned(options)
     subject, adapter = _subject(study, folder, options, seed)
     base = subject.sites_before.fingerprint
-    step = None if options.adapter is not None else last_step(folder, seed)
-    groups = _groups(folder, options)
-    asked = tuple(options.interventions) or tuple(
-        name for name in INTERVENTIONS if name != "freeze" or subject.train_frozen is not None
-    )
+    groups, asked = _groups(folder, options), _asked(options, subject)
     _check(groups, subject, base, asked)
     doses, importance = _importances(folder, groups, options, say)
-    bins = study.groups.weight_bins if options.granularity == "weight" else study.groups.bins
     trials = plan(
         groups,
         interventions=asked,
         doses=doses,
         draws=draws,
         magnitudes=magnitudes_of(subject.sites_before, options.granularity),
-        bins=bins,
+        bins=bins_of(study.groups, options.granularity),
         seed=study.seed,
         importance=importance,
     )
     bench = _bench(study, options)
-    inputs = sha256_of_value(
+    log = RunLog(runs_file(folder))
+    say(_announce(trials, bench, draws))
+    results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
+    findings: dict[str, Any] = json_safe(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "model_fingerprint": base,
+            "adapter": adapter,
+            "training_seed": seed,
+            "training_step": None if options.adapter is not None else last_step(folder, seed),
+            "settings": _as_made(study, options, asked, doses, bench),
+            **summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed),
+            "seconds": round(time.perf_counter() - began, 1),
+            "versions": record()["versions"],
+        }
+    )
+    write_json(results_file(folder), findings)
+    return findings
+
+
+def _asked(options: InterveneSection, subject: Subject) -> tuple[str, ...]:
+    """The interventions that were named; default: all that can be run on these models."""
+    possible = tuple(name for name in INTERVENTIONS if name != "freeze" or subject.train_frozen is not None)
+    return tuple(options.interventions) or possible
+
+
+def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> str:
+    """A hash of what every run's outcome depends on: the models, the prompts and how they are judged, the training."""
+    return sha256_of_value(
         [base, adapter, bench.judging, bench.max_length]
         + [[kind, [(e.id, e.prompt) for e in examples]] for kind, examples in bench.sets.items()]
         + [[(e.id, e.prompt, e.response) for e in bench.answers]]
         + [study.finetune.model_dump(mode="json"), seed]
     )
-    log = RunLog(runs_file(folder))
-    say(_announce(trials, bench, draws))
-    results = _run(trials, subject, bench, log, inputs, options, say)
-    found = {
-        "schema_version": SCHEMA_VERSION,
-        "model_fingerprint": base,
-        "adapter": adapter,
-        "training_seed": seed,
-        "training_step": step,
-        "settings": {
-            "interventions": list(asked),
-            "granularity": options.granularity,
-            "doses": list(doses),
-            "draws": asdict(draws),
-            "mode": options.mode,
-            "bins": bins,
-            "rng_seed": study.seed,
-            "resamples": study.analyze.resamples,
-            "prompts": {kind: len(examples) for kind, examples in bench.sets.items()} | {"answers": len(bench.answers)},
-            **bench.judging,
-        },
-        **summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed),
-        "seconds": round(time.perf_counter() - began, 1),
-        "versions": record()["versions"],
+
+
+def _as_made(
+    study: Study, options: InterveneSection, asked: Sequence[str], doses: Sequence[float], bench: Bench
+) -> dict[str, Any]:
+    """The object `settings` of the findings: what was run, also where it was not asked for by name."""
+    return {
+        "interventions": list(asked),
+        "granularity": options.granularity,
+        "doses": list(doses),
+        "draws": asdict(planned(options)),
+        "mode": options.mode,
+        "bins": bins_of(study.groups, options.granularity),
+        "rng_seed": study.seed,
+        "resamples": study.analyze.resamples,
+        "prompts": {kind: len(examples) for kind, examples in bench.sets.items()} | {"answers": len(bench.answers)},
+        **bench.judging,
     }
-    safe: dict[str, Any] = json_safe(found)
-    write_json(results_file(folder), safe)
-    return safe
 
 
 def planned(options: InterveneSection) -> Draws:
@@ -183,12 +196,14 @@ def _subject(study: Study, folder: StudyFolder, options: InterveneSection, seed:
         raise ConfigError("The study has no such training seed", received=seed, allowed=str(study.seeds))
     tuned = saved_step(folder.adapters(seed), last_step(folder, seed))
     before, tokenizer = load_base(study, folder)
+    train_frozen: Callable[[Group], Acted]
     if study.finetune.method == "full":
         after, _ = load_model(tuned, dtype=study.model.dtype, device=study.model.device)
+        train_frozen = partial(_trained_whole, study, folder, seed)
     else:
         before = after = attach_adapter(before, tuned).eval()
-    trainer = _Trainer(study, folder, seed, None if study.finetune.method == "full" else after)
-    return Subject(before=before, after=after, tokenizer=tokenizer, train_frozen=trainer), _digest(tuned)
+        train_frozen = partial(_trained_adapter, study, after, tokenizer, seed)
+    return Subject(before=before, after=after, tokenizer=tokenizer, train_frozen=train_frozen), _digest(tuned)
 
 
 def _digest(path: Path) -> str:
@@ -198,53 +213,26 @@ def _digest(path: Path) -> str:
     return found
 
 
-class _Trainer:
-    """Trains the study's fine-tuning again with a group held. The base is not loaded again where an adapter is trained:
-    the first training takes the measured adapter off it, so these runs come last."""
+@contextmanager
+def _trained_whole(study: Study, folder: StudyFolder, seed: int, group: Group) -> Iterator[tuple[nn.Module, Applied]]:
+    """The study's full fine-tuning again, with a group held: the base is loaded again, as training changes it."""
+    trained = finetune_study(study, load_trainee(study, folder), seed, freeze=group).model
+    yield trained.to(dtype_of(study)), Applied(len(group), len(group), 0)
 
-    def __init__(self, study: Study, folder: StudyFolder, seed: int, adapted: Any) -> None:
-        self.study, self.folder, self.seed, self.adapted = study, folder, seed, adapted
-        self.base: Any = None
 
-    @contextmanager
-    def __call__(self, group: Group) -> Iterator[tuple[nn.Module, Applied]]:
-        study, settings = self.study, self.study.finetune
-        tokenizer: Any
-        if settings.method == "full":
-            base, tokenizer = load_base(study, self.folder, dtype="float32")
-        else:
-            if self.base is None:
-                self.base = detach_adapter(self.adapted)
-            base, tokenizer = self.base, self._tokenizer()
-        encoded = encode(load_examples(settings.data), tokenizer, max_length=settings.max_length)
-        dtype = resolve_dtype(study.model.dtype, resolve_device(study.model.device))
-        with tempfile.TemporaryDirectory() as scratch:
-            trained, _ = finetune(
-                base,
-                tokenizer,
-                encoded,
-                settings.model_copy(update={"checkpoint_interval": NEVER}),
-                seed=self.seed,
-                folder=Path(scratch),
-                save_at=[],
-                autocast=str(dtype) == "torch.bfloat16",
-                freeze=group,
-            )
-        trained.eval()
+@contextmanager
+def _trained_adapter(
+    study: Study, adapted: Any, tokenizer: Any, seed: int, group: Group
+) -> Iterator[tuple[nn.Module, Applied]]:
+    """The study's adapter trained again, with a group held. The base is not loaded again: the measured adapter is taken
+    off it, so these runs come last; on leaving, the one that was trained."""
+    base = detach_adapter(adapted)  # from the second run on it has none, and nothing happens
+    trained = finetune_study(study, trainee_of(study, base, tokenizer), seed, freeze=group).model
+    try:
         sites = Sites(trained)
-        reached = reach(group, sites, _trained(sites), "freeze")
-        if settings.method == "full":
-            yield trained.to(dtype), Applied(len(group), len(group), 0)
-            return
-        try:
-            yield trained, reached
-        finally:
-            self.base = detach_adapter(trained)
-
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.folder.adapters(self.seed) / "tokenizer"))
+        yield trained, reach(group, sites, _trained(sites), "freeze")
+    finally:
+        detach_adapter(trained)
 
 
 def _trained(sites: Sites) -> set[str]:

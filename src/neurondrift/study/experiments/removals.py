@@ -1,12 +1,13 @@
-"""Removing directions from the outputs of a model's sites, and putting them back.
+"""What refusals and perplexity do while directions are removed from a study's model, beside random removals.
 
-A reversible context, like the other interventions, and what refusals do within it. Owns no subspace:
-`importance.subspaces` makes them.
+The part of the rank level that generates. Owns the list of removals and the layout of `behaviour` in
+`results/subspaces.json`; the directions come from `importance.directions`, the context that removes them and gives
+them back is `interventions.removal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from neurondrift.interventions.removal import remove_rank
 from neurondrift.models.data import load_examples
 from neurondrift.models.sites import Sites
 from neurondrift.study.settings import Study
+
+#: The removals that are no random ones, in the order in which they are made.
+REMOVED = ("none", "safety", "utility", "safety_only")
 
 
 def removal_effects(
@@ -39,25 +43,9 @@ def removal_effects(
     evaluate = study.evaluate
     prompts = load_examples(evaluate.harmful, require_response=False)
     answers_set = load_examples(evaluate.answers)
-    safety, utility = directions["safety"], directions["utility"]
-    removals: dict[str, Mapping[str, Projection]] = {
-        "none": {},
-        "safety": {name: projection(part) for name, part in safety.items()},
-        "utility": {name: projection(part) for name, part in utility.items()},
-        "safety_only": {name: safety_only(safety[name], utility[name]) for name in safety},
-    }
-    generator = torch.Generator().manual_seed(study.seed)
     conditions = []
-    with progress("refusals", len(prompts) * (len(removals) + draws)) as advance:
-        for index in range(len(removals) + draws):
-            label, draw = (list(removals)[index], None) if index < len(removals) else ("random", index - len(removals))
-            if draw is None:
-                chosen = removals[label]
-            else:
-                chosen = {
-                    name: projection(random_directions(sites.shapes[name][0], part.shape[1], generator))
-                    for name, part in safety.items()
-                }
+    with progress("refusals", len(prompts) * (len(REMOVED) + draws)) as advance:
+        for label, draw, chosen in _removals(sites, directions, draws=draws, seed=study.seed):
             with remove_rank(sites, chosen):
                 rows = judge_answers(
                     model,
@@ -90,8 +78,25 @@ def removal_effects(
     }
 
 
+def _removals(
+    sites: Sites, directions: Mapping[str, Mapping[str, torch.Tensor]], *, draws: int, seed: int
+) -> Iterator[tuple[str, int | None, Mapping[str, Projection]]]:
+    """What is removed, the number of the random draw, and the projections: one removal at a time is in memory."""
+    safety, utility = directions["safety"], directions["utility"]
+    yield "none", None, {}
+    yield "safety", None, {name: projection(part) for name, part in safety.items()}
+    yield "utility", None, {name: projection(part) for name, part in utility.items()}
+    yield "safety_only", None, {name: safety_only(safety[name], utility[name]) for name in safety}
+    generator = torch.Generator().manual_seed(seed)
+    for draw in range(draws):
+        drawn = {
+            name: random_directions(sites.shapes[name][0], part.shape[1], generator) for name, part in safety.items()
+        }
+        yield "random", draw, {name: projection(part) for name, part in drawn.items()}
+
+
 def _p_random(conditions: Sequence[Mapping[str, Any]], label: str) -> float:
-    """(1 + random removals with as few refusals or fewer) / (1 + random removals)."""
+    """The one-sided p-value of a removal: random removals with as few refusals or fewer."""
     rate = next(c["refusals"]["rate"] for c in conditions if c["removed"] == label)
     null = [c["refusals"]["rate"] for c in conditions if c["removed"] == "random"]
     return (1 + sum(value <= rate for value in null)) / (1 + len(null))

@@ -1,12 +1,13 @@
 """The noise floor of groups: how far the same model's groups differ when the calibration examples are re-drawn.
 
-Owns the loop over draws and the table of `neurondrift overlap`; the figures come from `statistics.overlap`.
+Owns the loop over draws and the table of `neurondrift overlap`; the recipe of the groups is that of the stage groups,
+the figures come from `groups.overlap`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import Stability, as_rows, overlap, overlap_by, stability
-from neurondrift.groups.selection import select_top, set_difference
 from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
+from neurondrift.study.stages.grouping import GRANULARITIES, scored_groups
 
 Say = Callable[[str], None]
 
@@ -70,11 +71,12 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
                     sites=sites,
                     on_batch=lambda batch: advance(len(batch.names)),
                 )
-            for key, group in _groups(study, scores["safety"], scores["utility"]).items():
-                made.setdefault(key, []).append(group)
+            for granularity in GRANULARITIES:
+                for name, group in scored_groups(scores, study.groups, granularity).items():
+                    made.setdefault((name, granularity), []).append(group)
     figures: dict[str, dict[str, Any]] = {}
-    for (name, granularity), groups in made.items():
-        figures.setdefault(name, {})[granularity] = stability(groups)._asdict()
+    for (name, kind), groups in made.items():
+        figures.setdefault(name, {})[kind] = stability(groups)._asdict()
     return {
         "draws": draws,
         "pool": {purpose: len(load_examples(reference)) for purpose, reference in pools.items()},
@@ -86,20 +88,6 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
 def _pool(reference: DataReference) -> DataReference:
     """The whole set that a reference draws from."""
     return reference.model_copy(update={"limit": None})
-
-
-def _groups(study: Study, safety: Mapping[str, Any], utility: Mapping[str, Any]) -> dict[tuple[str, str], Group]:
-    settings = study.groups
-    result: dict[tuple[str, str], Group] = {}
-    for granularity in ("neuron", "weight"):
-        result["safety_top", granularity] = select_top(safety, fraction=settings.top_fraction, granularity=granularity)
-        result["safety_set_difference", granularity] = set_difference(
-            safety, utility, p=settings.set_difference_p, q=settings.set_difference_q, granularity=granularity
-        )
-        result["utility_top", granularity] = select_top(
-            utility, fraction=settings.top_fraction, granularity=granularity
-        )
-    return result
 
 
 def of_study(study: Study, folder: StudyFolder) -> str:

@@ -1,15 +1,22 @@
-"""The stage finetune: fine-tuning with a drift snapshot at every interval."""
+"""The stage finetune, with a drift snapshot at every interval, and the training that the stage and others repeat."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.drift.callback import DriftCallback
-from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.groups.group import Group, load_group
+from neurondrift.interventions.freezing import FreezeCallback, FreezeReport
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites
@@ -21,6 +28,76 @@ from neurondrift.study.training import evaluated_steps, total_steps
 from neurondrift.study.training import finetune as finetune_model
 
 
+class Trainee(NamedTuple):
+    """What a study fine-tunes: the model as it is before, its tokenizer, and the encoded examples."""
+
+    model: Any
+    tokenizer: Any
+    encoded: Sequence[Mapping[str, Any]]
+
+
+class Finetuned(NamedTuple):
+    """The trained model (LoRA around the model that was given), the Trainer's log, and what was held still."""
+
+    model: Any
+    log: list[dict[str, float]]
+    frozen: FreezeReport | None
+
+
+def load_trainee(study: Study, folder: StudyFolder) -> Trainee:
+    """The study's base and training examples; in float32 where all of its weights are trained."""
+    return trainee_of(study, *load_base(study, folder, dtype="float32" if study.finetune.method == "full" else None))
+
+
+def trainee_of(study: Study, model: Any, tokenizer: Any) -> Trainee:
+    """The study's training examples beside a model that is loaded."""
+    settings = study.finetune
+    return Trainee(model, tokenizer, encode(load_examples(settings.data), tokenizer, max_length=settings.max_length))
+
+
+def finetune_study(
+    study: Study,
+    trainee: Trainee,
+    seed: int,
+    *,
+    freeze: Group | None = None,
+    keep_in: Path | None = None,
+    save_at: Sequence[int] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Finetuned:
+    """Fine-tune as the study says, with one training seed.
+
+    Parameters
+    ----------
+    study, trainee, seed
+        The settings, what is trained with them, and the seed.
+    freeze
+        A group that is held still; its errors are those of `freezing`.
+    keep_in
+        The folder of checkpoints, which are resumed from, and of the adapters (models) of the steps `save_at`.
+        Default: nothing is kept.
+    callbacks, advance
+        As in `training.finetune`.
+    """
+    hold = None if freeze is None else FreezeCallback(freeze)
+    with nullcontext(keep_in) if keep_in is not None else tempfile.TemporaryDirectory() as target:
+        trained, log = finetune_model(
+            trainee.model,
+            trainee.tokenizer,
+            trainee.encoded,
+            study.finetune,
+            seed=seed,
+            folder=Path(target),
+            save_at=save_at,
+            autocast=autocasts(study),
+            callbacks=callbacks if hold is None else [hold, *callbacks],
+            advance=advance,
+            resumable=keep_in is not None,
+        )
+    return Finetuned(trained, log, None if hold is None else hold.report)
+
+
 def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     """Fine-tune on ordinary instructions, with a drift snapshot at every interval.
 
@@ -28,7 +105,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     gone on from, anything else is deleted.
     """
     settings = study.finetune
-    freeze = None if folder.frozen_group is None else FreezeCallback(folder.frozen_group)
+    freeze = None if folder.frozen_group is None else load_group(folder.frozen_group)
     full = settings.method == "full"
     if full and not Path(folder.base_model).is_dir():
         raise ConfigError(
@@ -36,39 +113,34 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             received=folder.base_model,
             fix="download the model and name its folder as the reference",
         )
-    model, tokenizer = load_base(study, folder, dtype="float32" if full else None)
-    encoded = encode(load_examples(settings.data), tokenizer, max_length=settings.max_length)
-    total = total_steps(len(encoded), settings)
-    keep = evaluated_steps(total, settings.drift_interval, settings.evaluated_steps)
-    initial = CheckpointWeights(folder.base_model, Sites(model)) if full else None
-    callback = DriftCallback(
+    trainee = load_trainee(study, folder)
+    total = total_steps(len(trainee.encoded), settings)
+    drift = DriftCallback(
         folder.drift(seed),
         every=settings.drift_interval,
         groups=weight_groups(folder),
-        initial=initial,
+        initial=CheckpointWeights(folder.base_model, Sites(trainee.model)) if full else None,
         on_full_disk="stop",  # the command is run again and resumes
     )
     target = folder.adapters(seed)
     _start_over_if_changed(target, folder.drift(seed), key)
     with progress(f"finetune, seed {seed}", total) as advance:
-        _, log = finetune_model(
-            model,
-            tokenizer,
-            encoded,
-            settings,
-            seed=seed,
-            folder=target,
-            save_at=keep,
-            autocast=autocasts(study),
-            callbacks=[callback] if freeze is None else [freeze, callback],
+        _, log, frozen = finetune_study(
+            study,
+            trainee,
+            seed,
+            freeze=freeze,
+            keep_in=target,
+            save_at=evaluated_steps(total, settings.drift_interval, settings.evaluated_steps),
+            callbacks=[drift],
             advance=advance,
         )
     write_json(target / "training_log.json", json_safe(log))
-    tokenizer.save_pretrained(str(target / "tokenizer"))
+    trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
     shutil.rmtree(target / "trainer", ignore_errors=True)
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
-    frozen = "" if freeze is None else f"; {freeze.report}"
-    return f"{total} steps, {len(callback.log.steps())} drift snapshots{loss}{frozen}"
+    held = "" if frozen is None else f"; {frozen}"
+    return f"{total} steps, {len(drift.log.steps())} drift snapshots{loss}{held}"
 
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
