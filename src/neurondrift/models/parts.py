@@ -58,12 +58,17 @@ class Part:
             pieces.append((_on(self.entries // width, device), _on(self.entries % width, device)))
         return pieces
 
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Which weights of the site these are, `[out, in]`."""
+        mask = np.zeros(self.shape, dtype=bool)
+        mask[self.rows] = True
+        mask[:, self.columns] = True
+        mask.reshape(-1)[self.entries] = True
+        return mask
+
     def flat(self) -> Indices:
         """Each weight once, as `row * in + column`, ascending."""
-        out_features, in_features = self.shape
-        of_rows = self.rows[:, None] * in_features + np.arange(in_features)
-        of_columns = np.arange(out_features)[:, None] * in_features + self.columns
-        return np.unique(np.concatenate([of_rows.reshape(-1), of_columns.reshape(-1), self.entries]))
+        return np.flatnonzero(self.mask())
 
     def region(self) -> Region:
         """The same as rows alone, as columns alone, or else as entries."""
@@ -71,11 +76,7 @@ class Part:
             return Region("rows", _on(self.rows))
         if not len(self.rows) and not len(self.entries):
             return Region("columns", _on(self.columns))
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        mask[_on(self.rows)] = True
-        mask[:, _on(self.columns)] = True
-        mask.view(-1)[_on(self.entries)] = True
-        return Region("entries", mask)
+        return Region("entries", torch.from_numpy(self.mask()))
 
 
 def _on(indices: Indices, device: torch.device | None = None) -> torch.Tensor:
