@@ -128,7 +128,7 @@ def read_importance(path: Path, group: Group) -> dict[str, npt.NDArray[np.float3
 
 def digest(group: Group) -> str:
     """A short hash of a group's members: equal where two groups hold the same."""
-    found = hashlib.sha256(group.granularity.encode())
+    hashed = hashlib.sha256(group.granularity.encode())
     for site in sorted(group.members):
-        found.update(site.encode() + b"\0" + np.ascontiguousarray(group.members[site], dtype="<i8").tobytes())
-    return found.hexdigest()[:16]
+        hashed.update(site.encode() + b"\0" + np.ascontiguousarray(group.members[site], dtype="<i8").tobytes())
+    return hashed.hexdigest()[:16]
