@@ -1,7 +1,7 @@
-"""The order of a group's members by importance: kept in a file of its own, and doses taken from it.
+"""The importance of a group's members: its file, the doses taken by it, and the digest that tells groups apart.
 
 A group holds no scores, and scores are deleted once the groups stand. For groups of neurons, where it is cheap (one
-number a member), a study keeps the importance beside the group; for single weights it is read from a score file.
+number per member), a study keeps the importance beside the group; for single weights it is read from a score file.
 """
 
 from __future__ import annotations

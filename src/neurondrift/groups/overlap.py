@@ -1,7 +1,7 @@
-"""How much two groups overlap, and how much they would by chance.
+"""How much two groups overlap, how much they would by chance, and how much re-drawn groups of one rule do.
 
 Counts in, figures out: knows nothing of files. An overlap between two models' groups means nothing without two
-floors beside it: that of chance, and that of the same model under a re-drawn calibration set (`stability.py`).
+floors beside it: that of chance, and that of the same model under a re-drawn calibration set (`stability`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
-"""Description beside the comparison: associations with behaviour, series over training, ratios, shares of a change.
+"""Figures beside the comparison: associations with refusals, means, distributions, ratios, and shares of a change.
 
-Does the refusal rate fall as a group drifts? Means over training and distributions, of members and of matched controls,
-for the figures. The ratio of two means over the same sites, where only sums per site are kept, as of single weights.
-What part of a change of weights lies in a subspace. Sites are the clusters, as in every other interval here; the
-inference about the final drift is in `analysis`. Shapes: S seeds, J sites.
+None of them enters a verdict, which are those of `analysis`. Every interval takes sites as the units that vary, but
+for that of an association, whose units are training seeds. In their order here:
+
+- `associate`: whether refusals are lost as a group drifts;
+- `cluster_mean`, `control_means`, `control_weights`, `distribution`: drift of members and of matched controls at one
+  step, of which the figures over training and of the final drift are made;
+- `ratio_of_means`: members over controls where only sums per site are kept, as of single weights;
+- `share`: what part of a change of weights lies in a subspace.
+
+Shapes: N neurons, S seeds, J sites, T steps, Q sums per site.
 """
 
 from __future__ import annotations
@@ -116,40 +122,8 @@ def associate(series: BehaviourSeries) -> tuple[Association, ...]:
 
 def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts: int) -> Association:
     points = sum(len(x) for x, _ in pairs)
-    reasons: dict[str, str] = {}
-    rho, p, interval, slope, r2 = (
-        float("nan"),
-        float("nan"),
-        (float("nan"), float("nan")),
-        float("nan"),
-        float("nan"),
-    )
-    within = np.array([_spearman(x, y) for x, y in pairs if len(x) >= 3])
-    within = within[np.isfinite(within)]
-    if len(within):
-        rho = float(within.mean())
-    else:
-        reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
-    if len(within) >= 3:
-        z = np.arctanh(np.clip(within, -0.999, 0.999))
-        half = float(special.stdtrit(len(z) - 1, 0.975) * z.std(ddof=1) / np.sqrt(len(z)))
-        interval = (float(np.tanh(z.mean() - half)), float(np.tanh(z.mean() + half)))
-        p = float(stats.ttest_1samp(z, 0.0).pvalue) if half > 0 else float("nan")
-        if half == 0:
-            reasons["p"] = "the seeds agree exactly"
-    else:
-        reasons["interval"] = "fewer than three seeds: snapshots of one run are not independent"
-        if len(pairs) == 1 and np.isfinite(rho):
-            p = _permutation_p(*pairs[0])
-        else:
-            reasons["p"] = reasons.get("spearman", "two seeds: too few to test over seeds")
-    if points >= 3:
-        x = np.concatenate([x - x.mean() for x, _ in pairs])
-        y = np.concatenate([y - y.mean() for _, y in pairs])
-        if x @ x > 0:
-            slope = float(x @ y / (x @ x))
-            if y @ y > 0:
-                r2 = float((x @ y) ** 2 / ((x @ x) * (y @ y)))
+    rho, interval, p, reasons = _correlation(pairs)
+    slope, r2 = _line(pairs) if points >= 3 else (float("nan"), float("nan"))
     for field, value in (("slope", slope), ("r2", r2)):
         if not np.isfinite(value):
             reasons[field] = "fewer than three points, or no variation"
@@ -167,6 +141,44 @@ def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts:
         statement=_statement(points, len(pairs)),
         method="Spearman within seeds, averaged; least squares with an intercept per seed",
     )
+
+
+def _correlation(
+    pairs: list[tuple[FloatArray, FloatArray]],
+) -> tuple[float, tuple[float, float], float, dict[str, str]]:
+    """Mean rank correlation within seeds, its interval and p, and why any of them is undefined."""
+    rho, interval, p = float("nan"), (float("nan"), float("nan")), float("nan")
+    reasons: dict[str, str] = {}
+    within_S = np.array([_spearman(x, y) for x, y in pairs if len(x) >= 3])
+    within_S = within_S[np.isfinite(within_S)]
+    if len(within_S):
+        rho = float(within_S.mean())
+    else:
+        reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
+    if len(within_S) >= 3:
+        z_S = np.arctanh(np.clip(within_S, -0.999, 0.999))
+        half = float(special.stdtrit(len(z_S) - 1, 0.975) * z_S.std(ddof=1) / np.sqrt(len(z_S)))
+        interval = (float(np.tanh(z_S.mean() - half)), float(np.tanh(z_S.mean() + half)))
+        p = float(stats.ttest_1samp(z_S, 0.0).pvalue) if half > 0 else float("nan")
+        if half == 0:
+            reasons["p"] = "the seeds agree exactly"
+        return rho, interval, p, reasons
+    reasons["interval"] = "fewer than three seeds: snapshots of one run are not independent"
+    if len(pairs) == 1 and np.isfinite(rho):
+        p = _permutation_p(*pairs[0])
+    else:
+        reasons["p"] = reasons.get("spearman", "two seeds: too few to test over seeds")
+    return rho, interval, p, reasons
+
+
+def _line(pairs: list[tuple[FloatArray, FloatArray]]) -> tuple[float, float]:
+    """Slope and r² of least squares with an intercept per seed."""
+    x = np.concatenate([x - x.mean() for x, _ in pairs])
+    y = np.concatenate([y - y.mean() for _, y in pairs])
+    if not x @ x > 0:
+        return float("nan"), float("nan")
+    r2 = float((x @ y) ** 2 / ((x @ x) * (y @ y))) if y @ y > 0 else float("nan")
+    return float(x @ y / (x @ x)), r2
 
 
 def _spearman(x: FloatArray, y: FloatArray) -> float:
