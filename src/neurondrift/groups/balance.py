@@ -1,6 +1,6 @@
-"""Balance of |w| between a group and its control within one site: how far off it is, how near it can be, and draws
-that bring it within the limit. Knows arrays and indices; no strata are formed here and no groups read.
+"""Balance of |w| of a group and its control in one site: how far off it is, how near it can be, and draws within it.
 
+Knows arrays and indices; no strata are formed here and no groups read.
 Shapes: N places of a site, K members of the group, M candidates. Draws are indices into the N.
 """
 

@@ -1,7 +1,7 @@
-"""The order of a group's members by importance: kept in a file of its own, and doses taken from it.
+"""The importance of a group's members: its file, the doses taken by it, and the digest that tells groups apart.
 
 A group holds no scores, and scores are deleted once the groups stand. For groups of neurons, where it is cheap (one
-number a member), a study keeps the importance beside the group; for single weights it is read from a score file.
+number per member), a study keeps the importance beside the group; for single weights it is read from a score file.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def read_importance(path: Path, group: Group) -> dict[str, npt.NDArray[np.float3
 
 def digest(group: Group) -> str:
     """A short hash of a group's members: equal where two groups hold the same."""
-    found = hashlib.sha256(group.granularity.encode())
+    hashed = hashlib.sha256(group.granularity.encode())
     for site in sorted(group.members):
-        found.update(site.encode() + b"\0" + np.ascontiguousarray(group.members[site], dtype="<i8").tobytes())
-    return found.hexdigest()[:16]
+        hashed.update(site.encode() + b"\0" + np.ascontiguousarray(group.members[site], dtype="<i8").tobytes())
+    return hashed.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """A group: a set of neurons, weights or hidden units with its provenance, the algebra of such sets, and its files.
 
-Files are Parquet (site, row, col) that pandas, polars and DuckDB read, and plain JSON of neurons.
+The set comes first, then how it is written and read: as Parquet (site, row, col) that pandas, polars and DuckDB read,
+or as plain JSON of neurons. Knows arrays and files; no model, and not how a group is chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from neurondrift.base.roles import ROLES, Role, role_of_name
 
 Granularity = Literal["neuron", "weight", "unit"]
 Indices: TypeAlias = npt.NDArray[np.int64]
+
+# Of the Parquet file: the version of its header, and the columns of a tile, which its rows are ordered by.
+FORMAT = 1
+TILE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,34 +183,17 @@ def require_same_model(first: Group, second: Group) -> None:
         raise GroupError("The groups were made from different models", received=sorted(models))
 
 
-FORMAT = 1
-TILE = 256
-
-
 def write_parquet(path: Path, group: Group) -> None:
     """Write a group as Parquet, its shapes and provenance in the metadata. See `Group.save`.
 
     Weights are ordered by half tiles: of all sites' tiles of 256 columns first the columns 0 to 127, then the others;
-    within each half by site, tile, row and column (docs/results.md says so too).
-    Of a column's four bytes only the lowest then varies, in 7 bits over long stretches,
-    and rows rise slowly (benchmarks/groups.py has the sizes).
+    within each half by site, tile, row and column (docs/results.md says so too). Of a column's four bytes only the
+    lowest then varies, in 7 bits over long stretches, and rows rise slowly (benchmarks/groups.py has the sizes).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    sites = list(group.members)
-    counts = [len(group.members[site]) for site in sites]
-    codes = np.repeat(np.arange(len(sites), dtype=np.int32), counts)
-    rows = (
-        np.concatenate([group.rows(site).astype(np.int32) for site in sites]) if sites else np.empty(0, dtype=np.int32)
-    )
-    if group.granularity == "weight":
-        columns = np.concatenate([group.columns(site).astype(np.int32) for site in sites]) if sites else rows
-        order = np.lexsort((columns, rows, columns // TILE, codes, columns % TILE // (TILE // 2)))
-        codes, rows, columns = codes[order], rows[order], columns[order]
-        col_column, col_encoding = pa.array(columns), "BYTE_STREAM_SPLIT"
-    else:
-        col_column, col_encoding = pa.nulls(len(rows), pa.int32()), "PLAIN"
+    codes, rows, columns = _in_order(group)
     header = {
         "format": FORMAT,
         "granularity": group.granularity,
@@ -214,9 +202,9 @@ def write_parquet(path: Path, group: Group) -> None:
     }
     table = pa.table(
         {
-            "site": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(sites, pa.string())),
+            "site": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(group.members), pa.string())),
             "row": pa.array(rows),
-            "col": col_column,
+            "col": pa.nulls(len(rows), pa.int32()) if columns is None else pa.array(columns),
         }
     ).replace_schema_metadata({"neurondrift.group": json.dumps(header)})
     with atomic_path(path) as partial:
@@ -227,8 +215,24 @@ def write_parquet(path: Path, group: Group) -> None:
             compression_level=19,
             use_dictionary=["site"],
             write_statistics=["site", "row"],
-            column_encoding={"row": "DELTA_BINARY_PACKED", "col": col_encoding},
+            column_encoding={
+                "row": "DELTA_BINARY_PACKED",
+                "col": "PLAIN" if columns is None else "BYTE_STREAM_SPLIT",
+            },
         )
+
+
+def _in_order(group: Group) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32] | None]:
+    """The number of its site, the row and (of weights) the column of each member, in the order of the file."""
+    sites, empty = list(group.members), np.empty(0, dtype=np.int32)
+    counts = [len(group.members[site]) for site in sites]
+    codes = np.repeat(np.arange(len(sites), dtype=np.int32), counts)
+    rows = np.concatenate([empty, *(group.rows(site).astype(np.int32) for site in sites)])
+    if group.granularity != "weight":
+        return codes, rows, None
+    columns = np.concatenate([empty, *(group.columns(site).astype(np.int32) for site in sites)])
+    order = np.lexsort((columns, rows, columns // TILE, codes, columns % TILE // (TILE // 2)))
+    return codes[order], rows[order], columns[order]
 
 
 def load_group(path: str | Path) -> Group:

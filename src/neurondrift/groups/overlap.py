@@ -1,7 +1,7 @@
-"""How much two groups overlap, and how much they would by chance.
+"""How much two groups overlap, how much they would by chance, and how much re-drawn groups of one rule do.
 
 Counts in, figures out: knows nothing of files. An overlap between two models' groups means nothing without two
-floors beside it: that of chance, and that of the same model under a re-drawn calibration set (`stability.py`).
+floors beside it: that of chance, and that of the same model under a re-drawn calibration set (`stability`).
 """
 
 from __future__ import annotations
@@ -102,15 +102,15 @@ def stability(groups: list[Group]) -> Stability:
     """Pairwise overlaps of groups that one rule gave on different draws. Raises `GroupError` for fewer than two."""
     if len(groups) < 2:
         raise GroupError("Stability needs at least two draws", received=len(groups))
-    found = [overlap(one, two) for index, one in enumerate(groups) for two in groups[index + 1 :]]
-    jaccards = [pair.jaccard for pair in found]
+    pairs = [overlap(one, two) for index, one in enumerate(groups) for two in groups[index + 1 :]]
+    jaccards = [pair.jaccard for pair in pairs]
 
     def mean(name: str) -> float:
-        return float(np.mean([getattr(pair, name) for pair in found]))
+        return float(np.mean([getattr(pair, name) for pair in pairs]))
 
     return Stability(
         len(groups),
-        len(found),
+        len(pairs),
         float(np.mean([len(group) for group in groups])),
         mean("jaccard"),
         min(jaccards),
@@ -123,4 +123,4 @@ def stability(groups: list[Group]) -> Stability:
 
 def as_rows(overlaps: Mapping[Any, Overlap]) -> list[dict[str, Any]]:
     """Overlaps as rows for tables and JSON, the class under `name`."""
-    return [{"name": str(name), **found._asdict()} for name, found in overlaps.items()]
+    return [{"name": str(name), **of_class._asdict()} for name, of_class in overlaps.items()]

@@ -1,4 +1,4 @@
-"""Rules that make groups: top share, set difference, random. Scores are read site by site."""
+"""Rules that make groups: the top share of scores, the set difference of two, and random ones."""
 
 from __future__ import annotations
 

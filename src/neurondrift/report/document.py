@@ -136,7 +136,7 @@ def _hypotheses(results: Record) -> Section:
     conclusion = clean(analysis_of(results).get("conclusion"), "")
     if conclusion:
         blocks.append(Paragraph(f"In sum: {' '.join(filter(None, (conclusion, _cause(results))))}"))
-    return Section(title="H1 and H2, evaluated", blocks=_or_say(blocks, "There is no group whose name says safety."))
+    return Section(title="H1 and H2, evaluated", blocks=_or_say(blocks, "There is no group whose role is safety."))
 
 
 def _evaluation(effect: Record, results: Record) -> str:

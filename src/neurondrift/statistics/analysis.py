@@ -1,6 +1,7 @@
-"""The analysis of a study: every group in every metric, contrasts, overlaps and behaviour.
+"""The analysis of a study: every group in every metric, contrasts, overlaps, and Holm's adjustment of their tests.
 
-Owns the order of the steps; a single comparison is in `comparison`, the inference in `inference`.
+Owns the order of the steps; a single comparison is in `comparison`, the inference in `inference`, what goes with
+behaviour in `descriptive`. Shapes: N neurons.
 """
 
 from __future__ import annotations

@@ -43,13 +43,13 @@ class Population:
     Attributes
     ----------
     site
-        Site code of each neuron, int [n]: an index into `site_names`.
+        Site code of each neuron, int [N]: an index into `site_names`.
     site_names, module_type, layer
         Per site: its name, its kind (such as ``q_proj``) and its decoder block, or None.
     row
-        Output row of each neuron in its site, int [n].
+        Output row of each neuron in its site, int [N].
     norm
-        Row norm of w0, float64 [n]: the matching variable |w|.
+        Row norm of w0, float64 [N]: the matching variable |w|.
     drift
         Metric name -> float64 [n_seeds, n]; NaN where undefined.
     """

@@ -1,9 +1,15 @@
-"""Description beside the comparison: associations with behaviour, series over training, ratios, shares of a change.
+"""Figures beside the comparison: associations with refusals, means, distributions, ratios, and shares of a change.
 
-Does the refusal rate fall as a group drifts? Means over training and distributions, of members and of matched controls,
-for the figures. The ratio of two means over the same sites, where only sums per site are kept, as of single weights.
-What part of a change of weights lies in a subspace. Sites are the clusters, as in every other interval here; the
-inference about the final drift is in `analysis`. Shapes: S seeds, J sites.
+None of them enters a verdict, which are those of `analysis`. Every interval takes sites as the units that vary, but
+for that of an association, whose units are training seeds. In their order here:
+
+- `associate`: whether refusals are lost as a group drifts;
+- `cluster_mean`, `control_means`, `control_weights`, `distribution`: drift of members and of matched controls at one
+  step, of which the figures over training and of the final drift are made;
+- `ratio_of_means`: members over controls where only sums per site are kept, as of single weights;
+- `share`: what part of a change of weights lies in a subspace.
+
+Shapes: N neurons, S seeds, J sites, T steps, Q sums per site.
 """
 
 from __future__ import annotations
@@ -14,11 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special, stats  # type: ignore[import-untyped,unused-ignore]
 
 from neurondrift.base.errors import DataError
-from neurondrift.statistics.estimates import FloatArray, ratio_statistic
+from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, ratio_statistic
 from neurondrift.statistics.inference import Inference, infer, infer_plain
 
 #: All orders of this many points are enumerated for the p-value (8! = 40,320).
@@ -117,40 +122,8 @@ def associate(series: BehaviourSeries) -> tuple[Association, ...]:
 
 def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts: int) -> Association:
     points = sum(len(x) for x, _ in pairs)
-    reasons: dict[str, str] = {}
-    rho, p, interval, slope, r2 = (
-        float("nan"),
-        float("nan"),
-        (float("nan"), float("nan")),
-        float("nan"),
-        float("nan"),
-    )
-    within = np.array([_spearman(x, y) for x, y in pairs if len(x) >= 3])
-    within = within[np.isfinite(within)]
-    if len(within):
-        rho = float(within.mean())
-    else:
-        reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
-    if len(within) >= 3:
-        z = np.arctanh(np.clip(within, -0.999, 0.999))
-        half = float(special.stdtrit(len(z) - 1, 0.975) * z.std(ddof=1) / np.sqrt(len(z)))
-        interval = (float(np.tanh(z.mean() - half)), float(np.tanh(z.mean() + half)))
-        p = float(stats.ttest_1samp(z, 0.0).pvalue) if half > 0 else float("nan")
-        if half == 0:
-            reasons["p"] = "the seeds agree exactly"
-    else:
-        reasons["interval"] = "fewer than three seeds: snapshots of one run are not independent"
-        if len(pairs) == 1 and np.isfinite(rho):
-            p = _permutation_p(*pairs[0])
-        else:
-            reasons["p"] = reasons.get("spearman", "two seeds: too few to test over seeds")
-    if points >= 3:
-        x = np.concatenate([x - x.mean() for x, _ in pairs])
-        y = np.concatenate([y - y.mean() for _, y in pairs])
-        if x @ x > 0:
-            slope = float(x @ y / (x @ x))
-            if y @ y > 0:
-                r2 = float((x @ y) ** 2 / ((x @ x) * (y @ y)))
+    rho, interval, p, reasons = _correlation(pairs)
+    slope, r2 = _line(pairs) if points >= 3 else (float("nan"), float("nan"))
     for field, value in (("slope", slope), ("r2", r2)):
         if not np.isfinite(value):
             reasons[field] = "fewer than three points, or no variation"
@@ -168,6 +141,44 @@ def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts:
         statement=_statement(points, len(pairs)),
         method="Spearman within seeds, averaged; least squares with an intercept per seed",
     )
+
+
+def _correlation(
+    pairs: list[tuple[FloatArray, FloatArray]],
+) -> tuple[float, tuple[float, float], float, dict[str, str]]:
+    """Mean rank correlation within seeds, its interval and p, and why any of them is undefined."""
+    rho, interval, p = float("nan"), (float("nan"), float("nan")), float("nan")
+    reasons: dict[str, str] = {}
+    within_S = np.array([_spearman(x, y) for x, y in pairs if len(x) >= 3])
+    within_S = within_S[np.isfinite(within_S)]
+    if len(within_S):
+        rho = float(within_S.mean())
+    else:
+        reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
+    if len(within_S) >= 3:
+        z_S = np.arctanh(np.clip(within_S, -0.999, 0.999))
+        half = float(special.stdtrit(len(z_S) - 1, 0.975) * z_S.std(ddof=1) / np.sqrt(len(z_S)))
+        interval = (float(np.tanh(z_S.mean() - half)), float(np.tanh(z_S.mean() + half)))
+        p = float(stats.ttest_1samp(z_S, 0.0).pvalue) if half > 0 else float("nan")
+        if half == 0:
+            reasons["p"] = "the seeds agree exactly"
+        return rho, interval, p, reasons
+    reasons["interval"] = "fewer than three seeds: snapshots of one run are not independent"
+    if len(pairs) == 1 and np.isfinite(rho):
+        p = _permutation_p(*pairs[0])
+    else:
+        reasons["p"] = reasons.get("spearman", "two seeds: too few to test over seeds")
+    return rho, interval, p, reasons
+
+
+def _line(pairs: list[tuple[FloatArray, FloatArray]]) -> tuple[float, float]:
+    """Slope and r² of least squares with an intercept per seed."""
+    x = np.concatenate([x - x.mean() for x, _ in pairs])
+    y = np.concatenate([y - y.mean() for _, y in pairs])
+    if not x @ x > 0:
+        return float("nan"), float("nan")
+    r2 = float((x @ y) ** 2 / ((x @ x) * (y @ y))) if y @ y > 0 else float("nan")
+    return float(x @ y / (x @ x)), r2
 
 
 def _spearman(x: FloatArray, y: FloatArray) -> float:
@@ -201,10 +212,6 @@ def _statement(points: int, seeds: int) -> str:
     return text
 
 
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-
-
 class Mean(NamedTuple):
     """A mean with its 95 % interval."""
 
@@ -213,46 +220,46 @@ class Mean(NamedTuple):
     high: float
 
 
-def cluster_mean(values: FloatArray, cluster: IntArray) -> Mean:
-    """Mean of `values` [n] and its 95 % t interval with `cluster` [n] (the site) as the unit that varies.
+def cluster_mean(values_N: FloatArray, cluster_N: IntArray) -> Mean:
+    """Mean of `values_N` [N] and its 95 % t interval with `cluster_N` [N] (the site) as the unit that varies.
 
     The variance is that of the sums of residuals by cluster, with the factor S / (S - 1) for S clusters; the
     interval has S - 1 degrees of freedom and is NaN for fewer than two clusters. NaN values are left out.
     """
-    known = np.isfinite(values)
-    values, cluster = values[known], cluster[known]
-    if len(values) == 0:
+    known_N = np.isfinite(values_N)
+    values_N, cluster_N = values_N[known_N], cluster_N[known_N]
+    if len(values_N) == 0:
         return Mean(np.nan, np.nan, np.nan)
-    mean = float(values.mean())
-    codes, position = np.unique(cluster, return_inverse=True)
+    mean = float(values_N.mean())
+    codes, position = np.unique(cluster_N, return_inverse=True)
     if len(codes) < 2:
         return Mean(mean, np.nan, np.nan)
-    sums = np.bincount(position, weights=values - mean)
-    error = np.sqrt((sums**2).sum() * len(codes) / (len(codes) - 1)) / len(values)
+    sums = np.bincount(position, weights=values_N - mean)
+    error = np.sqrt((sums**2).sum() * len(codes) / (len(codes) - 1)) / len(values_N)
     half = float(stats.t.ppf(0.975, len(codes) - 1) * error)
     return Mean(mean, mean - half, mean + half)
 
 
-def control_means(drift: FloatArray, stratum: IntArray, member: BoolArray) -> FloatArray:
+def control_means(drift_N: FloatArray, stratum_N: IntArray, member_N: BoolArray) -> FloatArray:
     """For each member, the mean drift of the non-members of its stratum; NaN where there are none.
 
-    `drift` [n], `stratum` [n] (non-negative codes), `member` [n]; returns `[member.sum()]`.
+    `drift_N` [N], `stratum_N` [N] (non-negative codes), `member_N` [N]; returns `[member.sum()]`.
     """
-    candidate = ~member & np.isfinite(drift)
-    size = int(stratum.max()) + 1
-    counts = np.bincount(stratum[candidate], minlength=size)
-    sums = np.bincount(stratum[candidate], weights=drift[candidate], minlength=size)
+    candidate_N = ~member_N & np.isfinite(drift_N)
+    size = int(stratum_N.max()) + 1
+    counts = np.bincount(stratum_N[candidate_N], minlength=size)
+    sums = np.bincount(stratum_N[candidate_N], weights=drift_N[candidate_N], minlength=size)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums / counts)[stratum[member]]
+        return (sums / counts)[stratum_N[member_N]]
 
 
-def control_weights(stratum: IntArray, member: BoolArray) -> FloatArray:
-    """Weight of every neuron as a matched control: members per control in its stratum, 0 for members. `[n]`."""
-    size = int(stratum.max()) + 1
-    members = np.bincount(stratum[member], minlength=size)
-    controls = np.bincount(stratum[~member], minlength=size)
+def control_weights(stratum_N: IntArray, member_N: BoolArray) -> FloatArray:
+    """Weight of every neuron as a matched control: members per control in its stratum, 0 for members. `[N]`."""
+    size = int(stratum_N.max()) + 1
+    members = np.bincount(stratum_N[member_N], minlength=size)
+    controls = np.bincount(stratum_N[~member_N], minlength=size)
     ratio = np.divide(members, controls, out=np.zeros(size), where=controls > 0)
-    return np.where(member, 0.0, ratio[stratum])
+    return np.where(member_N, 0.0, ratio[stratum_N])
 
 
 class Distribution(NamedTuple):
@@ -263,22 +270,26 @@ class Distribution(NamedTuple):
     controls: FloatArray
 
 
-def distribution(drift: FloatArray, member: BoolArray, weights: FloatArray, *, bins: int = 40) -> Distribution | None:
-    """Distribution of log10 drift of members and of controls with `weights`; None where no member has a positive
+def distribution(
+    drift_N: FloatArray, member_N: BoolArray, weights_N: FloatArray, *, bins: int = 40
+) -> Distribution | None:
+    """Distribution of log10 drift of members and of controls with `weights_N`; None where no member has a positive
     drift. Values at or below zero are left out."""
-    positive = np.isfinite(drift) & (drift > 0)
-    shown = positive & (member | (weights > 0))
-    if not (positive & member).any():
+    positive_N = np.isfinite(drift_N) & (drift_N > 0)
+    shown_N = positive_N & (member_N | (weights_N > 0))
+    if not (positive_N & member_N).any():
         return None
-    low, high = np.quantile(drift[shown], [0.001, 0.999])
+    low, high = np.quantile(drift_N[shown_N], [0.001, 0.999])
     edges = np.logspace(np.log10(low), np.log10(high * (1 + 1e-6)), bins + 1)
-    clipped = np.clip(drift, low, high)
+    clipped_N = np.clip(drift_N, low, high)
 
-    def density(chosen: BoolArray, weight: FloatArray) -> FloatArray:
-        counts, _ = np.histogram(clipped[chosen], bins=edges, weights=weight[chosen])
+    def density(chosen_N: BoolArray, weight_N: FloatArray) -> FloatArray:
+        counts, _ = np.histogram(clipped_N[chosen_N], bins=edges, weights=weight_N[chosen_N])
         return counts / max(counts.sum(), 1e-300) / np.diff(np.log10(edges))
 
-    return Distribution(edges, density(positive & member, np.ones(len(drift))), density(positive & ~member, weights))
+    return Distribution(
+        edges, density(positive_N & member_N, np.ones(len(drift_N))), density(positive_N & ~member_N, weights_N)
+    )
 
 
 class Ratio(NamedTuple):
@@ -290,18 +301,18 @@ class Ratio(NamedTuple):
     reason: str
 
 
-def ratio_of_means(first: FloatArray, second: FloatArray) -> Ratio:
+def ratio_of_means(first_J2: FloatArray, second_J2: FloatArray) -> Ratio:
     """Mean of the first arm over that of the second, from count and sum per site, `[sites, 2]` each.
 
     The interval is that of a jackknife over sites with Student's t on sites - 1 degrees of freedom
     (`inference.infer_plain`): it holds for this run and for sites like these.
     """
-    nothing = np.zeros((len(first), 1))  # in the place of the sums of squares, which a ratio does not read
-    found = infer_plain(np.hstack([first, nothing, second, nothing]), ratio_statistic(1))
-    if not np.isfinite(found.value):
+    nothing_J1 = np.zeros((len(first_J2), 1))  # in the place of the sums of squares, which a ratio does not read
+    inferred = infer_plain(np.hstack([first_J2, nothing_J1, second_J2, nothing_J1]), ratio_statistic(1))
+    if not np.isfinite(inferred.value):
         return Ratio(np.nan, np.nan, np.nan, "no member has moved, or none is defined")
-    low, high = found.interval(0.95)
-    return Ratio(found.value, low, high, found.reason)
+    low, high = inferred.interval(0.95)
+    return Ratio(inferred.value, low, high, inferred.reason)
 
 
 class RatioOfSums(NamedTuple):

@@ -1,7 +1,7 @@
 """Sums per site from which every estimate follows, and the estimates as functions of those sums.
 
 A statistic is a smooth function of totals over sites, so that leaving out, repeating or re-weighting
-sites (jackknife, bootstrap) never goes back to the neurons. Shapes: S seeds, J sites, Q sums, n neurons.
+sites (jackknife, bootstrap) never goes back to the neurons. Shapes: S seeds, J sites, H strata, Q sums, N neurons.
 """
 
 from __future__ import annotations
@@ -57,48 +57,48 @@ class MatchedSums(NamedTuple):
 
 
 def matched_sums(
-    drift: FloatArray, member: BoolArray, stratum: IntArray, site_of_stratum: IntArray, n_sites: int
+    drift_SN: FloatArray, member_N: BoolArray, stratum_N: IntArray, site_of_stratum: IntArray, n_sites: int
 ) -> MatchedSums:
     """Sufficient statistics of the matched effect, one row per site that has matched members.
 
     Parameters
     ----------
-    drift
-        Finite drift, float64 [S, n].
-    member, stratum
-        Membership and dense stratum code, [n].
+    drift_SN
+        Finite drift, float64 [S, N].
+    member_N, stratum_N
+        Membership and dense stratum code, [N].
     site_of_stratum
         Site code of each stratum.
     n_sites
         Number of sites.
     """
-    seeds, strata = drift.shape[0], len(site_of_stratum)
-    arm = stratum * 2 + member
-    count = np.bincount(arm, minlength=2 * strata).reshape(strata, 2)  # [strata, control | member]
+    seeds, strata = drift_SN.shape[0], len(site_of_stratum)
+    arm_N = stratum_N * 2 + member_N
+    count = np.bincount(arm_N, minlength=2 * strata).reshape(strata, 2)  # [strata, control | member]
     controls, members = count[:, 0], count[:, 1]
     paired = (controls > 0) & (members > 0)
     freedom = np.where(paired, controls + members - 2, 0)
     known = np.where(freedom > 0, members, 0)
     columns = [np.where(paired, members, 0), known]
     differences, variances, expected = [], [], []
-    for values in drift:
-        mean = np.bincount(arm, weights=values, minlength=2 * strata) / np.maximum(count.ravel(), 1)
-        square = np.bincount(arm, weights=(values - mean[arm]) ** 2, minlength=2 * strata).reshape(strata, 2)
+    for values_N in drift_SN:
+        mean = np.bincount(arm_N, weights=values_N, minlength=2 * strata) / np.maximum(count.ravel(), 1)
+        square = np.bincount(arm_N, weights=(values_N - mean[arm_N]) ** 2, minlength=2 * strata).reshape(strata, 2)
         mean = mean.reshape(strata, 2)
         differences.append(np.where(paired, members * (mean[:, 1] - mean[:, 0]), 0.0))
         variances.append(known * square.sum(axis=1) / np.maximum(freedom, 1))
         expected.append(np.where(paired, members * mean[:, 0], 0.0))
 
-    def per_site(values: NDArray[np.generic]) -> FloatArray:
-        weights = np.asarray(values, dtype=np.float64)
+    def per_site(values_H: NDArray[np.generic]) -> FloatArray:
+        weights = np.asarray(values_H, dtype=np.float64)
         return np.bincount(site_of_stratum, weights=weights, minlength=n_sites).astype(np.float64)
 
-    sums = np.stack([per_site(v) for v in [*columns, *differences, *variances]], axis=1)
-    sites = np.flatnonzero(sums[:, 0] > 0)
+    sums_JQ = np.stack([per_site(v) for v in [*columns, *differences, *variances]], axis=1)
+    sites = np.flatnonzero(sums_JQ[:, 0] > 0)
     alone = (members > 0) & (controls == 0)
     return MatchedSums(
         sites=sites,
-        sums=sums[sites],
+        sums=sums_JQ[sites],
         freedom=per_site(freedom)[sites],
         expected=np.stack([per_site(v) for v in expected], axis=1).reshape(n_sites, seeds)[sites],
         n_matched=int(members[paired].sum()),
@@ -165,24 +165,24 @@ class Difference(NamedTuple):
         )
 
 
-def raw_sums(drift: FloatArray, chosen: BoolArray, site: IntArray, n_sites: int) -> FloatArray:
+def raw_sums(drift_SN: FloatArray, chosen_N: BoolArray, site_N: IntArray, n_sites: int) -> FloatArray:
     """Per site: the count of the chosen neurons, then per seed their sum, then per seed their sum of squares.
 
     Returns float64 [n_sites, 1 + 2 S]. Drift is taken in units of its overall mean, which keeps the
     squares of tiny drifts exact; callers that need units multiply by `raw_scale`.
     """
-    code = site[chosen]
+    code = site_N[chosen_N]
     columns = [np.bincount(code, minlength=n_sites).astype(np.float64)]
-    scaled = drift[:, chosen] / raw_scale(drift)[:, None]
+    scaled = drift_SN[:, chosen_N] / raw_scale(drift_SN)[:, None]
     columns += [np.bincount(code, weights=v, minlength=n_sites).astype(np.float64) for v in scaled]
     columns += [np.bincount(code, weights=v * v, minlength=n_sites).astype(np.float64) for v in scaled]
     return np.stack(columns, axis=1)
 
 
-def raw_scale(drift: FloatArray) -> FloatArray:
+def raw_scale(drift_SN: FloatArray) -> FloatArray:
     """The mean |drift| of each seed, [S]; 1 where it is zero."""
-    scale = np.abs(drift).mean(axis=1)
-    return np.where(scale > 0, scale, 1.0)
+    scale_S = np.abs(drift_SN).mean(axis=1)
+    return np.where(scale_S > 0, scale_S, 1.0)
 
 
 def mean_statistic(seeds: int, scale: FloatArray) -> Statistic:
@@ -242,15 +242,15 @@ def cohens_d_statistic(seeds: int) -> Statistic:
     return value
 
 
-def stratified_median(values: FloatArray, stratum: IntArray, member: BoolArray) -> float:
+def stratified_median(values_N: FloatArray, stratum_N: IntArray, member_N: BoolArray) -> float:
     """Median drift of the matched controls, each weighted by members / controls of its stratum."""
-    strata = int(stratum.max()) + 1
-    members = np.bincount(stratum, weights=member, minlength=strata)
-    controls = np.bincount(stratum, weights=~member, minlength=strata)
-    weight = (members / np.maximum(controls, 1))[stratum]
-    chosen = ~member & (weight > 0)
-    if not chosen.any():
+    strata = int(stratum_N.max()) + 1
+    members = np.bincount(stratum_N, weights=member_N, minlength=strata)
+    controls = np.bincount(stratum_N, weights=~member_N, minlength=strata)
+    weight_N = (members / np.maximum(controls, 1))[stratum_N]
+    chosen_N = ~member_N & (weight_N > 0)
+    if not chosen_N.any():
         return float("nan")
-    order = np.argsort(values[chosen], kind="stable")
-    cumulative = np.cumsum(weight[chosen][order])
-    return float(values[chosen][order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+    order = np.argsort(values_N[chosen_N], kind="stable")
+    cumulative = np.cumsum(weight_N[chosen_N][order])
+    return float(values_N[chosen_N][order][np.searchsorted(cumulative, cumulative[-1] / 2)])

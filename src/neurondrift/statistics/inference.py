@@ -22,6 +22,8 @@ here, 4 to 6 %. The equivalence test asks both bootstraps, the symmetric and the
 `Inference.equivalence_interval`). Over three seeds: Satterthwaite's df reach 8 to 9 % where seeds dominate,
 the Behrens-Fisher mixture 2.5 to 5 %; a raw bootstrap of three seeds is too narrow by sqrt(2/3) and more.
 `benchmarks/calibration.py` tests the choice on whole simulated studies.
+
+Shapes: N neurons, H strata, S seeds, J sites, Q sums per site, B resamples, K outcomes.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ CHUNK = 2_000_000
 
 
 class Differentiable(Protocol):
-    """A function of totals with its gradient: see `effects.MatchedEffect`."""
+    """A function of totals with its gradient: see `estimates.MatchedEffect`."""
 
     def __call__(self, totals: FloatArray) -> FloatArray: ...
 
@@ -199,28 +201,28 @@ def bootstrap_weights(sites: int, resamples: int, rng_seed: int) -> FloatArray:
     return weights
 
 
-def jackknife_influence(sums: FloatArray, statistic: Statistic) -> FloatArray:
+def jackknife_influence(sums_JQ: FloatArray, statistic: Statistic) -> FloatArray:
     """Each site's part in an estimate, [J, S]: (J-1)/J (estimate - estimate without the site), centred."""
-    rest = statistic(sums.sum(axis=0) - sums)
-    influence: FloatArray = (rest.mean(axis=0) - rest) * (len(sums) - 1) / len(sums)
-    return influence
+    rest_JS = statistic(sums_JQ.sum(axis=0) - sums_JQ)
+    influence_JS: FloatArray = (rest_JS.mean(axis=0) - rest_JS) * (len(sums_JQ) - 1) / len(sums_JQ)
+    return influence_JS
 
 
 def _combine(
-    per_seed: FloatArray, influence: FloatArray, site_draws: FloatArray | None, site_df: float, method: str
+    per_seed_S: FloatArray, influence_JS: FloatArray, site_draws: FloatArray | None, site_df: float, method: str
 ) -> Inference:
     """Variance and reference distributions from per-seed estimates [S], influences [J, S] and signed sorted draws."""
-    sites, seeds = influence.shape
-    value = float(per_seed.mean())
+    sites, seeds = influence_JS.shape
+    value = float(per_seed_S.mean())
     factor = sites / (sites - 1)
-    mean_influence = influence.mean(axis=1)
-    v_site = factor * float(mean_influence @ mean_influence)
+    mean_influence_J = influence_JS.mean(axis=1)
+    v_site = factor * float(mean_influence_J @ mean_influence_J)
     symmetric = None if site_draws is None else np.sort(np.concatenate([-site_draws, site_draws]))
     reference, skewed = Reference(symmetric, site_df), Reference(site_draws, site_df)
     variance = v_site
     if seeds >= FEWEST_SEEDS:
-        v_seed = float(per_seed.var(ddof=1)) / seeds
-        v_int = factor * float(((influence - mean_influence[:, None]) ** 2).sum()) / (seeds * (seeds - 1))
+        v_seed = float(per_seed_S.var(ddof=1)) / seeds
+        v_int = factor * float(((influence_JS - mean_influence_J[:, None]) ** 2).sum()) / (seeds * (seeds - 1))
         extra = max(v_seed - v_int, 0.0)
         variance = v_site + extra
         if variance > 0:
@@ -230,8 +232,8 @@ def _combine(
     else:
         method += f", given {'this one run' if seeds == 1 else 'these two runs'}"
     if not variance > 0:
-        return undefined(per_seed, sites, "no variation between sites")
-    return Inference(value, float(np.sqrt(variance)), reference, per_seed, sites, method, "", skewed)
+        return undefined(per_seed_S, sites, "no variation between sites")
+    return Inference(value, float(np.sqrt(variance)), reference, per_seed_S, sites, method, "", skewed)
 
 
 def undefined(per_seed: FloatArray, sites: int, reason: str) -> Inference:
@@ -239,12 +241,12 @@ def undefined(per_seed: FloatArray, sites: int, reason: str) -> Inference:
     return Inference(float(per_seed.mean()), float("nan"), None, per_seed, sites, "no interval", reason)
 
 
-def infer(sums: FloatArray, statistic: Differentiable, *, resamples: int, rng_seed: int) -> Inference:
+def infer(sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng_seed: int) -> Inference:
     """Studentised cluster bootstrap of a smooth function of totals over sites.
 
     Parameters
     ----------
-    sums
+    sums_JQ
         Sums per site, float64 [J, Q]; the first column counts members.
     statistic
         Totals [..., Q] to estimates per seed [..., S], with a gradient.
@@ -262,10 +264,10 @@ def infer(sums: FloatArray, statistic: Differentiable, *, resamples: int, rng_se
     Hall (1988), On symmetric bootstrap confidence intervals, JRSS B 50; Cameron, Gelbach and Miller (2008,
     2011), cluster bootstrap-t and two-way clustering; Bell and McCaffrey (2002), bias of cluster variances.
     """
-    sites = len(sums)
-    total = sums.sum(axis=0)
-    per_seed = statistic(total)
-    if sites < 2 or not np.isfinite(per_seed).all():
+    sites = len(sums_JQ)
+    total = sums_JQ.sum(axis=0)
+    per_seed_S = statistic(total)
+    if sites < 2 or not np.isfinite(per_seed_S).all():
         reason = (
             "one site: nothing to compare sites with"
             if sites == 1
@@ -273,46 +275,46 @@ def infer(sums: FloatArray, statistic: Differentiable, *, resamples: int, rng_se
             if sites == 0
             else "no variation of drift within strata"
         )
-        return undefined(per_seed, sites, reason)
-    influence = jackknife_influence(sums, statistic)
-    if not np.isfinite(influence).all():
-        return undefined(per_seed, sites, "without one of the sites the effect is undefined")
+        return undefined(per_seed_S, sites, reason)
+    influence_JS = jackknife_influence(sums_JQ, statistic)
+    if not np.isfinite(influence_JS).all():
+        return undefined(per_seed_S, sites, "without one of the sites the effect is undefined")
     if sites < FEWEST_SITES_FOR_BOOTSTRAP:
-        df = max(1.0, float(sums[:, 0].sum() ** 2 / (sums[:, 0] ** 2).sum()) - 1)
-        return _combine(per_seed, influence, None, df, f"{sites} sites, jackknife, t with {df:.1f} effective df")
-    weights = bootstrap_weights(sites, resamples, rng_seed)
-    resampled = weights @ sums  # [B, Q]
-    slope = statistic.gradient(resampled).mean(axis=-1)  # [B, Q], of the mean over seeds
-    square = (weights * (slope @ sums.T) ** 2).sum(axis=1) * sites / (sites - 1)
+        df = max(1.0, float(sums_JQ[:, 0].sum() ** 2 / (sums_JQ[:, 0] ** 2).sum()) - 1)
+        return _combine(per_seed_S, influence_JS, None, df, f"{sites} sites, jackknife, t with {df:.1f} effective df")
+    weights_BJ = bootstrap_weights(sites, resamples, rng_seed)
+    resampled_BQ = weights_BJ @ sums_JQ  # [B, Q]
+    slope_BQ = statistic.gradient(resampled_BQ).mean(axis=-1)  # [B, Q], of the mean over seeds
+    square_B = (weights_BJ * (slope_BQ @ sums_JQ.T) ** 2).sum(axis=1) * sites / (sites - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        draws = (statistic(resampled).mean(axis=-1) - per_seed.mean()) / np.sqrt(square)
-    draws = draws[np.isfinite(draws)]
-    if len(draws) < resamples / 2:
-        return undefined(per_seed, sites, "most bootstrap resamples have no variance")
+        draws_B = (statistic(resampled_BQ).mean(axis=-1) - per_seed_S.mean()) / np.sqrt(square_B)
+    draws_B = draws_B[np.isfinite(draws_B)]
+    if len(draws_B) < resamples / 2:
+        return undefined(per_seed_S, sites, "most bootstrap resamples have no variance")
     return _combine(
-        per_seed,
-        influence,
-        np.sort(draws),
+        per_seed_S,
+        influence_JS,
+        np.sort(draws_B),
         sites - 1,
-        f"{sites} sites, symmetric studentised cluster bootstrap with {len(draws)} resamples",
+        f"{sites} sites, symmetric studentised cluster bootstrap with {len(draws_B)} resamples",
     )
 
 
-def infer_plain(sums: FloatArray, statistic: Statistic) -> Inference:
+def infer_plain(sums_JQ: FloatArray, statistic: Statistic) -> Inference:
     """Jackknife over sites with Student's t on J - 1 degrees of freedom, for the unmatched figures."""
-    total = sums.sum(axis=0)
-    per_seed = statistic(total)
-    sites = len(sums)
-    if not np.isfinite(per_seed).all():
-        return undefined(per_seed, sites, "an arm is empty, or its mean or spread is zero")
-    influence = jackknife_influence(sums, statistic) if sites > 1 else np.full((1, len(per_seed)), np.nan)
-    if sites < 2 or not np.isfinite(influence).all():
-        return undefined(per_seed, sites, "without one of the sites the figure is undefined")
-    return _combine(per_seed, influence, None, sites - 1, f"{sites} sites, jackknife, t with {sites - 1} df")
+    total = sums_JQ.sum(axis=0)
+    per_seed_S = statistic(total)
+    sites = len(sums_JQ)
+    if not np.isfinite(per_seed_S).all():
+        return undefined(per_seed_S, sites, "an arm is empty, or its mean or spread is zero")
+    influence_JS = jackknife_influence(sums_JQ, statistic) if sites > 1 else np.full((1, len(per_seed_S)), np.nan)
+    if sites < 2 or not np.isfinite(influence_JS).all():
+        return undefined(per_seed_S, sites, "without one of the sites the figure is undefined")
+    return _combine(per_seed_S, influence_JS, None, sites - 1, f"{sites} sites, jackknife, t with {sites - 1} df")
 
 
 def permutation_p(
-    values: FloatArray, member: BoolArray, stratum: IntArray, *, resamples: int, rng: np.random.Generator
+    values_KN: FloatArray, member_N: BoolArray, stratum_N: IntArray, *, resamples: int, rng: np.random.Generator
 ) -> FloatArray:
     """Label permutation within strata: the sharp null "membership changes no neuron's drift".
 
@@ -322,10 +324,10 @@ def permutation_p(
 
     Parameters
     ----------
-    values
-        One or more outcomes, float64 [K, n], finite.
-    member, stratum
-        Membership and dense stratum codes, [n].
+    values_KN
+        One or more outcomes, float64 [K, N], finite.
+    member_N, stratum_N
+        Membership and dense stratum codes, [N].
     resamples
         Permutations; p is (1 + count) / (1 + resamples) (Phipson and Smyth 2010).
     rng
@@ -336,25 +338,25 @@ def permutation_p(
     float64 [K]
         Two-sided p-values; NaN where no stratum holds both members and controls.
     """
-    strata = int(stratum.max()) + 1
-    size = np.bincount(stratum, minlength=strata)
-    members = np.bincount(stratum[member], minlength=strata)
-    mixed = (members > 0) & (members < size)
-    if not mixed.any():
-        return np.full(len(values), np.nan)
-    order = np.argsort(stratum, kind="stable")
-    start = np.cumsum(size) - size
+    strata = int(stratum_N.max()) + 1
+    size_H = np.bincount(stratum_N, minlength=strata)
+    members_H = np.bincount(stratum_N[member_N], minlength=strata)
+    mixed_H = (members_H > 0) & (members_H < size_H)
+    if not mixed_H.any():
+        return np.full(len(values_KN), np.nan)
+    order = np.argsort(stratum_N, kind="stable")
+    start_H = np.cumsum(size_H) - size_H
     # Draw the smaller arm of each stratum; the difference of the arms follows from its sum.
-    flipped = members > size / 2
-    drawn = np.where(mixed, np.where(flipped, size - members, members), 0)
-    slope = np.where(mixed, size / np.maximum(size - members, 1), 0.0)  # of the statistic in the members' sum
-    mean = np.stack([np.bincount(stratum, weights=v, minlength=strata) for v in values]) / np.maximum(size, 1)
-    centred = (values - mean[:, stratum])[:, order]
-    observed = np.abs((centred * (slope[stratum] * member)[order]).sum(axis=1))
-    centred *= (slope * np.where(flipped, -1.0, 1.0))[stratum[order]]
-    slot_start, slot_size = np.repeat(start, drawn), np.repeat(size, drawn)
+    flipped_H = members_H > size_H / 2
+    drawn_H = np.where(mixed_H, np.where(flipped_H, size_H - members_H, members_H), 0)
+    slope_H = np.where(mixed_H, size_H / np.maximum(size_H - members_H, 1), 0.0)  # of the statistic in the members' sum
+    mean_KH = np.stack([np.bincount(stratum_N, weights=v, minlength=strata) for v in values_KN]) / np.maximum(size_H, 1)
+    centred_KN = (values_KN - mean_KH[:, stratum_N])[:, order]
+    observed_K = np.abs((centred_KN * (slope_H[stratum_N] * member_N)[order]).sum(axis=1))
+    centred_KN *= (slope_H * np.where(flipped_H, -1.0, 1.0))[stratum_N[order]]
+    slot_start, slot_size = np.repeat(start_H, drawn_H), np.repeat(size_H, drawn_H)
     rows = max(1, CHUNK // len(slot_start))
-    exceed = np.zeros(len(values), dtype=np.int64)
+    exceed_K = np.zeros(len(values_KN), dtype=np.int64)
     for first in range(0, resamples, rows):
         count = min(rows, resamples - first)
         picks = (slot_start + rng.integers(0, slot_size, size=(count, len(slot_size)))).astype(np.int32)
@@ -367,10 +369,10 @@ def permutation_p(
             part[row, slot] = slot_start[slot] + rng.integers(0, slot_size[slot])
             picks[todo] = part
             todo = todo[np.unique(row)]
-        for k in range(len(values)):
-            null = np.abs(centred[k][picks].sum(axis=1))
-            exceed[k] += int((null >= observed[k] * (1 - 1e-12)).sum())
-    p: FloatArray = (1 + exceed) / (1 + resamples)
+        for k in range(len(values_KN)):
+            null = np.abs(centred_KN[k][picks].sum(axis=1))
+            exceed_K[k] += int((null >= observed_K[k] * (1 - 1e-12)).sum())
+    p: FloatArray = (1 + exceed_K) / (1 + resamples)
     return p
 
 

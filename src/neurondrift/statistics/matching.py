@@ -1,7 +1,7 @@
 """Who is comparable with whom: strata of site and |w|, and how well they balance |w|.
 
 Looks at sites, magnitudes and membership only, never at a drift, so that the choice of controls
-cannot depend on the outcome.
+cannot depend on the outcome. Shapes: N neurons.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Balance:
     n_matched: int
 
 
-def quantile_bins(site: NDArray[np.integer], magnitude: FloatArray, bins: int) -> IntArray:
+def quantile_bins(site_N: NDArray[np.integer], magnitude_N: FloatArray, bins: int) -> IntArray:
     """Stratum of every neuron: its site and its quantile bin of |w| within that site.
 
     A site of n neurons gets min(bins, max(1, n // 5)) bins, so that small sites keep controls in
@@ -53,16 +53,16 @@ def quantile_bins(site: NDArray[np.integer], magnitude: FloatArray, bins: int) -
 
     Parameters
     ----------
-    site
-        Site code of each neuron, int [n], at least 0.
-    magnitude
-        |w| of each neuron (row norm of w0), float [n], finite.
+    site_N
+        Site code of each neuron, int [N], at least 0.
+    magnitude_N
+        |w| of each neuron (row norm of w0), float [N], finite.
     bins
         Quantile bins per site, at least 1.
 
     Returns
     -------
-    int64 [n]
+    int64 [N]
         ``site * bins + bin``.
 
     Raises
@@ -74,46 +74,46 @@ def quantile_bins(site: NDArray[np.integer], magnitude: FloatArray, bins: int) -
     ----------
     Cochran (1968), Biometrics 24: five bins remove about 90 % of the bias of one covariate.
     """
-    site = np.asarray(site).astype(np.int64)
-    magnitude = np.asarray(magnitude, dtype=np.float64)
-    if site.ndim != 1 or site.shape != magnitude.shape:
+    site_N = np.asarray(site_N).astype(np.int64)
+    magnitude_N = np.asarray(magnitude_N, dtype=np.float64)
+    if site_N.ndim != 1 or site_N.shape != magnitude_N.shape:
         raise DataError(
             "site and magnitude must be vectors of one length",
-            received=(site.shape, magnitude.shape),
+            received=(site_N.shape, magnitude_N.shape),
             allowed="two arrays of shape [n]",
         )
     if bins < 1:
         raise DataError("The number of |w| bins is too small", received=bins, allowed="1 or more")
-    if site.size == 0:
+    if site_N.size == 0:
         return np.zeros(0, dtype=np.int64)
-    if site.min() < 0:
-        raise DataError("A site code is negative", received=int(site.min()), allowed="0 or more")
-    if not np.isfinite(magnitude).all():
+    if site_N.min() < 0:
+        raise DataError("A site code is negative", received=int(site_N.min()), allowed="0 or more")
+    if not np.isfinite(magnitude_N).all():
         raise DataError(
             "Some magnitudes are not finite",
-            received=int((~np.isfinite(magnitude)).sum()),
+            received=int((~np.isfinite(magnitude_N)).sum()),
             allowed="finite row norms",
             fix="leave these neurons out or repair the weights",
         )
-    order = np.lexsort((magnitude, site))
-    sorted_site, sorted_magnitude = site[order], magnitude[order]
-    size = np.bincount(site)
+    order = np.lexsort((magnitude_N, site_N))
+    sorted_site_N, sorted_magnitude_N = site_N[order], magnitude_N[order]
+    size = np.bincount(site_N)
     start = np.cumsum(size) - size
-    new_value = np.ones(site.size, dtype=bool)
-    new_value[1:] = (np.diff(sorted_site) != 0) | (np.diff(sorted_magnitude) != 0)
+    new_value = np.ones(site_N.size, dtype=bool)
+    new_value[1:] = (np.diff(sorted_site_N) != 0) | (np.diff(sorted_magnitude_N) != 0)
     # The rank of a tie is that of its first neuron.
-    first = np.maximum.accumulate(np.where(new_value, np.arange(site.size), 0))
-    rank = first - start[sorted_site]
+    first = np.maximum.accumulate(np.where(new_value, np.arange(site_N.size), 0))
+    rank_N = first - start[sorted_site_N]
     site_bins = np.clip(size // SMALLEST_STRATUM, 1, bins)
-    code = np.empty(site.size, dtype=np.int64)
-    code[order] = sorted_site * bins + rank * site_bins[sorted_site] // size[sorted_site]
-    return code
+    code_N = np.empty(site_N.size, dtype=np.int64)
+    code_N[order] = sorted_site_N * bins + rank_N * site_bins[sorted_site_N] // size[sorted_site_N]
+    return code_N
 
 
 def refine_bins(
-    site: NDArray[np.integer],
-    magnitude: FloatArray,
-    member: BoolArray,
+    site_N: NDArray[np.integer],
+    magnitude_N: FloatArray,
+    member_N: BoolArray,
     bins: int,
     *,
     threshold: float = BALANCED,
@@ -130,10 +130,10 @@ def refine_bins(
 
     Parameters
     ----------
-    site, magnitude, bins
+    site_N, magnitude_N, bins
         As for `quantile_bins`.
-    member
-        Members of the group, bool [n].
+    member_N
+        Members of the group, bool [N].
     threshold
         Largest |standardised mean difference| left alone.
     smallest
@@ -143,27 +143,27 @@ def refine_bins(
 
     Returns
     -------
-    int64 [n]
+    int64 [N]
         Dense stratum codes, 0 to the number of strata - 1; a stratum lies within one site.
 
     References
     ----------
     Imbens and Rubin (2015), Causal Inference, ch. 17: subclasses are split until they balance.
     """
-    base = quantile_bins(site, magnitude, bins)
-    magnitude = np.asarray(magnitude, dtype=np.float64)
-    distinct, stratum = np.unique(base, return_inverse=True)
+    base = quantile_bins(site_N, magnitude_N, bins)
+    magnitude_N = np.asarray(magnitude_N, dtype=np.float64)
+    distinct, stratum_N = np.unique(base, return_inverse=True)
     position = distinct % bins  # of each stratum
-    order = np.lexsort((magnitude, stratum))
+    order = np.lexsort((magnitude_N, stratum_N))
     for _ in range(rounds):
         count = len(position)
-        members = np.bincount(stratum, weights=member, minlength=count)
-        total = np.bincount(stratum, minlength=count)
+        members = np.bincount(stratum_N, weights=member_N, minlength=count)
+        total = np.bincount(stratum_N, minlength=count)
         controls = total - members
-        arm = stratum * 2 + member
-        arm_count = np.bincount(arm, minlength=2 * count)
-        arm_mean = np.bincount(arm, weights=magnitude, minlength=2 * count) / np.maximum(arm_count, 1)
-        squares = np.bincount(arm, weights=(magnitude - arm_mean[arm]) ** 2, minlength=2 * count)
+        arm_N = stratum_N * 2 + member_N
+        arm_count = np.bincount(arm_N, minlength=2 * count)
+        arm_mean = np.bincount(arm_N, weights=magnitude_N, minlength=2 * count) / np.maximum(arm_count, 1)
+        squares = np.bincount(arm_N, weights=(magnitude_N - arm_mean[arm_N]) ** 2, minlength=2 * count)
         freedom = np.maximum(total - 2, 1)
         used = np.where((members > 0) & (controls > 0), members, 0.0)
         gap = used * (arm_mean[1::2] - arm_mean[0::2])
@@ -175,16 +175,16 @@ def refine_bins(
         if not split.any():
             break
         start = np.cumsum(total) - total
-        middle = magnitude[order][np.minimum(start + total // 2, len(order) - 1)]  # median of each stratum
-        upper = split[stratum] & (magnitude >= middle[stratum])
-        distinct, stratum = np.unique(stratum * 2 + upper, return_inverse=True)
+        middle = magnitude_N[order][np.minimum(start + total // 2, len(order) - 1)]  # median of each stratum
+        upper_N = split[stratum_N] & (magnitude_N >= middle[stratum_N])
+        distinct, stratum_N = np.unique(stratum_N * 2 + upper_N, return_inverse=True)
         position = position[distinct // 2] * 2 + np.where(split[distinct // 2], distinct % 2, 0)
-        order = np.lexsort((magnitude, stratum))
-    return stratum.astype(np.int64)
+        order = np.lexsort((magnitude_N, stratum_N))
+    return stratum_N.astype(np.int64)
 
 
 def balance(
-    site: NDArray[np.integer], magnitude: FloatArray, member: BoolArray, stratum: IntArray, n_sites: int
+    site_N: NDArray[np.integer], magnitude_N: FloatArray, member_N: BoolArray, stratum_N: IntArray, n_sites: int
 ) -> Balance:
     """Standardised mean difference of |w|, before and after matching.
 
@@ -194,8 +194,8 @@ def balance(
 
     Parameters
     ----------
-    site, magnitude, member, stratum
-        Site code, |w|, membership and dense stratum code of each neuron, [n].
+    site_N, magnitude_N, member_N, stratum_N
+        Site code, |w|, membership and dense stratum code of each neuron, [N].
     n_sites
         Number of sites.
 
@@ -207,39 +207,40 @@ def balance(
     ----------
     Stuart (2010), Matching methods for causal inference, Statistical Science 25; Austin (2009).
     """
-    codes: IntArray = np.asarray(site).astype(np.int64)
-    strata = int(stratum.max()) + 1 if stratum.size else 0
-    control_count = np.bincount(stratum, weights=~member, minlength=strata)
-    control_sum = np.bincount(stratum, weights=magnitude * ~member, minlength=strata)
+    site_codes_N: IntArray = np.asarray(site_N).astype(np.int64)
+    strata = int(stratum_N.max()) + 1 if stratum_N.size else 0
+    control_count = np.bincount(stratum_N, weights=~member_N, minlength=strata)
+    control_sum = np.bincount(stratum_N, weights=magnitude_N * ~member_N, minlength=strata)
     with np.errstate(invalid="ignore", divide="ignore"):
-        gap = magnitude - (control_sum / control_count)[stratum]
-    matched = member & (control_count[stratum] > 0)
+        gap_N = magnitude_N - (control_sum / control_count)[stratum_N]
+    matched_N = member_N & (control_count[stratum_N] > 0)
 
-    def differences(code: IntArray, groups: int) -> tuple[FloatArray, FloatArray]:
+    def differences(code_N: IntArray, groups: int) -> tuple[FloatArray, FloatArray]:
         with np.errstate(invalid="ignore", divide="ignore"):
             means, variances = [], []
-            for arm in (member, ~member):
-                size = np.bincount(code[arm], minlength=groups)
-                mean = np.bincount(code[arm], weights=magnitude[arm], minlength=groups) / size
-                residual: FloatArray = (magnitude[arm] - mean[code[arm]]) ** 2
+            for arm_N in (member_N, ~member_N):
+                size = np.bincount(code_N[arm_N], minlength=groups)
+                mean = np.bincount(code_N[arm_N], weights=magnitude_N[arm_N], minlength=groups) / size
+                residual: FloatArray = (magnitude_N[arm_N] - mean[code_N[arm_N]]) ** 2
                 means.append(mean)
                 # One member has no variance of its own: the other arm's then stands for both.
                 variances.append(
-                    np.bincount(code[arm], weights=residual, minlength=groups) / np.where(size > 1, size - 1, np.nan)
+                    np.bincount(code_N[arm_N], weights=residual, minlength=groups)
+                    / np.where(size > 1, size - 1, np.nan)
                 )
             spread = np.sqrt(np.where(np.isnan(variances[0]), variances[1], (variances[0] + variances[1]) / 2))
             spread = np.where(spread > 0, spread, np.nan)
-            gaps = np.bincount(code[matched], weights=gap[matched], minlength=groups)
-            after = gaps / np.bincount(code[matched], minlength=groups)
+            gaps = np.bincount(code_N[matched_N], weights=gap_N[matched_N], minlength=groups)
+            after = gaps / np.bincount(code_N[matched_N], minlength=groups)
             return (means[0] - means[1]) / spread, after / spread
 
-    overall_before, overall_after = differences(np.zeros_like(codes), 1)
-    site_before, site_after = differences(codes, n_sites)
+    overall_before, overall_after = differences(np.zeros_like(site_codes_N), 1)
+    site_before, site_after = differences(site_codes_N, n_sites)
     return Balance(
         before=float(overall_before[0]),
         after=float(overall_after[0]),
         site_before=site_before,
         site_after=site_after,
-        n_members=int(member.sum()),
-        n_matched=int(matched.sum()),
+        n_members=int(member_N.sum()),
+        n_matched=int(matched_N.sum()),
     )

@@ -1,7 +1,7 @@
-"""One outcome against those of random draws: the empirical p-value, when no more draws are needed, the effect, and its
-interval over prompts.
+"""An outcome against those of random draws: its p-value, when draws may stop, the effect and its interval.
 
-Takes arrays and returns values. Shapes: K = draws of the null, P = prompts (or examples), B = resamples.
+The interval is over prompts. Takes arrays and returns values.
+Shapes: K = draws of the null, P = prompts (or examples), B = resamples.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _symmetric(ax: Axes, effects: Sequence[Record], sesoi: float) -> None:
 
 
 def layer_module_effects(results: Record) -> Figure | None:
-    """g of every site in the primary metric: layers against module types, one panel a group."""
+    """g of every site in the primary metric: layers against module types, one panel per group."""
     metric = primary_of(results)
     effects = [e for e in effects_of(results, metric) if e.get("by_site")]
     cells = [c for e in effects for c in e["by_site"]]
