@@ -24,10 +24,10 @@ def first_line(path: Path) -> str:
 
 def lines_of(folder: Path, depth: int) -> list[str]:
     indent = "  " * depth
-    lines = [f"{indent}{folder.name + '/':<{28 - len(indent)}}{first_line(folder / '__init__.py')}"]
+    lines = [f"{indent}{folder.name + '/':<{30 - len(indent)}}{first_line(folder / '__init__.py')}"]
     for path in sorted(folder.glob("*.py")):
         if path.name != "__init__.py":
-            lines.append(f"{indent}  {path.name:<{26 - len(indent)}}{first_line(path)}")
+            lines.append(f"{indent}  {path.name:<{28 - len(indent)}}{first_line(path)}")
     for inner in sorted(path for path in folder.iterdir() if (path / "__init__.py").exists()):
         lines += lines_of(inner, depth + 1)
     return lines
@@ -35,7 +35,7 @@ def lines_of(folder: Path, depth: int) -> list[str]:
 
 def picture() -> str:
     """The block of text, with its last newline."""
-    top = ["src/neurondrift/", f"  {'__init__.py':<26}{first_line(SOURCE / '__init__.py')}"]
+    top = ["src/neurondrift/", f"  {'__init__.py':<28}{first_line(SOURCE / '__init__.py')}"]
     return "\n".join(top + [line for room in rooms() for line in lines_of(SOURCE / room, 1)]) + "\n"
 
 

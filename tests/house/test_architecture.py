@@ -23,7 +23,9 @@ def named(path: Path) -> str:
 
 
 def test_the_contracts_of_the_rooms_and_of_no_circles_are_kept():
-    done = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -1,5 +1,8 @@
-"""A progress bar with rate and estimate on a terminal, nothing elsewhere. The one place that draws on the screen
-while work is going on; library functions only call the function that it hands out."""
+"""A progress bar with rate and estimate on a terminal, nothing elsewhere.
+
+The one place that draws on the screen while work is going on; library functions only call the function that it hands
+out.
+"""
 
 from __future__ import annotations
 
