@@ -461,8 +461,8 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
     from neurondrift.interventions.trials import Draws
     from neurondrift.report.figures.draw import draw_figures
-    from neurondrift.report.tables.causes import section, table_lines
-    from neurondrift.report.text import render_section
+    from neurondrift.report.tables.causes import section
+    from neurondrift.report.text import render_section, render_tables
     from neurondrift.study.experiments.intervene import Options, intervene, results_file
 
     settings, folder = study
@@ -489,7 +489,7 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     third = []
     intervene(settings, folder, more, say=third.append)
     assert [line.split()[:5] for line in third[1:]][2] == ["rewind", "8", "runs,", "2", "made"]
-    text = "\n".join(table_lines(found))
+    text = "\n".join(render_tables(section(found)))
     assert "random groups" in text and "by dose" in text and "held-out answers" in text
     assert max(map(len, text.splitlines())) <= 100
     results = {"interventions": found, "study": {"model_fingerprint": found["model_fingerprint"]}}
@@ -507,8 +507,9 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
 
     from neurondrift.interventions import trials
     from neurondrift.interventions.contexts import Applied
-    from neurondrift.interventions.outcomes import conclusion, summarise
+    from neurondrift.interventions.outcomes import summarise
     from neurondrift.models.sites import magnitudes_of
+    from neurondrift.report.conclusion import intervention_findings
     from neurondrift.report.figures.doses import intervention_doses
     from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section
@@ -554,7 +555,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
         )
         assert [trial for trial, _, _ in told] == planned
         assert [trial for trial, _, fresh in told if fresh] == made
-        found = summarise(results, trials.planned_draws(planned), resamples=50)
+        found = intervention_findings(summarise(results, trials.planned_draws(planned), resamples=50))
         return found, {effect["intervention"]: effect for effect in found["effects"]}
 
     found, effects = run("all")
@@ -579,7 +580,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert not any(effect["stopped_early"] for effect in effects.values())
     assert "not adjusted" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
     assert run("all")[0] == found and not made  # more runs lie there, and change nothing
-    assert "no evidence" in conclusion([transplant], found["references"])
+    assert "no evidence" in paragraph([transplant], found["references"])
 
 
 def test_a_run_is_the_same_whatever_is_answered_together(study):
@@ -651,9 +652,15 @@ def test_the_command_on_an_adapter_made_elsewhere(study, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_paragraph_says_what_the_runs_show():
-    from neurondrift.interventions.outcomes import conclusion
+def paragraph(effects, references):
+    from neurondrift.interventions.outcomes import causes
+    from neurondrift.report.conclusion import intervention_sentences
 
+    found = [cause._asdict() for cause in causes(effects, references)]
+    return " ".join(intervention_sentences(effects, references, found))
+
+
+def test_the_paragraph_says_what_the_runs_show():
     references = {"before": {"harmful": {"rate": 0.9}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
 
     def effect(what, value, null, p, direction, draws=20):
@@ -665,15 +672,15 @@ def test_the_paragraph_says_what_the_runs_show():
             "measures": {"harmful": measure}, "share": share,
         }  # fmt: skip
 
-    strong = conclusion([effect("rewind", 0.8, 0.54, 1 / 21, "higher")], references)
+    strong = paragraph([effect("rewind", 0.8, 0.54, 1 / 21, "higher")], references)
     assert "from 0.90 to 0.50" in strong
     assert "brings 0.75 of the lost refusals back (matched random groups 0.10; p = 0.048, 20 draws)" in strong
     assert "is a cause of the loss" in strong
-    weak = conclusion([effect("transplant", 0.86, 0.87, 0.5, "lower")], references)
+    weak = paragraph([effect("transplant", 0.86, 0.87, 0.5, "lower")], references)
     assert "loses 0.10 of them (matched random groups 0.08" in weak and "no evidence" in weak
-    against = conclusion([effect("rewind", 0.3, 0.54, 1 / 21, "lower")], references)
+    against = paragraph([effect("rewind", 0.3, 0.54, 1 / 21, "lower")], references)
     assert "worked against the loss" in against
-    few = conclusion([effect("freeze", 0.8, 0.5, 0.33, "higher", draws=2)], references)
+    few = paragraph([effect("freeze", 0.8, 0.5, 0.33, "higher", draws=2)], references)
     assert "Too few draws" in few
     references["after"]["harmful"]["rate"] = 0.9
-    assert "none were lost" in conclusion([effect("rewind", 0.9, 0.9, 1.0, "equal")], references)
+    assert "none were lost" in paragraph([effect("rewind", 0.9, 0.9, 1.0, "equal")], references)

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
 from neurondrift.base.errors import ConfigError, DataError, GroupError, UserError
-from neurondrift.report.conclusion import conclusion
+from neurondrift.report.conclusion import association_sentences, conclusion
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.comparison import Population
 from neurondrift.statistics.descriptive import BehaviourSeries, associate
@@ -553,8 +553,9 @@ def test_association_recovers_a_linear_relation_and_says_how_little_it_shows():
     assert group.p == pytest.approx(2 / math.factorial(5))
     assert math.isnan(group.interval[0])
     assert group.reasons["interval"]
-    assert "5 snapshots of 1 run." in group.statement
-    assert "little" in group.statement
+    statement = " ".join(association_sentences(group.n_points, group.n_seeds))
+    assert "5 snapshots of 1 run." in statement
+    assert "little" in statement
 
 
 def test_association_over_three_seeds_has_an_interval_or_a_reason():

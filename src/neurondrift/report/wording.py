@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-Record = Mapping[str, Any]
+#: Part of the findings, read field by field: a TypedDict of `report.findings`, or any mapping.
+Record = Mapping[str, object]
 Form = Callable[[float], str]
 
 RANDOM = "random"
