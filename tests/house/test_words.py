@@ -14,7 +14,7 @@ WITH_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionD
 def sentences(source: str) -> list[str]:
     """The strings of a module that end in a full stop, but for docstrings and what errors say.
 
-    Of an f-string the end counts. A lone "." is a separator and no sentence, but where an f-string ends in it.
+    Of an f-string the end counts. What begins with a full stop is a separator, or part of a dotted name.
     """
     tree = ast.parse(source)
     skipped: set[ast.AST] = set()
@@ -42,7 +42,7 @@ def walk(node: ast.AST, skipped: set[ast.AST]):
         for part in inner:
             yield from walk(part, skipped)
         return
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".") and node.value != ".":
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value[-1:] == "." != node.value[0]:
         yield node.value
     for child in ast.iter_child_nodes(node):
         yield from walk(child, skipped)
@@ -63,6 +63,7 @@ def test_what_computes_holds_no_sentence(path):
         ('x = ("in two parts, " "joined.")', 1),
         ('x = "a clause"', 0),
         ('x = name.split(".")', 0),
+        ('x = name.partition(".base_layer.")', 0),
         ('x = f"{prefix}.{name}"', 0),
         ('"""A docstring."""\ndef f():\n    """Another."""\n', 0),
         ('raise DataError("It does not fit.", fix="Make it fit.")', 0),

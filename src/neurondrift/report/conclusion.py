@@ -284,13 +284,12 @@ def _cause_sentence(found: CauseFound) -> str:
     group, named = found["group"], ", ".join(found["interventions"])
     match found["verdict"]:
         case "cause":
-            return f"So the change of {group} is a cause of the loss, more than that of as many comparable ones is ({named})."
+            more = "more than that of as many comparable ones is"
+            return f"So the change of {group} is a cause of the loss, {more} ({named})."
         case "against":
             return f"So the change of {group} worked against the loss ({named}), and is not its cause."
         case "too_few_draws":
             return f"Too few draws to call anything a cause for {group}: p cannot reach {ALPHA}."
         case "no_evidence":
-            return (
-                f"So there is no evidence that the change of {group}, more than that of as many comparable ones, is a "
-                f"cause of the loss ({named})."
-            )
+            more = "more than that of as many comparable ones"
+            return f"So there is no evidence that the change of {group}, {more}, is a cause of the loss ({named})."
