@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +18,13 @@ from neurondrift.report.findings.statistical import Analysis, Findings, WeightRo
 from neurondrift.report.findings.subspaces import Subspaces
 from neurondrift.report.reading import sentences_of, weaknesses_of
 from neurondrift.report.text import render_text
+from neurondrift.statistics.null import CauseVerdict, Direction
+from neurondrift.statistics.results import Verdict, WeaknessKind
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 EXAMPLE = ROOT / "docs" / "example"
+#: What the types name without importing it.
+ENUMERATIONS = {"Verdict": Verdict, "WeaknessKind": WeaknessKind, "CauseVerdict": CauseVerdict, "Direction": Direction}
 
 
 def misfits(value: Any, form: Any, at: str = "") -> list[str]:
@@ -36,7 +42,7 @@ def misfits(value: Any, form: Any, at: str = "") -> list[str]:
     if is_typeddict(form):
         if not isinstance(value, dict):
             return [f"{at}: {type(value).__name__} is no {form.__name__}"]
-        hints = get_type_hints(form, include_extras=True)
+        hints = get_type_hints(form, localns=ENUMERATIONS, include_extras=True)
         optional = {name for name, hint in hints.items() if get_origin(hint) is NotRequired} | form.__optional_keys__
         wrong = [f"{at}/{name}: missing" for name in hints if name not in value and name not in optional]
         wrong += [
@@ -141,6 +147,12 @@ def test_what_a_study_fills_in_is_of_the_types():
     assert [(c["from_step"], c["to_step"], c["difference"]) for c in told["changes"]] == [(0, 2, -0.5)] * 2
     assert [r["kind"] for r in told["before_alignment"]] == ["harmful", "ordinary"]
     assert behaviour({0: []}, {}, [], judge="", attack="", system_prompt="", max_new_tokens=8) is None
+
+
+def test_reading_findings_needs_nothing_that_computes():
+    code = "import sys, neurondrift.report.page, neurondrift.report.text; print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_single_weights_have_the_fields_that_are_named():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.report.findings.numbers import Limits, Number, RateOfPrompts
-from neurondrift.statistics.null import CauseVerdict, Direction
+
+if TYPE_CHECKING:  # reading a file needs no numpy
+    from neurondrift.statistics.null import CauseVerdict, Direction
 
 
 class NullMeasure(TypedDict):

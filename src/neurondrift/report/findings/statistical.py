@@ -8,12 +8,14 @@ older versions, or where findings were made without a study.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.numbers import Limits, Number
 from neurondrift.report.findings.subspaces import Subspaces
-from neurondrift.statistics.results import Verdict, WeaknessKind
+
+if TYPE_CHECKING:  # reading a file needs no scipy
+    from neurondrift.statistics.results import Verdict, WeaknessKind
 
 SCHEMA_VERSION = 1
 
