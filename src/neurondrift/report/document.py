@@ -35,6 +35,11 @@ STANDING_CAVEATS = (
     "one model and one fine-tuning recipe: another learning rate, data set or model may answer otherwise",
     "refusals are judged by rule from the beginning of each answer; no person has read them",
 )
+#: What stands above answers to harmful requests.
+WARNING = (
+    "What follows was written by the model, on harmful requests. It was asked for with --show-responses, and no person "
+    "has read it."
+)
 
 
 def build_document(results: Findings, answers: Sequence[Record] = ()) -> Document:
@@ -314,12 +319,6 @@ def _weaknesses(results: Findings) -> Section:
 
 def _or_say(blocks: list[Block], otherwise: str) -> tuple[Block, ...]:
     return tuple(blocks) or (Paragraph(otherwise),)
-
-
-WARNING = (
-    "What follows was written by the model, on harmful requests. It was asked for with --show-responses, and no person "
-    "has read it."
-)
 
 
 def answer_sections(answers: Sequence[Record]) -> tuple[Section, ...]:
