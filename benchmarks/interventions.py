@@ -21,7 +21,8 @@ import torch
 
 from neurondrift.base.memory import tune_allocator
 from neurondrift.interventions.trials import Draws, RunLog, StopEarly
-from neurondrift.report.tables.causes import table_lines
+from neurondrift.report.tables.causes import section
+from neurondrift.report.text import render_tables
 from neurondrift.study.experiments.intervene import Options, intervene
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import resolve
@@ -65,7 +66,7 @@ def main() -> None:
         )
         whole = time.perf_counter() - began
         runs = RunLog(folder.results / "interventions.parquet").runs.values()
-    print("\n".join(table_lines(found)))
+    print("\n".join(render_tables(section(found))))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for rows in runs:
         part = "whole group" if rows[0]["dose"] == 1 else "dose"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -64,7 +64,7 @@ def intervene(
 
     tune_allocator()
     folder = StudyFolder(source.output_dir, study)
-    found: dict[str, Any] = intervene(
+    found = intervene(
         study,
         folder,
         Options(

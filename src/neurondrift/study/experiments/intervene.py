@@ -35,6 +35,8 @@ from neurondrift.interventions.trials import (
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.loading import attach_adapter, load_model, resolve_device, resolve_dtype
 from neurondrift.models.sites import Site, fingerprint, linear_sites, magnitudes_of, mlp_units
+from neurondrift.report.conclusion import intervention_findings
+from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, record
@@ -74,7 +76,7 @@ def results_file(folder: StudyFolder) -> Path:
     return folder.results / "interventions.json"
 
 
-def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) -> dict[str, Any]:
+def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) -> Interventions:
     """Run the interventions that are not done yet, and write what they show.
 
     Raises
@@ -134,11 +136,13 @@ def intervene(study: Study, folder: StudyFolder, options: Options, *, say: Say) 
             "prompts": {kind: len(examples) for kind, examples in bench.sets.items()} | {"answers": len(bench.answers)},
             **bench.judging,
         },
-        **summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed),
+        **intervention_findings(
+            summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed)
+        ),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": record()["versions"],
     }
-    safe: dict[str, Any] = json_safe(found)
+    safe: Interventions = json_safe(found)
     write_json(results_file(folder), safe)
     return safe
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift.base.files import read_json, sha256_of_file, sha256_of_value, write_text
-from neurondrift.study.findings import read_table
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.population import read_table
 from neurondrift.study.settings import Study
 from neurondrift.study.training import saved_step
 
