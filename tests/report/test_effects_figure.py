@@ -14,7 +14,7 @@ from neurondrift.report.figures.style import RC
 def results(low: float, high: float) -> dict:
     """One group whose interval spans `low` to `high`; a narrow band, so that 0 can lie near an edge."""
     g = {"value": (low + high) / 2, "ci90": [low, high], "ci95": [low, high]}
-    effect = {"group": "safety_top", "metric": "relative", "g": g, "verdict": "more", "balance": {}}
+    effect = {"group": "safety_top", "metric": "relative", "g": g, "verdict": "more", "balance": {}, "by_site": []}
     return {"analysis": {"primary_metric": "relative", "metrics": ["relative"], "sesoi": 0.02, "effects": [effect]}}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from neurondrift.base.errors import DataError
+from neurondrift.report.conclusion import association_sentences
 from neurondrift.statistics.descriptive import BehaviourSeries, RatioOfSums, associate, share
 
 
@@ -31,8 +32,9 @@ def test_association_recovers_a_linear_relation_and_says_how_little_it_shows():
     assert group.p == pytest.approx(2 / math.factorial(5))
     assert math.isnan(group.interval[0])
     assert group.reasons["interval"]
-    assert "5 snapshots of 1 run." in group.statement
-    assert "little" in group.statement
+    statement = " ".join(association_sentences(group.n_points, group.n_seeds))
+    assert "5 snapshots of 1 run." in statement
+    assert "little" in statement
 
 
 def test_association_over_three_seeds_has_an_interval_or_a_reason():

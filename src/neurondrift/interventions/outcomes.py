@@ -1,21 +1,21 @@
-"""From the runs to `results/interventions.json`: each group beside its null, and the sentences that say what it means.
+"""From the runs to what they show: each group beside its null, and whether its change is a cause of the loss.
 
-Owns the layout of that file (docs/results.md). The statistics are those of `statistics.null`.
+Numbers and verdicts, in the layout of `results/interventions.json` (docs/results.md); no sentence. The statistics are
+those of `statistics.null`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from neurondrift.base.errors import ArtifactError
-from neurondrift.base.roles import role_of_name
 from neurondrift.behaviour.rates import refusal_rate
 from neurondrift.interventions.trials import REFERENCES, Cell, Label, Rows
-from neurondrift.statistics.null import ALPHA, compare_with_null, share_of_change
+from neurondrift.statistics.null import ALPHA, CauseVerdict, Direction, compare_with_null, share_of_change
 
 SCHEMA_VERSION = 1
 MEASURES = {"harmful": "refused", "ordinary": "refused", "answers": "loss"}
@@ -24,7 +24,7 @@ MEASURES = {"harmful": "refused", "ordinary": "refused", "answers": "loss"}
 def summarise(
     results: Mapping[Label, Rows], planned: Mapping[Cell, int], *, resamples: int = 2000, rng_seed: int = 0
 ) -> dict[str, Any]:
-    """References, effects and conclusion.
+    """References, effects and causes.
 
     Parameters
     ----------
@@ -38,9 +38,9 @@ def summarise(
     Returns
     -------
     dict
-        `references`: before and after fine-tuning; `effects`: one a group, intervention and dose, each with its
+        `references`: before and after fine-tuning; `effects`: per group, intervention and dose, each with its
         `measures` (harmful and ordinary: share refused; answers: mean loss per token, with perplexities beside it);
-        `tests`: how many p-values there are at dose 1; `conclusion`.
+        `tests`: how many p-values there are at dose 1; `causes`: a `Cause` per whole group, as a mapping.
     """
     references = {name: _reference(results[name, "", 1.0, None]) for name in REFERENCES}
     cells = list(dict.fromkeys(label[:3] for label in results if label[0] not in REFERENCES))
@@ -50,7 +50,7 @@ def summarise(
         "references": references,
         "effects": effects,
         "tests": tests,
-        "conclusion": conclusion(effects, references),
+        "causes": [cause._asdict() for cause in causes(effects, references)],
     }
 
 
@@ -135,82 +135,41 @@ _SHARES = {
 }
 
 
-def conclusion(effects: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> str:
-    """The paragraph on cause: what pruning, undoing, transplanting and holding each safety group did to refusals."""
-    whole = [effect for effect in effects if effect["dose"] == 1]
-    safety = [effect for effect in whole if role_of_name(effect["group"]) == "safety"] or whole
-    if not safety:
-        return ""
+#: Which way refusals go if the group's change is a cause of their loss.
+_EXPECTED: dict[str, Direction] = {"rewind": "higher", "transplant": "lower", "freeze": "higher"}
+
+
+class Cause(NamedTuple):
+    """Whether a group's change is a cause of the loss, more than any change of its size is.
+
+    `interventions`: those that say so; where nothing does, those that were tried.
+    """
+
+    group: str
+    verdict: CauseVerdict
+    interventions: list[str]
+
+
+def causes(effects: Sequence[Mapping[str, Any]], references: Mapping[str, Any]) -> list[Cause]:
+    """The verdict on each whole group whose change was undone, transplanted or held.
+
+    Empty where fine-tuning lost no refusals: there is nothing to be a cause of.
+    """
     before, after = (references[name]["harmful"]["rate"] for name in REFERENCES)
-    sentences = [_loss_sentence(before, after, references["after"]["harmful"]["n"])]
-    for group in dict.fromkeys(effect["group"] for effect in safety):
-        own = {effect["intervention"]: effect for effect in safety if effect["group"] == group}
-        sentences += [_sentence(effect, lost=before - after) for effect in own.values()]
-        sentences.append(_verdict(group, own, lost=before - after))
-    return " ".join(sentences)
+    if before - after <= 0:
+        return []
+    tried: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for effect in effects:
+        if effect["dose"] == 1 and effect["intervention"] in _EXPECTED:
+            tried.setdefault(effect["group"], {})[effect["intervention"]] = effect["measures"]["harmful"]
+    return [_cause(group, measures) for group, measures in tried.items()]
 
 
-def _loss_sentence(before: float, after: float, n: int) -> str:
-    text = f"On the {n} harmful requests asked here, fine-tuning took refusals from {before:.2f} to {after:.2f}"
-    return f"{text}." if before > after else f"{text}: none were lost, so that there is no loss to explain."
-
-
-def _sentence(effect: Mapping[str, Any], *, lost: float) -> str:
-    group, measure, share = effect["group"], effect["measures"]["harmful"], effect["share"]
-    value, null = measure["value"], measure["null_mean"]
-    by_null = f"matched random groups {{}}; p = {measure['p']:.2g}, {_draws(effect)}"
-    if effect["intervention"] == "prune":
-        text = f"Pruning {group} before fine-tuning leaves refusals at {value:.2f} ({by_null.format(f'{null:.2f}')})"
-        answers = effect["measures"].get("answers") or {}
-        after, by_chance = answers.get("perplexity"), answers.get("null_perplexity")
-        if after is None or by_chance is None:
-            return f"{text}."
-        # A model that can no longer write does not refuse either: how much else broke belongs into the same sentence.
-        return f"{text}, and the perplexity of ordinary answers at {after:,.0f} (random groups {by_chance:,.0f})."
-    if lost <= 0:
-        started = {"rewind": "Undoing only", "transplant": "Transplanting only", "freeze": "Holding only"}
-        tail = "the change of " if effect["intervention"] != "freeze" else ""
-        return (
-            f"{started[effect['intervention']]} {tail}{group} gives refusals of {value:.2f} "
-            f"({by_null.format(f'{null:.2f}')})."
-        )
-    shares = _share(share["group"]), by_null.format(_share(share["null"]))
-    return {
-        "rewind": f"Undoing only the change of {group} brings {shares[0]} of the lost refusals back ({shares[1]}).",
-        "transplant": f"Its change alone, put into the model from before, loses {shares[0]} of them ({shares[1]}).",
-        "freeze": f"Holding it during training keeps {shares[0]} of them ({shares[1]}).",
-    }[effect["intervention"]]
-
-
-def _draws(effect: Mapping[str, Any]) -> str:
-    made, planned = effect["draws"], effect.get("draws_planned", effect["draws"])
-    return f"{made} draws" if made == planned else f"stopped after {made} of {planned} draws"
-
-
-def _share(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # never "-0.00"
-
-
-def _verdict(group: str, own: Mapping[str, Mapping[str, Any]], *, lost: float) -> str:
-    """Whether the group's change is a cause of the loss, more than any change of its size is."""
-    expected = {"rewind": "higher", "transplant": "lower", "freeze": "higher"}
-    tried = {name: effect["measures"]["harmful"] for name, effect in own.items() if name in expected}
-    if not tried or lost <= 0:
-        return ""
-    named = ", ".join(tried)
-    found = [name for name, m in tried.items() if m["p"] <= ALPHA and m["direction"] == expected[name]]
-    against = [name for name, m in tried.items() if m["p"] <= ALPHA and m["direction"] not in (expected[name], "equal")]
-    able = [name for name, m in tried.items() if m["p_floor"] <= ALPHA]
-    if found:
-        return (
-            f"So the change of {group} is a cause of the loss, more than that of as many comparable ones is "
-            f"({', '.join(found)})."
-        )
-    if against:
-        return f"So the change of {group} worked against the loss ({', '.join(against)}), and is not its cause."
-    if not able:
-        return f"Too few draws to call anything a cause for {group}: p cannot reach {ALPHA}."
-    return (
-        f"So there is no evidence that the change of {group}, more than that of as many comparable ones, is a cause of "
-        f"the loss ({named})."
-    )
+def _cause(group: str, tried: Mapping[str, Mapping[str, Any]]) -> Cause:
+    clear = {name: measure["direction"] for name, measure in tried.items() if measure["p"] <= ALPHA}
+    if caused := [name for name, direction in clear.items() if direction == _EXPECTED[name]]:
+        return Cause(group, "cause", caused)
+    if against := [name for name, direction in clear.items() if direction not in (_EXPECTED[name], "equal")]:
+        return Cause(group, "against", against)
+    able = any(measure["p_floor"] <= ALPHA for measure in tried.values())
+    return Cause(group, "no_evidence" if able else "too_few_draws", list(tried))

@@ -1,22 +1,39 @@
-"""Every sentence that says what was found.
+"""Every sentence that says what was found: of the analysis, of an association, of interventions.
 
-Words for the verdicts of `statistics`: the paragraph that a reader takes away, and what weakens it.
+Words for the verdicts, numbers and weaknesses of `statistics` and `interventions`. A conclusion is a list of sentences
+whose first is the answer; joined it is the paragraph that a reader takes away.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, assert_never, cast
 
 from neurondrift.base.roles import NEGATIVE_CONTROLS
-from neurondrift.statistics.results import GroupEffect, StudyResult, Verdict, to_json
+from neurondrift.report.findings.interventions import CauseFound, InterventionEffect, NullMeasure, References
+from neurondrift.report.findings.statistical import Analysis, WeaknessDetail
+from neurondrift.report.wording import is_safety
+from neurondrift.statistics.null import ALPHA
+from neurondrift.statistics.results import (
+    FailedControl,
+    FewSeeds,
+    FewSites,
+    GroupEffect,
+    SharedNeurons,
+    StudyResult,
+    Unbalanced,
+    UndefinedDrift,
+    Unmatched,
+    Verdict,
+    Weakness,
+    to_json,
+    weaknesses,
+)
 
-#: Below this many sites an interval rests on few clusters.
-FEW_SITES = 20
-#: Standardised mean difference of |w| above which matching is incomplete (Stuart 2010).
-UNBALANCED = 0.1
-#: Share of members without a control, and Jaccard overlap of two groups, worth a warning.
-MANY_UNMATCHED, MUCH_OVERLAP = 0.05, 0.1
+#: Fewer points than this say little about an association, whatever its size.
+FEW_POINTS = 10
 
 _SENTENCE = {
     "more": "drifted more than comparable neurons, as H1 (fragile safety) says",
@@ -26,81 +43,87 @@ _SENTENCE = {
 }
 
 
-def analysis_findings(result: StudyResult) -> dict[str, Any]:
-    """The JSON-safe mapping of a result (`to_json`), with `conclusion` and `weaknesses` in words."""
+def analysis_findings(result: StudyResult) -> Analysis:
+    """The JSON-safe mapping of a result (`to_json`), with its conclusion, weaknesses and statements in words."""
     encoded = to_json(result)
-    version = {"schema_version": encoded.pop("schema_version")}
-    return version | {"conclusion": conclusion(result), "weaknesses": list(weaknesses(result))} | encoded
+    weak = weaknesses(result)
+    sentences = analysis_sentences(result)
+    words = {
+        "schema_version": encoded.pop("schema_version"),
+        "conclusion": " ".join(sentences),
+        "sentences": sentences,
+        "weaknesses": [weakness_clause(weakness) for weakness in weak],
+        "weakness_details": [_detail(weakness) for weakness in weak],
+    }
+    for association in encoded["associations"]:
+        association["statement"] = " ".join(association_sentences(association["n_points"], association["n_seeds"]))
+    return cast(Analysis, words | encoded)
 
 
 def conclusion(result: StudyResult) -> str:
     """The overall paragraph: what the data support, how strongly, and what weakens it."""
+    return " ".join(analysis_sentences(result))
+
+
+def analysis_sentences(result: StudyResult) -> list[str]:
+    """The answer first; then each group, the other metrics, the contrasts, and what weakens it."""
     primary = [result.effect(group, result.primary_metric) for group in result.groups]
     safety = [effect for effect in primary if effect.role == "safety"]
     about = safety or [effect for effect in primary if effect.role not in NEGATIVE_CONTROLS] or primary
     sentences = [_overall(about), *(_effect_sentence(effect, result) for effect in about)]
-    other = [metric for metric in result.metrics if metric != result.primary_metric]
-    differing = [
-        f"{effect.group} in {metric} ({result.effect(effect.group, metric).verdict})"
-        for effect in about
-        for metric in other
-        if result.effect(effect.group, metric).verdict != effect.verdict
+    sentences += _other_metrics(about, result)
+    sentences += [
+        _contrast_sentence(c.first, c.second, c.difference.value, c.difference.ci95, c.verdict)
+        for c in result.contrasts
+        if c.metric == result.primary_metric
     ]
-    if differing:
-        sentences.append(f"The verdict depends on the metric: {', '.join(differing)}.")
-    elif other:
-        sentences.append(f"The metrics {', '.join(other)} give the same verdict.")
-    for contrast in result.contrasts:
-        if contrast.metric == result.primary_metric:
-            sentences.append(
-                _contrast_sentence(
-                    contrast.first,
-                    contrast.second,
-                    contrast.difference.value,
-                    contrast.difference.ci95,
-                    contrast.verdict,
-                )
-            )
-    weak = weaknesses(result)
+    weak = [weakness_clause(weakness) for weakness in weaknesses(result)]
     if weak:
         sentences.append("What weakens this: " + "; ".join(weak) + ".")
-    return " ".join(sentences)
+    return sentences
 
 
-def weaknesses(result: StudyResult) -> tuple[str, ...]:
-    """What a careful reader would hold against the conclusion, one clause each."""
-    out: list[str] = []
-    seeds = len(result.seed_labels)
+def weakness_clause(weakness: Weakness) -> str:
+    """One weakness in words, without a full stop."""
+    match weakness:
+        case FewSeeds():
+            return _few_seeds(weakness.seeds)
+        case Unmatched(group=group, members=members, strata=strata):
+            return (
+                f"{members} of {weakness.of_members} members of {group} have no control "
+                f"({strata} of {weakness.of_strata} strata)"
+            )
+        case UndefinedDrift(group=group, members=members):
+            return f"{members} members of {group} have no defined drift"
+        case Unbalanced(group=group, difference=difference):
+            return f"matching left |w| of {group} off by {difference:+.2f} SD"
+        case FewSites(group=group, sites=sites):
+            return f"{group} has matched members in {sites} sites only"
+        case FailedControl(role=role, verdict=verdict):
+            return f"the {role} group, a negative control, is found {verdict}"
+        case SharedNeurons(first=first, second=second, shared=shared, jaccard=jaccard):
+            return f"{first} and {second} share {shared} neurons (Jaccard {jaccard:.2f})"
+        case _:
+            assert_never(weakness)
+
+
+def _few_seeds(seeds: int) -> str:
     if seeds == 1:
-        out.append(
+        return (
             "one training seed: the interval covers sites, not run-to-run variation; "
             "another run may differ by more than the interval says"
         )
-    elif seeds == 2:
-        out.append("two training seeds: too few to estimate run-to-run variation, which the interval leaves out")
-    elif seeds < 6:
-        out.append(f"{seeds} training seeds: run-to-run variation rests on {seeds - 1} degrees of freedom")
-    for effect in (result.effect(group, result.primary_metric) for group in result.groups):
-        if effect.matched.n_unmatched > MANY_UNMATCHED * effect.n_measured:
-            out.append(
-                f"{effect.matched.n_unmatched} of {effect.n_measured} members of {effect.group} have no control "
-                f"({effect.matched.strata_unmatched} of {effect.matched.strata} strata)"
-            )
-        if effect.n_undefined:
-            out.append(f"{effect.n_undefined} members of {effect.group} have no defined drift")
-        if abs(effect.balance.after) > UNBALANCED:
-            out.append(f"matching left |w| of {effect.group} off by {effect.balance.after:+.2f} SD")
-        if effect.g.sites < FEW_SITES:
-            out.append(f"{effect.group} has matched members in {effect.g.sites} sites only")
-        if effect.role in NEGATIVE_CONTROLS and effect.verdict in ("more", "protected"):
-            out.append(f"the {effect.role} group, a negative control, is found {effect.verdict}")
-    for overlap in result.overlaps:
-        roles = {result.effect(group, result.primary_metric).role for group in (overlap.first, overlap.second)}
-        if overlap.jaccard > MUCH_OVERLAP and roles.isdisjoint(NEGATIVE_CONTROLS):
-            out.append(
-                f"{overlap.first} and {overlap.second} share {overlap.shared} neurons (Jaccard {overlap.jaccard:.2f})"
-            )
-    return tuple(out)
+    if seeds == 2:
+        return "two training seeds: too few to estimate run-to-run variation, which the interval leaves out"
+    return f"{seeds} training seeds: run-to-run variation rests on {seeds - 1} degrees of freedom"
+
+
+def _detail(weakness: Weakness) -> WeaknessDetail:
+    numbers = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in dataclasses.asdict(weakness).items()
+    }
+    return {"kind": weakness.kind, "text": weakness_clause(weakness), "numbers": numbers}
 
 
 def _overall(effects: list[GroupEffect]) -> str:
@@ -141,6 +164,20 @@ def _effect_sentence(effect: GroupEffect, result: StudyResult) -> str:
     return text + ")."
 
 
+def _other_metrics(about: Sequence[GroupEffect], result: StudyResult) -> list[str]:
+    """Whether the other metrics give the same verdicts; nothing where there is one metric."""
+    other = [metric for metric in result.metrics if metric != result.primary_metric]
+    differing = [
+        f"{effect.group} in {metric} ({result.effect(effect.group, metric).verdict})"
+        for effect in about
+        for metric in other
+        if result.effect(effect.group, metric).verdict != effect.verdict
+    ]
+    if differing:
+        return [f"The verdict depends on the metric: {', '.join(differing)}."]
+    return [f"The metrics {', '.join(other)} give the same verdict."] if other else []
+
+
 def _contrast_sentence(first: str, second: str, value: float, ci95: tuple[float, float], verdict: Verdict) -> str:
     if not all(map(math.isfinite, ci95)):
         return f"{first} and {second} cannot be compared."
@@ -154,3 +191,106 @@ def _contrast_sentence(first: str, second: str, value: float, ci95: tuple[float,
         f"Each against its own controls, {first} {words} {second} "
         f"(difference in g {value:+.2f}, {ci95[0]:+.2f} to {ci95[1]:+.2f})."
     )
+
+
+def association_sentences(points: int, seeds: int) -> list[str]:
+    """What an association of drift and lost refusals over `points` snapshots of `seeds` runs can and cannot show."""
+    sentences = [
+        f"{points} snapshots of {seeds} run{'s' if seeds != 1 else ''}.",
+        "Drift and lost refusals both grow with training, so they correlate whatever the cause; compare a group with "
+        "all neurons, and read no cause into it.",
+    ]
+    if points < FEW_POINTS:
+        sentences.append(f"With {points} points even a perfect correlation says little.")
+    if seeds < 3:
+        sentences.append("Snapshots of one run are not independent: the p-value is a lower bound.")
+    return sentences
+
+
+def intervention_findings(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What `interventions.outcomes.summarise` gives, with its conclusion in words."""
+    sentences = intervention_sentences(summary["effects"], summary["references"], summary["causes"])
+    return {**summary, "conclusion": " ".join(sentences), "sentences": sentences}
+
+
+def intervention_sentences(
+    effects: Sequence[InterventionEffect], references: References, causes: Sequence[CauseFound]
+) -> list[str]:
+    """What was lost; then for each safety group what pruning, undoing, transplanting and holding it did to refusals,
+    and whether its change is a cause. Nothing where no whole group was acted on."""
+    whole = [effect for effect in effects if effect["dose"] == 1]
+    about = [effect for effect in whole if is_safety(effect)] or whole
+    if not about:
+        return []
+    before, after = (_known(references[name]["harmful"]["rate"]) for name in ("before", "after"))
+    sentences = [_loss_sentence(before, after, references["after"]["harmful"]["n"])]
+    for group in dict.fromkeys(effect["group"] for effect in about):
+        own = {effect["intervention"]: effect for effect in about if effect["group"] == group}
+        sentences += [_intervention_sentence(effect, lost=before - after) for effect in own.values()]
+        sentences += [_cause_sentence(found) for found in causes if found["group"] == group]
+    return sentences
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _loss_sentence(before: float, after: float, n: int) -> str:
+    text = f"On the {n} harmful requests asked here, fine-tuning took refusals from {before:.2f} to {after:.2f}"
+    return f"{text}." if before > after else f"{text}: none were lost, so that there is no loss to explain."
+
+
+def _intervention_sentence(effect: InterventionEffect, *, lost: float) -> str:
+    group, measure = effect["group"], effect["measures"]["harmful"]
+    value, null = f"{_known(measure['value']):.2f}", f"{_known(measure['null_mean']):.2f}"
+    if effect["intervention"] == "prune":
+        text = f"Pruning {group} before fine-tuning leaves refusals at {value} ({_beside(effect, null)})"
+        return text + _what_else_broke(effect["measures"].get("answers")) + "."
+    if lost <= 0:
+        began = {
+            "rewind": "Undoing only the change of",
+            "transplant": "Transplanting only the change of",
+            "freeze": "Holding only",
+        }
+        return f"{began[effect['intervention']]} {group} gives refusals of {value} ({_beside(effect, null)})."
+    share = _share(effect["share"]["group"])
+    beside = _beside(effect, _share(effect["share"]["null"]))
+    return {
+        "rewind": f"Undoing only the change of {group} brings {share} of the lost refusals back ({beside}).",
+        "transplant": f"Its change alone, put into the model from before, loses {share} of them ({beside}).",
+        "freeze": f"Holding it during training keeps {share} of them ({beside}).",
+    }[effect["intervention"]]
+
+
+def _what_else_broke(answers: NullMeasure | None) -> str:
+    """How well a pruned model still writes: one that no longer can does not refuse either."""
+    after, by_chance = (answers.get("perplexity"), answers.get("null_perplexity")) if answers else (None, None)
+    if after is None or by_chance is None:
+        return ""
+    return f", and the perplexity of ordinary answers at {after:,.0f} (random groups {by_chance:,.0f})"
+
+
+def _beside(effect: InterventionEffect, null: str) -> str:
+    """What the random groups gave, and how far apart they and the group are."""
+    made, planned = effect["draws"], effect.get("draws_planned", effect["draws"])
+    draws = f"{made} draws" if made == planned else f"stopped after {made} of {planned} draws"
+    return f"matched random groups {null}; p = {_known(effect['measures']['harmful']['p']):.2g}, {draws}"
+
+
+def _share(value: float | None) -> str:
+    return f"{round(_known(value), 2) + 0.0:.2f}"  # never "-0.00"
+
+
+def _cause_sentence(found: CauseFound) -> str:
+    group, named = found["group"], ", ".join(found["interventions"])
+    match found["verdict"]:
+        case "cause":
+            more = "more than that of as many comparable ones is"
+            return f"So the change of {group} is a cause of the loss, {more} ({named})."
+        case "against":
+            return f"So the change of {group} worked against the loss ({named}), and is not its cause."
+        case "too_few_draws":
+            return f"Too few draws to call anything a cause for {group}: p cannot reach {ALPHA}."
+        case "no_evidence":
+            more = "more than that of as many comparable ones"
+            return f"So there is no evidence that the change of {group}, {more}, is a cause of the loss ({named})."

@@ -1,4 +1,4 @@
-"""The order of the report and its sentences: the answer on one screen, then the tables, then the methods."""
+"""The order of the report: the answer on one screen, the tables, the methods; answers of the model where asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
-from neurondrift.report.reading import analysis_of, effects_of, metrics_of, primary_of
+from neurondrift.report.findings.statistical import Effect, Findings
+from neurondrift.report.reading import (
+    analysis_of,
+    conclusion_of,
+    effects_of,
+    interventions_of,
+    metrics_of,
+    primary_of,
+    sentences_of,
+    study_of,
+    weaknesses_of,
+)
 from neurondrift.report.tables import causes, drift, ranks, study
 from neurondrift.report.wording import Record, clean, is_safety, metric_words, seeds_words
 
@@ -24,9 +35,14 @@ STANDING_CAVEATS = (
     "one model and one fine-tuning recipe: another learning rate, data set or model may answer otherwise",
     "refusals are judged by rule from the beginning of each answer; no person has read them",
 )
+#: What stands above answers to harmful requests.
+WARNING = (
+    "What follows was written by the model, on harmful requests. It was asked for with --show-responses, and no person "
+    "has read it."
+)
 
 
-def build_document(results: Record, answers: Sequence[Record] = ()) -> Document:
+def build_document(results: Findings, answers: Sequence[Record] = ()) -> Document:
     """The whole report as data.
 
     Parameters
@@ -40,9 +56,8 @@ def build_document(results: Record, answers: Sequence[Record] = ()) -> Document:
     -------
     Document
     """
-    study = results.get("study") or {}
     return Document(
-        title=f"neurondrift: {clean(study.get('name'), 'study without a name')}",
+        title=f"neurondrift: {clean(study_of(results).get('name'), 'study without a name')}",
         subtitle=_subtitle(results),
         answer=_answer(results),
         sections=(
@@ -68,28 +83,25 @@ def build_document(results: Record, answers: Sequence[Record] = ()) -> Document:
     )
 
 
-def _subtitle(results: Record) -> str:
-    study = results.get("study") or {}
-    finetune = study.get("finetune") or {}
-    seeds = study.get("seeds") or analysis_of(results).get("seed_labels") or []
-    parts = [clean(study.get("model"), "model not recorded")]
-    if finetune.get("method"):
-        parts.append(f"fine-tuned by {clean(finetune['method'])}")
-    if study.get("steps") is not None:
-        parts.append(f"{clean(study['steps'])} steps")
+def _subtitle(results: Findings) -> str:
+    about, analysis = study_of(results), analysis_of(results)
+    seeds = about.get("seeds") or (analysis["seed_labels"] if analysis else [])
+    parts = [clean(about.get("model"), "model not recorded")]
+    if method := about.get("finetune", {}).get("method"):
+        parts.append(f"fine-tuned by {clean(method)}")
+    if (steps := about.get("steps")) is not None:
+        parts.append(f"{clean(steps)} steps")
     return ", ".join([*parts, seeds_words(len(seeds))])
 
 
-def _answer(results: Record) -> Section:
-    conclusion = clean(analysis_of(results).get("conclusion"), "")
-    first, dot, _ = conclusion.partition(". ")
-    blocks: list[Block] = [Paragraph(QUESTION)]
-    blocks.append(Paragraph(f"Answer: {first}{dot.strip()}" if first else "Answer: none, drift was not analysed."))
+def _answer(results: Findings) -> Section:
+    answer = (sentences_of(results) or ["none, drift was not analysed."])[0]
+    blocks: list[Block] = [Paragraph(QUESTION), Paragraph(f"Answer: {clean(answer)}")]
     if effects_of(results, primary_of(results)):
         blocks += [drift.answer_table(results), *_other_metrics(results)]
     refusals = study.refusal_answer_table(results)
     blocks.append(refusals or Paragraph("Refusals: not measured in this study."))
-    caveats = _all_weaknesses(results)
+    caveats = weaknesses_of(results)
     chosen = (*caveats, *STANDING_CAVEATS)[:MAIN_CAVEATS]
     blocks.append(
         Paragraph(
@@ -102,7 +114,7 @@ def _answer(results: Record) -> Section:
     return Section(title="The answer", blocks=tuple(blocks), figures=("effect_sizes",))
 
 
-def _other_metrics(results: Record) -> list[Block]:
+def _other_metrics(results: Findings) -> list[Block]:
     """How the safety groups come out in the metrics that are not primary."""
     clauses = []
     for metric in metrics_of(results)[1:]:
@@ -112,13 +124,7 @@ def _other_metrics(results: Record) -> list[Block]:
     return [Paragraph(f"In the other metrics: {'; '.join(clauses)}.")] if clauses else []
 
 
-def _all_weaknesses(results: Record) -> tuple[str, ...]:
-    """The weaknesses of the analysis; a negative control that fails comes first, as it puts all else in doubt."""
-    found = tuple(clean(w) for w in analysis_of(results).get("weaknesses") or [])
-    return tuple(sorted(found, key=lambda weakness: "negative control" not in weakness))
-
-
-def _drift(results: Record) -> Section:
+def _drift(results: Findings) -> Section:
     blocks: list[Block] = [drift.matched_table(results, metric) for metric in metrics_of(results)]
     if blocks:
         blocks.append(drift.unmatched_table(results))
@@ -130,28 +136,30 @@ def _drift(results: Record) -> Section:
     )
 
 
-def _hypotheses(results: Record) -> Section:
+def _hypotheses(results: Findings) -> Section:
     entries = [_evaluation(effect, results) for effect in effects_of(results) if is_safety(effect)]
     blocks: list[Block] = [Items(tuple(entries))] if entries else []
-    conclusion = clean(analysis_of(results).get("conclusion"), "")
-    if conclusion:
-        blocks.append(Paragraph(f"In sum: {' '.join(filter(None, (conclusion, _cause(results))))}"))
+    if sentences := sentences_of(results):
+        acted = interventions_of(results)
+        sentences = [*sentences, *(conclusion_of(acted) if acted else [])]
+        blocks.append(Paragraph(f"In sum: {clean(' '.join(sentences))}"))
     return Section(title="H1 and H2, evaluated", blocks=_or_say(blocks, "There is no group whose role is safety."))
 
 
-def _evaluation(effect: Record, results: Record) -> str:
+def _evaluation(effect: Effect, results: Findings) -> str:
     """One group in one metric against both hypotheses, by its verdict."""
-    g, sesoi = effect["g"], wording.finite(analysis_of(results).get("sesoi"))
+    g, analysis = effect["g"], analysis_of(results)
+    sesoi = wording.finite(analysis["sesoi"]) if analysis else None
     band = f"±{wording.share(sesoi)}" if sesoi is not None else "the band of equivalence"
     name = f"{clean(effect['group'])}, {metric_words(effect['metric'])}"
-    ci95, ci90 = wording.interval(g.get("ci95"), wording.effect), wording.interval(g.get("ci90"), wording.effect)
+    ci95, ci90 = wording.interval(g["ci95"], wording.effect), wording.interval(g["ci90"], wording.effect)
     if ci95 is None or ci90 is None:
         return (
             f"{name}: neither hypothesis can be evaluated, the interval of g is undefined "
             f"({wording.reason(g, 'ci95')})."
         )
     head = f"{name}: g = {wording.number(g, 'value', wording.effect)}, 95 % interval {ci95}, 90 % interval {ci90}."
-    verdict = effect.get("verdict")
+    verdict = effect["verdict"]
     if verdict == "more":
         return (
             f"{head} H1 (they drift more): supported, the 95 % interval lies above 0{_adjusted(effect)}. "
@@ -176,25 +184,26 @@ def _evaluation(effect: Record, results: Record) -> str:
     )
 
 
-def _adjusted(effect: Record) -> str:
+def _adjusted(effect: Effect) -> str:
     """The adjusted p in brackets, where there is one."""
-    value = wording.finite(effect.get("p_holm"))
+    value = wording.finite(effect["p_holm"])
     return "" if value is None else f" (Holm-adjusted p = {wording.probability(value)})".replace("= <", "< ")
 
 
-def _contrasts(results: Record) -> Section:
+def _contrasts(results: Findings) -> Section:
     blocks: list[Block] = []
-    if analysis_of(results).get("contrasts"):
+    analysis = analysis_of(results)
+    if analysis and analysis["contrasts"]:
         blocks += [drift.contrast_table(results, metric) for metric in metrics_of(results)]
     return Section(title="Groups against each other", blocks=_or_say(blocks, "No groups were contrasted."))
 
 
-def _subgroups(results: Record) -> Section:
-    where = metric_words(primary_of(results))
+def _subgroups(results: Findings) -> Section:
+    where, effects = metric_words(primary_of(results)), effects_of(results, primary_of(results))
     blocks: list[Block] = []
-    if any(e.get("by_module") for e in effects_of(results, primary_of(results))):
+    if any(effect["by_module"] for effect in effects):
         blocks.append(drift.subgroup_table(results, "by_module", f"By module type, {where}", "module type"))
-    if any(e.get("by_layer_third") for e in effects_of(results, primary_of(results))):
+    if any(effect["by_layer_third"] for effect in effects):
         blocks.append(drift.subgroup_table(results, "by_layer_third", f"By layer third, {where}", "layer third"))
     return Section(
         title="By module type and by layer third",
@@ -203,8 +212,9 @@ def _subgroups(results: Record) -> Section:
     )
 
 
-def _seeds(results: Record) -> Section:
-    seeds = len(analysis_of(results).get("seed_labels") or [])
+def _seeds(results: Findings) -> Section:
+    analysis = analysis_of(results)
+    seeds = len(analysis["seed_labels"]) if analysis else 0
     text = (
         "One training seed: there is no run-to-run variation to show, and no interval here covers it."
         if seeds == 1
@@ -214,12 +224,12 @@ def _seeds(results: Record) -> Section:
     return Section(title="By training seed", blocks=_or_say(blocks, text))
 
 
-def _balance(results: Record) -> Section:
+def _balance(results: Findings) -> Section:
     blocks: list[Block] = [drift.balance_table(results)] if effects_of(results, primary_of(results)) else []
     return Section(title="Matching and its balance", blocks=_or_say(blocks, "Nothing was matched."))
 
 
-def _trajectories(results: Record) -> Section:
+def _trajectories(results: Findings) -> Section:
     return Section(
         title="Drift over training",
         figures=("drift_over_training",),
@@ -227,7 +237,7 @@ def _trajectories(results: Record) -> Section:
     )
 
 
-def _behaviour(results: Record) -> Section:
+def _behaviour(results: Findings) -> Section:
     blocks: list[Block] = list(study.behaviour_tables(results))
     changes = study.change_table(results)
     if changes:
@@ -239,55 +249,49 @@ def _behaviour(results: Record) -> Section:
     )
 
 
-def _associations(results: Record) -> Section:
-    found = study.association_table(results)
-    blocks: list[Block] = [found] if found else []
-    statements = dict.fromkeys(clean(a.get("statement")) for a in analysis_of(results).get("associations") or [])
+def _associations(results: Findings) -> Section:
+    table, analysis = study.association_table(results), analysis_of(results)
+    blocks: list[Block] = [table] if table else []
+    statements = dict.fromkeys(clean(a["statement"]) for a in (analysis["associations"] if analysis else []))
     blocks += [Paragraph(f"What this can say: {statement}") for statement in statements]
     return Section(
         title="Refusals beside drift", blocks=_or_say(blocks, "Drift and refusals were not measured at the same steps.")
     )
 
 
-def _causes(results: Record) -> tuple[Section, ...]:
+def _causes(results: Findings) -> tuple[Section, ...]:
     """The section on interventions, only where `neurondrift intervene` was run."""
-    found = results.get("interventions")
-    return (causes.section(found, (results.get("study") or {}).get("model_fingerprint")),) if found else ()
+    acted = results.get("interventions")
+    return (causes.section(acted, study_of(results).get("model_fingerprint")),) if acted else ()
 
 
-def _cause(results: Record) -> str:
-    """What the interventions of this model conclude; empty where there are none."""
-    found = results.get("interventions") or {}
-    known = (results.get("study") or {}).get("model_fingerprint")
-    return clean(found.get("conclusion"), "") if known in (None, found.get("model_fingerprint")) else ""
-
-
-def _rank_level(results: Record) -> tuple[Section, ...]:
+def _rank_level(results: Findings) -> tuple[Section, ...]:
     """The section on subspaces, only where `neurondrift subspaces` was run."""
-    found = results.get("subspaces")
-    return (ranks.section(found, (results.get("study") or {}).get("model_fingerprint")),) if found else ()
+    subspaces = results.get("subspaces")
+    return (ranks.section(subspaces, study_of(results).get("model_fingerprint")),) if subspaces else ()
 
 
-def _weights(results: Record) -> Section:
-    found = drift.weight_table(results)
-    return Section(title="Single weights", blocks=(found or Paragraph("Single weights were not followed."),))
+def _weights(results: Findings) -> Section:
+    table = drift.weight_table(results)
+    return Section(title="Single weights", blocks=(table or Paragraph("Single weights were not followed."),))
 
 
-def _overlaps(results: Record) -> Section:
-    blocks: list[Block] = [drift.overlap_table(results)] if analysis_of(results).get("overlaps") else []
+def _overlaps(results: Findings) -> Section:
+    analysis = analysis_of(results)
+    blocks: list[Block] = [drift.overlap_table(results)] if analysis and analysis["overlaps"] else []
     return Section(title="Overlap of the groups", blocks=_or_say(blocks, "There is one group only."))
 
 
-def _groups(results: Record) -> Section:
+def _groups(results: Findings) -> Section:
     blocks: list[Block] = [study.group_table(results)] if results.get("groups") else []
     return Section(title="The groups", blocks=_or_say(blocks, "The groups were not recorded."))
 
 
-def _settings(results: Record) -> Section:
+def _settings(results: Findings) -> Section:
     return Section(title="How it was made", blocks=(study.settings_table(results),))
 
 
-def _methods(results: Record) -> Section:
+def _methods(results: Findings) -> Section:
     analysis = analysis_of(results)
     sesoi, resamples, bins = (
         wording.number(analysis, field, wording.plain) for field in ("sesoi", "resamples", "bins")
@@ -307,22 +311,16 @@ def _methods(results: Record) -> Section:
     return Section(title="Methods", blocks=(Items(lines, ordered=True),))
 
 
-def _weaknesses(results: Record) -> Section:
-    return Section(title="What weakens the conclusion", blocks=(Items((*_all_weaknesses(results), *STANDING_CAVEATS)),))
+def _weaknesses(results: Findings) -> Section:
+    return Section(title="What weakens the conclusion", blocks=(Items((*weaknesses_of(results), *STANDING_CAVEATS)),))
 
 
 def _or_say(blocks: list[Block], otherwise: str) -> tuple[Block, ...]:
     return tuple(blocks) or (Paragraph(otherwise),)
 
 
-WARNING = (
-    "What follows was written by the model, on harmful requests. It was asked for with --show-responses, and no person "
-    "has read it."
-)
-
-
 def answer_sections(answers: Sequence[Record]) -> tuple[Section, ...]:
-    """One section a seed and step; none where no answer is to be shown.
+    """One section per seed and step; none where no answer is to be shown.
 
     Every text goes through `clean` (one line, no control characters), and through HTML escaping in the page.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
+from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.wording import Record
 
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -58,7 +59,7 @@ figure img { display: block; width: 100%; height: auto; background: #ffffff; pad
 """
 
 
-def render_page(results: Record, figures: Sequence[Path], answers: Sequence[Record] = ()) -> str:
+def render_page(results: Findings, figures: Sequence[Path], answers: Sequence[Record] = ()) -> str:
     """The report as HTML with its figures inside.
 
     Parameters

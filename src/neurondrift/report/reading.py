@@ -1,37 +1,88 @@
-"""Typed access to the findings."""
+"""What the tables, the figures and the sentences ask of the findings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from neurondrift.base.roles import NEGATIVE_CONTROLS, Role, role_of_name
-from neurondrift.report.wording import KINDS, Record, role_of
+from neurondrift.report.findings.interventions import InterventionEffect, Interventions, NullMeasure
+from neurondrift.report.findings.statistical import (
+    Analysis,
+    Behaviour,
+    Effect,
+    Findings,
+    Perplexity,
+    RateChange,
+    RefusalRate,
+    StudyFacts,
+    TrajectoryPoint,
+)
+from neurondrift.report.wording import KINDS, clean, role_of
+
+#: How versions that recorded no kinds began the weakness that puts all else in doubt.
+OLDER_NEGATIVE_CONTROL = "the random group, a negative control"
 
 
-def analysis_of(results: Record) -> Record:
-    """The analysis part; empty where the study has none."""
-    found = results.get("analysis")
-    return found if isinstance(found, Mapping) else {}
+def study_of(results: Findings) -> StudyFacts:
+    """What was studied; empty where that was not recorded."""
+    return results.get("study") or {}
 
 
-def primary_of(results: Record) -> str:
+def analysis_of(results: Findings) -> Analysis | None:
+    """The analysis part; None where drift was not analysed."""
+    return results.get("analysis")
+
+
+def sentences_of(results: Findings) -> list[str]:
+    """The conclusion of the analysis, the answer first; empty where drift was not analysed."""
+    analysis = analysis_of(results)
+    return conclusion_of(analysis) if analysis else []
+
+
+def conclusion_of(part: Analysis | Interventions) -> list[str]:
+    """The sentences that a part concludes with; of older versions, which kept no list, the paragraph as one."""
+    return part.get("sentences") or [text for text in [part["conclusion"]] if text]
+
+
+def weaknesses_of(results: Findings) -> tuple[str, ...]:
+    """What weakens the conclusion; a negative control that fails comes first, as it puts all else in doubt."""
+    analysis = analysis_of(results)
+    if analysis is None:
+        return ()
+    kinds = {detail["text"]: detail["kind"] for detail in analysis.get("weakness_details", [])}
+
+    def is_in_doubt(text: str) -> bool:
+        return kinds.get(text) == "negative_control" or text.startswith(OLDER_NEGATIVE_CONTROL)
+
+    return tuple(clean(text) for text in sorted(analysis["weaknesses"], key=lambda text: not is_in_doubt(text)))
+
+
+def primary_of(results: Findings) -> str:
     """The primary metric."""
-    return str(analysis_of(results).get("primary_metric") or "relative")
+    analysis = analysis_of(results)
+    return analysis["primary_metric"] if analysis else "relative"
 
 
-def metrics_of(results: Record) -> list[str]:
+def metrics_of(results: Findings) -> list[str]:
     """The analysed metrics, the primary one first."""
     analysis = analysis_of(results)
-    named = [*(analysis.get("metrics") or []), *(e["metric"] for e in analysis.get("effects") or [])]
-    return sorted(dict.fromkeys(named), key=lambda metric: metric != primary_of(results))
+    return sorted(analysis["metrics"], key=lambda metric: metric != primary_of(results)) if analysis else []
 
 
-def effects_of(results: Record, metric: str | None = None) -> list[Record]:
+def metrics_among(results: Findings, named: Iterable[str]) -> list[str]:
+    """The metrics that are named, in the order of `metrics_of`, any others after them."""
+    known = set(named)
+    analysed = [metric for metric in metrics_of(results) if metric in known]
+    return analysed + sorted(known - set(analysed))
+
+
+def effects_of(results: Findings, metric: str | None = None) -> list[Effect]:
     """The effects in one metric (default: in all, primary metric first); safety groups first, random last."""
-    effects = analysis_of(results).get("effects") or []
+    analysis = analysis_of(results)
+    if analysis is None:
+        return []
     metrics = [metric] if metric is not None else metrics_of(results)
-    chosen = [effect for name in metrics for effect in effects if effect["metric"] == name]
+    chosen = [effect for name in metrics for effect in analysis["effects"] if effect["metric"] == name]
     order = group_order(results)
     return sorted(chosen, key=lambda e: (metrics.index(e["metric"]), *order(e["group"])))
 
@@ -43,42 +94,109 @@ class Roles(dict[str, Role | None]):
         return role_of_name(group)
 
 
-def roles_of(results: Record) -> Roles:
+def roles_of(results: Findings) -> Roles:
     """What each analysed group is to the study."""
-    return Roles({str(effect["group"]): role_of(effect) for effect in analysis_of(results).get("effects") or []})
+    analysis = analysis_of(results)
+    return Roles({effect["group"]: role_of(effect) for effect in (analysis["effects"] if analysis else [])})
 
 
-def group_order(results: Record) -> Callable[[str], tuple[bool, bool]]:
+def group_order(results: Findings) -> Callable[[str], tuple[bool, bool]]:
     """Sort key of groups (the sort is stable): those that the question is about first, negative controls last."""
     roles = roles_of(results)
     return lambda group: (roles[group] != "safety", roles[group] in NEGATIVE_CONTROLS)
 
 
-def behaviour_of(results: Record) -> Record:
-    """The behaviour part; empty where the study has none."""
-    found = results.get("behaviour")
-    return found if isinstance(found, Mapping) else {}
+def in_group_order(results: Findings, groups: Iterable[str]) -> list[str]:
+    """Every group once, in that order."""
+    return sorted(dict.fromkeys(groups), key=group_order(results))
 
 
-def rates_of(results: Record, seed: Any = None, kind: str | None = None) -> list[Record]:
+def trajectories_of(results: Findings, metric: str | None = None) -> list[TrajectoryPoint]:
+    """Mean drift at the snapshots, in one metric (default: in all)."""
+    points = results.get("trajectories") or []
+    return [point for point in points if metric in (None, point["metric"])]
+
+
+def behaviour_of(results: Findings) -> Behaviour | None:
+    """The behaviour part; None where behaviour was not measured."""
+    return results.get("behaviour")
+
+
+def rates_of(results: Findings, seed: int | None = None, kind: str | None = None) -> list[RefusalRate]:
     """The measured rates of a seed and a kind of prompt, in the order of the steps."""
-    found = [
-        r
-        for r in behaviour_of(results).get("rates") or []
-        if (seed is None or r["seed"] == seed) and (kind is None or r["kind"] == kind)
-    ]
-    return sorted(found, key=lambda r: r["step"])
+    chosen = [rate for rate in _rates(results) if seed in (None, rate["seed"]) and kind in (None, rate["kind"])]
+    return sorted(chosen, key=lambda rate: rate["step"] or 0)
 
 
-def behaviour_seeds(results: Record) -> list[Any]:
+def rates_before_alignment(results: Findings) -> dict[str, RefusalRate]:
+    """Kind of prompt -> its rate before the alignment; empty where there was none."""
+    behaviour = behaviour_of(results)
+    return {rate["kind"]: rate for rate in (behaviour["before_alignment"] or [])} if behaviour else {}
+
+
+def behaviour_seeds(results: Findings) -> list[int | None]:
     """Seeds with measured behaviour, in their order."""
-    return list(dict.fromkeys(r["seed"] for r in behaviour_of(results).get("rates") or []))
+    return list(dict.fromkeys(rate["seed"] for rate in _rates(results)))
 
 
-def kinds_of(results: Record) -> list[str]:
+def kinds_of(results: Findings) -> list[str]:
     """The kinds of prompts measured, harmful first."""
     known = list(KINDS)
     return sorted(
-        dict.fromkeys(str(r["kind"]) for r in behaviour_of(results).get("rates") or []),
+        dict.fromkeys(rate["kind"] for rate in _rates(results)),
         key=lambda kind: known.index(kind) if kind in known else len(known),
     )
+
+
+def perplexities_of(results: Findings) -> dict[tuple[int | None, int | None], Perplexity]:
+    """Seed and step -> perplexity of held-out answers."""
+    behaviour = behaviour_of(results)
+    return {(value["seed"], value["step"]): value for value in behaviour["perplexity"]} if behaviour else {}
+
+
+def changes_of(results: Findings) -> list[RateChange]:
+    """The rates on the same prompts at the first and the last evaluated step."""
+    behaviour = behaviour_of(results)
+    return behaviour["changes"] if behaviour else []
+
+
+def _rates(results: Findings) -> list[RefusalRate]:
+    behaviour = behaviour_of(results)
+    return behaviour["rates"] if behaviour else []
+
+
+def is_same_model(found: str, known: str | None) -> bool:
+    """Whether figures of the model `found` stand beside findings of the model `known`; None: it is not known."""
+    return known in (None, found)
+
+
+def interventions_of(results: Findings) -> Interventions | None:
+    """The interventions on the model of these findings; None where there are none, or those of another model."""
+    found = results.get("interventions")
+    known = study_of(results).get("model_fingerprint")
+    return found if found and is_same_model(found["model_fingerprint"], known) else None
+
+
+def whole_groups(found: Interventions) -> list[InterventionEffect]:
+    """The interventions on whole groups."""
+    return [effect for effect in found["effects"] if effect["dose"] == 1]
+
+
+def planned_draws(effect: InterventionEffect) -> int:
+    """How many random groups an intervention was to be compared with."""
+    return effect.get("draws_planned", effect["draws"])
+
+
+def is_stopped(effect: InterventionEffect) -> bool:
+    """Whether fewer random groups were drawn than planned, as the comparison was settled."""
+    return effect["draws"] < planned_draws(effect)
+
+
+def draws_made(effect: InterventionEffect) -> str:
+    """How many random groups there are, and of how many where they were stopped: 2 of 20."""
+    return f"{effect['draws']} of {planned_draws(effect)}" if is_stopped(effect) else str(effect["draws"])
+
+
+def band_of(measure: NullMeasure) -> list[float | None]:
+    """The range of the random groups."""
+    return [measure["null_low"], measure["null_high"]]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
+from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.wording import Record
 
 WIDTH = 100
@@ -27,7 +28,7 @@ class _CellWrapper(textwrap.TextWrapper):
     wordsep_re = re.compile(r"(\s+|(?<=_)(?=[^_]))")
 
 
-def render_text(results: Record, answers: Sequence[Record] = ()) -> str:
+def render_text(results: Findings, answers: Sequence[Record] = ()) -> str:
     """The whole report, one screen of answer first.
 
     Parameters

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from neurondrift.base.roles import NEGATIVE_CONTROLS, ROLES, Role, role_of_name
 
-Record = Mapping[str, Any]
+#: Part of the findings, read field by field: a TypedDict of `report.findings`, or any mapping.
+Record = Mapping[str, object]
 Form = Callable[[float], str]
 
 ALL = "all"

@@ -28,7 +28,6 @@ from neurondrift.statistics.inference import Inference, infer, infer_plain
 
 #: All orders of this many points are enumerated for the p-value (8! = 40,320).
 MOST_ENUMERATED = 8
-FEW_POINTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class Association:
     `spearman` is the mean over seeds of the rank correlation within a seed, with `p` by permutation of the
     steps (S = 1) and `interval` by Student's t over seeds (S >= 3, on Fisher's z; NaN otherwise).
     `slope` is the loss of refusals per unit of drift, least squares with an intercept per seed; `r2` its
-    share of the variance within seeds. `statement` says what this can and cannot show.
+    share of the variance within seeds.
     """
 
     group: str
@@ -92,7 +91,6 @@ class Association:
     slope: float
     r2: float
     method: str
-    statement: str
     reasons: Mapping[str, str]
 
 
@@ -138,7 +136,6 @@ def _associate(name: str, pairs: list[tuple[FloatArray, FloatArray]], n_prompts:
         slope=slope,
         r2=r2,
         reasons=reasons,
-        statement=_statement(points, len(pairs)),
         method="Spearman within seeds, averaged; least squares with an intercept per seed",
     )
 
@@ -197,19 +194,6 @@ def _permutation_p(x: FloatArray, y: FloatArray) -> float:
     orders = np.array(list(itertools.permutations(range(len(a)))))
     null = np.abs(b[orders] @ a)
     return float((null >= abs(a @ b) - 1e-9).mean())
-
-
-def _statement(points: int, seeds: int) -> str:
-    text = (
-        f"{points} snapshots of {seeds} run{'s' if seeds != 1 else ''}. Drift and lost refusals both grow "
-        "with training, so they correlate whatever the cause; compare a group with all neurons, "
-        "and read no cause into it."
-    )
-    if points < FEW_POINTS:
-        text += f" With {points} points even a perfect correlation says little."
-    if seeds < 3:
-        text += " Snapshots of one run are not independent: the p-value is a lower bound."
-    return text
 
 
 class Mean(NamedTuple):

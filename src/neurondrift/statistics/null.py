@@ -16,6 +16,8 @@ from neurondrift.base.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
 Direction = Literal["higher", "lower", "equal"]
+#: What the comparisons of a group with its null say about a cause.
+CauseVerdict = Literal["cause", "against", "too_few_draws", "no_evidence"]
 
 #: A p-value at or below this is called evidence; with K draws it can be reached from K = 19 on.
 ALPHA = 0.05

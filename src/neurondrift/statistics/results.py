@@ -1,4 +1,4 @@
-"""What an analysis hands back: frozen records, every number with its n, interval and method."""
+"""What an analysis hands back: frozen records, each number with its n and interval; verdicts and weaknesses."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.roles import Role
+from neurondrift.base.roles import NEGATIVE_CONTROLS, Role
 from neurondrift.statistics.descriptive import Association
 from neurondrift.statistics.matching import Balance
 
 SCHEMA_VERSION = 1
 
 Verdict = Literal["more", "similar", "protected", "inconclusive"]
+WeaknessKind = Literal[
+    "few_seeds", "unmatched", "undefined_drift", "unbalanced", "few_sites", "negative_control", "overlap"
+]
+
+#: Below this many training seeds, and sites, an interval rests on few clusters.
+FEW_SEEDS, FEW_SITES = 6, 20
+#: Standardised mean difference of |w| above which matching is incomplete (Stuart 2010).
+UNBALANCED = 0.1
+#: Share of members without a control, and Jaccard overlap of two groups, worth a warning.
+MANY_UNMATCHED, MUCH_OVERLAP = 0.05, 0.1
 
 #: Marks a field whose own fields stand among those of its record in the JSON.
 FLAT = {"flat": True}
@@ -280,3 +290,113 @@ def decide(ci90: tuple[float, float], ci95: tuple[float, float], sesoi: float) -
     if ci95[1] < 0:
         return "protected"
     return "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSeeds:
+    """Run-to-run variation is unknown, or rests on few seeds."""
+
+    kind: ClassVar[WeaknessKind] = "few_seeds"
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """Many members of a group have no control in their stratum."""
+
+    kind: ClassVar[WeaknessKind] = "unmatched"
+    group: str
+    members: int
+    of_members: int
+    strata: int
+    of_strata: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndefinedDrift:
+    """Members of a group without a finite drift."""
+
+    kind: ClassVar[WeaknessKind] = "undefined_drift"
+    group: str
+    members: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unbalanced:
+    """What matching left between members and controls: a standardised mean difference of |w|."""
+
+    kind: ClassVar[WeaknessKind] = "unbalanced"
+    group: str
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSites:
+    """A group whose matched members lie in few sites."""
+
+    kind: ClassVar[WeaknessKind] = "few_sites"
+    group: str
+    sites: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedControl:
+    """The negative control was found to differ: it puts everything else in doubt."""
+
+    kind: ClassVar[WeaknessKind] = "negative_control"
+    group: str
+    role: Role
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNeurons:
+    """Two groups that are largely the same neurons."""
+
+    kind: ClassVar[WeaknessKind] = "overlap"
+    first: str
+    second: str
+    shared: int
+    jaccard: float
+
+
+Weakness = FewSeeds | Unmatched | UndefinedDrift | Unbalanced | FewSites | FailedControl | SharedNeurons
+
+
+def weaknesses(result: StudyResult) -> tuple[Weakness, ...]:
+    """What a careful reader would hold against a result in its primary metric."""
+    seeds = len(result.seed_labels)
+    out: list[Weakness] = [FewSeeds(seeds=seeds)] if seeds < FEW_SEEDS else []
+    effects = {group: result.effect(group, result.primary_metric) for group in result.groups}
+    for effect in effects.values():
+        out += _weaknesses_of_group(effect)
+    out += [
+        SharedNeurons(first=o.first, second=o.second, shared=o.shared, jaccard=o.jaccard)
+        for o in result.overlaps
+        if o.jaccard > MUCH_OVERLAP and not {effects[o.first].role, effects[o.second].role} & {*NEGATIVE_CONTROLS}
+    ]
+    return tuple(out)
+
+
+def _weaknesses_of_group(effect: GroupEffect) -> list[Weakness]:
+    group = effect.group
+    out: list[Weakness] = []
+    if effect.matched.n_unmatched > MANY_UNMATCHED * effect.n_measured:
+        out.append(
+            Unmatched(
+                group=group,
+                members=effect.matched.n_unmatched,
+                of_members=effect.n_measured,
+                strata=effect.matched.strata_unmatched,
+                of_strata=effect.matched.strata,
+            )
+        )
+    if effect.n_undefined:
+        out.append(UndefinedDrift(group=group, members=effect.n_undefined))
+    if abs(effect.balance.after) > UNBALANCED:
+        out.append(Unbalanced(group=group, difference=effect.balance.after))
+    if effect.g.sites < FEW_SITES:
+        out.append(FewSites(group=group, sites=effect.g.sites))
+    if effect.role in NEGATIVE_CONTROLS and effect.verdict in ("more", "protected"):
+        out.append(FailedControl(group=group, role=effect.role, verdict=effect.verdict))
+    return out

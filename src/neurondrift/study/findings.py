@@ -1,41 +1,59 @@
-"""From a study's files to its findings: arrays for `statistics`, then the one mapping that `report` draws on.
+"""What a study found, in the layout of `statistical_results.json`: from arrays and rows to the parts of the findings.
 
-Owns the layout of `results/statistical_results.json` (docs/results.md). Computes no statistic itself and draws
-nothing.
+Computes no statistic itself and draws nothing; the types of the parts are those of `report.findings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
-from neurondrift.behaviour.rates import Change, category_interval, paired_change, per_prompt, refusal_rate
+from neurondrift.base.roles import Role, role_of_name
+from neurondrift.behaviour.rates import category_interval, paired_change, refusal_rate
+from neurondrift.drift.bins import WeightDrift, pooled
 from neurondrift.drift.log import METRICS, DriftLog
+from neurondrift.drift.meter import weight_drifts
 from neurondrift.groups.group import Group, role_of
 from neurondrift.report.conclusion import analysis_findings
+from neurondrift.report.findings.statistical import (
+    Analysis,
+    Behaviour,
+    DriftDistribution,
+    GroupFacts,
+    Mean,
+    Perplexity,
+    RateChange,
+    RefusalRate,
+    TrajectoryPoint,
+    WeightRow,
+)
+from neurondrift.statistics import descriptive
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.comparison import Population
-from neurondrift.statistics.descriptive import (
-    BehaviourSeries,
-)
 from neurondrift.statistics.matching import refine_bins
-from neurondrift.study.folder import saved_step, saved_steps
-from neurondrift.study.population import (
-    Rows,
-    _distributions,
-    load_population,
-    membership,
-    single_weights,
-    trajectories,
-)
+from neurondrift.study.population import MATCHED, Rows, behaviour_series, load_population, membership
 from neurondrift.study.settings import AnalyzeSection
 
-SCHEMA_VERSION = 1
+
+class DriftFindings(TypedDict):
+    """The parts of the findings that rest on drift."""
+
+    analysis: Analysis
+    trajectories: list[TrajectoryPoint]
+    distributions: list[DriftDistribution]
+    groups: list[GroupFacts]
+    weights: list[WeightRow]
+
+
+class Analysed(NamedTuple):
+    """What rests on drift, and the last step that all logs have."""
+
+    parts: DriftFindings
+    last_step: int
 
 
 def analysis(
@@ -46,7 +64,7 @@ def analysis(
     *,
     bins: int,
     rng_seed: int,
-) -> dict[str, Any]:
+) -> Analysed:
     """The parts of the findings that rest on drift.
 
     Parameters
@@ -62,8 +80,7 @@ def analysis(
 
     Returns
     -------
-    dict
-        `analysis`, `trajectories`, `distributions` and `groups` of the results.
+    Analysed
 
     Raises
     ------
@@ -86,159 +103,241 @@ def analysis(
         rng_seed=rng_seed,
         primary_metric=settings.primary_metric,
         roles=roles,
-        behaviour=_behaviour_series(logs, population, members, answers, settings.primary_metric),
+        behaviour=behaviour_series(logs, population, members, answers, settings.primary_metric),
     )
     strata = {name: refine_bins(population.site, population.norm, chosen, bins) for name, chosen in members.items()}
-    return {
-        "analysis": analysis_findings(result),
-        "trajectories": trajectories(logs, population, members, strata),
-        "distributions": _distributions(population, members, strata, list(logs)),
-        "groups": [_describe_group(name, group, int(members[name].sum())) for name, group in groups.items()],
-        "weights": single_weights(logs, roles),
-        "steps": steps,
-    }
+    parts = DriftFindings(
+        analysis=analysis_findings(result),
+        trajectories=trajectories(logs, population, members, strata),
+        distributions=distributions(population, members, strata, list(logs)),
+        groups=[_group_facts(name, group, int(members[name].sum())) for name, group in groups.items()],
+        weights=single_weights(logs, roles),
+    )
+    return Analysed(parts, steps[-1])
 
 
-def _describe_group(name: str, group: Group, trained: int) -> dict[str, Any]:
+def _group_facts(name: str, group: Group, trained: int) -> GroupFacts:
     provenance = group.provenance
     rule = str(provenance.get("rule", "unknown"))
     for key in ("fraction", "p", "q", "seed"):
         if key in provenance:
             rule += f", {key} = {provenance[key]}"
-    return {
-        "name": name,
-        "role": role_of(group, name),
-        "granularity": group.granularity,
-        "members": len(group),
-        "members_in_trained_sites": trained,
-        "sites": len(group.members),
-        "rule": rule,
-    }
-
-
-def _behaviour_series(
-    logs: Mapping[int, DriftLog],
-    population: Population,
-    members: Mapping[str, npt.NDArray[np.bool_]],
-    answers: Mapping[int, Rows],
-    metric: str,
-) -> BehaviourSeries | None:
-    """Refusals of harmful requests and mean drift at the steps where both are known."""
-    steps = sorted({row["step"] for rows in answers.values() for row in rows if row["kind"] == "harmful"})
-    steps = [step for step in steps if all(step in log.steps() for log in logs.values())]
-    if len(steps) < 2:
-        return None
-    shape = (len(logs), len(steps))
-    refused = np.full(shape, np.nan)
-    total = np.full(shape, np.nan)
-    drift = {name: np.full(shape, np.nan) for name in members}
-    prompts = 0
-    for s, (seed, log) in enumerate(logs.items()):
-        for t, step in enumerate(steps):
-            flags = [
-                row["refused"] for row in answers.get(seed, []) if row["kind"] == "harmful" and row["step"] == step
-            ]
-            refused[s, t] = refusal_rate(flags).rate
-            prompts = max(prompts, len(flags))
-            values = log.read(steps=[step], columns=[metric])[metric].to_numpy(dtype=np.float64)
-            total[s, t] = np.nanmean(values)
-            for name, chosen in members.items():
-                drift[name][s, t] = np.nanmean(values[chosen])
-    return BehaviourSeries(
-        steps=tuple(steps), refusal_rate=refused, group_drift=drift, total_drift=total, n_prompts=prompts
+    return GroupFacts(
+        name=name,
+        role=role_of(group, name),
+        granularity=group.granularity,
+        members=len(group),
+        members_in_trained_sites=trained,
+        sites=len(group.members),
+        rule=rule,
     )
 
 
-def read_table(path: Path) -> Rows:
-    """The rows of a Parquet file."""
-    rows: Rows = pq.read_table(path, partitioning=None).to_pylist()
+def trajectories(
+    logs: Mapping[int, DriftLog],
+    population: Population,
+    members: Mapping[str, npt.NDArray[np.bool_]],
+    strata: Mapping[str, npt.NDArray[np.int64]],
+) -> list[TrajectoryPoint]:
+    """Mean drift of each group and of its matched controls at every snapshot, with intervals over sites."""
+    points: list[TrajectoryPoint] = []
+    for seed, log in logs.items():
+        for step in log.steps():
+            snapshot = log.read(steps=[step])
+            for metric in METRICS:
+                drift = snapshot[metric].to_numpy(dtype=np.float64)
+                overall = _mean(drift, population.site)
+                points.append(
+                    {"seed": seed, "step": step, "group": "all", "metric": metric, "members": overall, "controls": None}
+                )
+                for name, chosen in members.items():
+                    controls = descriptive.control_means(drift, strata[name], chosen)
+                    points.append(
+                        {
+                            "seed": seed,
+                            "step": step,
+                            "group": name,
+                            "metric": metric,
+                            "members": _mean(drift[chosen], population.site[chosen]),
+                            "controls": _mean(controls, population.site[chosen]),
+                        }
+                    )
+    return points
+
+
+def _mean(values: npt.NDArray[np.float64], site: npt.NDArray[np.int64]) -> Mean:
+    mean, low, high = descriptive.cluster_mean(values, site)
+    return Mean(mean=mean, low=low, high=high)
+
+
+def distributions(
+    population: Population,
+    members: Mapping[str, npt.NDArray[np.bool_]],
+    strata: Mapping[str, npt.NDArray[np.int64]],
+    seeds: Sequence[int],
+) -> list[DriftDistribution]:
+    """How the final drift of the first seed is distributed among members and among their matched controls."""
+    shown: list[DriftDistribution] = []
+    for name, chosen in members.items():
+        weights = descriptive.control_weights(strata[name], chosen)
+        for metric in METRICS:
+            densities = descriptive.distribution(population.drift[metric][0], chosen, weights)
+            if densities is None:
+                continue
+            shown.append(
+                {
+                    "group": name,
+                    "metric": metric,
+                    "seed": seeds[0],
+                    "edges": densities.edges.tolist(),
+                    "members": densities.members.tolist(),
+                    "controls": densities.controls.tolist(),
+                    "n_members": int(chosen.sum()),
+                    "n_controls": int((weights > 0).sum()),
+                }
+            )
+    return shown
+
+
+def single_weights(logs: Mapping[int, DriftLog], roles: Mapping[str, Role | None]) -> list[WeightRow]:
+    """Drift of the followed groups of weights at every snapshot, beside their matched controls and random weights.
+
+    One row per seed, step and group; none where a log follows no weights. Means and medians are over all members in
+    trained sites whose value is defined. `roles` tells which group is the random one; of names that it does not hold,
+    the name does.
+    """
+    rows: list[WeightRow] = []
+    for seed, log in logs.items():
+        for step in log.steps() if log.follows_weights() else []:
+            parts: dict[tuple[str, str], list[WeightDrift]] = {}
+            for part in weight_drifts(log.weights(steps=[step])):
+                parts.setdefault((part.group, part.metric), []).append(part)
+            names = dict.fromkeys(group for group, _ in parts)
+            controls = {name + MATCHED for name in names}
+            named = [name for name in names if name not in controls]
+            random = next((name for name in named if roles.get(name, role_of_name(name)) == "random"), "")
+            for name in named:
+                row: dict[str, Any] = {"seed": seed, "step": step, "group": name}
+                for metric, label in (("absolute", "abs"), ("relative", "relative")):
+                    row |= _weight_fields(label, *(parts.get((n, metric)) for n in (name, name + MATCHED, random)))
+                rows.append(cast(WeightRow, row))
     return rows
 
 
-def read_answers(folder: Path) -> Rows:
-    """One row a prompt and step of a seed's behaviour folder, by its primary judge (see `per_prompt`)."""
-    rows: Rows = []
-    for step in saved_steps(folder, ".parquet"):
-        rows += per_prompt(read_table(saved_step(folder, step, ".parquet")))
-    return rows
-
-
-def read_perplexities(folder: Path) -> dict[int, float]:
-    """Step -> perplexity of held-out answers."""
-    file = folder / "perplexity.parquet"
-    if not file.exists():
-        return {}
-    table = pq.read_table(file, partitioning=None)
-    return {int(row["step"]): float(row["perplexity"]) for row in table.to_pylist()}
-
-
-def read_capability(folder: Path) -> Rows:
-    """Results of lm-evaluation-harness; empty where no task was asked for."""
-    file = folder / "capability.parquet"
-    return read_table(file) if file.exists() else []
+def _weight_fields(
+    label: str,
+    members: list[WeightDrift] | None,
+    controls: list[WeightDrift] | None,
+    random: list[WeightDrift] | None,
+) -> dict[str, Any]:
+    """The fields of one metric: `label` is `abs` or `relative`."""
+    own = pooled(members or [])
+    fields: dict[str, Any] = {"n": own.count, f"zeros_{label}": own.zeros, f"undefined_{label}": own.undefined}
+    for prefix, arm in (("", members), ("matched_", controls), ("random_", random)):
+        if arm:
+            whole = pooled(arm)
+            fields |= {f"{prefix}mean_{label}": whole.mean, f"{prefix}median_{label}": whole.quantile(0.5)}
+    fields |= {f"sd_{label}": math.sqrt(own.variance), f"p99_{label}": own.quantile(0.99)}
+    if controls:
+        sums = [
+            {part.site: (part.defined, part.defined * part.mean) for part in arm} for arm in (members or [], controls)
+        ]
+        sites = list(sums[0] | sums[1])
+        first, second = (np.nan_to_num([arm.get(site, (0.0, 0.0)) for site in sites]) for arm in sums)
+        ratio = descriptive.ratio_of_means(first, second)
+        fields |= {f"ratio_{label}": ratio.value, f"ratio_{label}_ci95": [ratio.low, ratio.high]}
+        if ratio.reason:
+            fields |= {f"ratio_{label}_reason": ratio.reason, f"ratio_{label}_ci95_reason": ratio.reason}
+    return fields
 
 
 def behaviour(
     answers: Mapping[int, Rows],
     perplexities: Mapping[int, Mapping[int, float]],
     before_alignment: Rows,
-    settings: Mapping[str, Any],
+    *,
+    judge: str,
+    attack: str,
+    system_prompt: str,
+    max_new_tokens: int,
     capability: Rows | None = None,
-) -> dict[str, Any] | None:
-    """The part of the findings that rests on answers: rates with intervals, changes on the same prompts."""
+) -> Behaviour | None:
+    """The part of the findings that rests on answers: rates with intervals, changes on the same prompts.
+
+    `answers`: training seed -> rows of judged answers; `perplexities`: seed -> step -> value. None where nothing was
+    answered.
+    """
     if not any(answers.values()):
         return None
-    rates: Rows = []
-    changes: Rows = []
+    rates: list[RefusalRate] = []
+    changes: list[RateChange] = []
     for seed, rows in answers.items():
         steps = sorted({row["step"] for row in rows})
-        for kind in dict.fromkeys(row["kind"] for row in rows):
-            flags: dict[int, dict[str, bool]] = {}
-            for step in steps:
-                chosen = [row for row in rows if row["kind"] == kind and row["step"] == step]
-                flags[step] = {row["id"]: bool(row["refused"]) for row in chosen}
-                rates.append({"seed": seed, "step": step, "kind": kind, **_rate(chosen)})
+        for kind in _kinds(rows):
+            own = {step: [row for row in rows if row["kind"] == kind and row["step"] == step] for step in steps}
+            rates += [_rate(chosen, seed=seed, step=step, kind=kind) for step, chosen in own.items()]
             if len(steps) > 1:
-                change: Change = paired_change(flags[steps[0]], flags[steps[-1]])
-                changes.append(
-                    {"seed": seed, "kind": kind, "from_step": steps[0], "to_step": steps[-1], **change._asdict()}
-                )
-    unaligned = None
-    if before_alignment:
-        kinds = dict.fromkeys(row["kind"] for row in before_alignment)
-        unaligned = [
-            {
-                "seed": None,
-                "step": None,
-                "kind": kind,
-                **_rate([row for row in before_alignment if row["kind"] == kind]),
-            }
-            for kind in kinds
-        ]
-    values = [
-        {"seed": seed, "step": step, "value": value}
-        for seed, by_step in perplexities.items()
-        for step, value in by_step.items()
+                changes.append(_change(own, seed=seed, kind=kind))
+    unaligned = [
+        _rate([row for row in before_alignment if row["kind"] == kind], seed=None, step=None, kind=kind)
+        for kind in _kinds(before_alignment)
     ]
-    return {
-        **settings,
-        "rates": rates,
-        "perplexity": values,
-        "before_alignment": unaligned,
-        "changes": changes,
-        "capability": capability or [],
-    }
+    return Behaviour(
+        judge=judge,
+        attack=attack,
+        system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens,
+        rates=rates,
+        perplexity=[
+            Perplexity(seed=seed, step=step, value=value)
+            for seed, by_step in perplexities.items()
+            for step, value in by_step.items()
+        ],
+        before_alignment=unaligned or None,
+        changes=changes,
+        capability=capability or [],
+    )
 
 
-def _rate(rows: Rows) -> dict[str, Any]:
+def _kinds(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["kind"] for row in rows))
+
+
+def _rate(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> RefusalRate:
     flags = [bool(row["refused"]) for row in rows]
+    own = refusal_rate(flags)
     over = category_interval(flags, [str(row.get("category") or "") for row in rows])
-    return {
-        **refusal_rate(flags)._asdict(),
-        "category_low": over.low,
-        "category_high": over.high,
-        "categories": over.categories,
-        "category_reason": over.reason or None,
-        "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows),
-        "success": sum(bool(row.get("success", not row["refused"])) for row in rows) / len(rows),
-    }
+    return RefusalRate(
+        seed=seed,
+        step=step,
+        kind=kind,
+        rate=own.rate,
+        low=own.low,
+        high=own.high,
+        refusals=own.refusals,
+        n=own.n,
+        category_low=over.low,
+        category_high=over.high,
+        categories=over.categories,
+        category_reason=over.reason or None,
+        coherent=sum(bool(row["coherent"]) for row in rows) / len(rows),
+        success=sum(bool(row.get("success", not row["refused"])) for row in rows) / len(rows),
+    )
+
+
+def _change(rows: Mapping[int, Rows], *, seed: int, kind: str) -> RateChange:
+    """From the first step to the last, on the prompts that both have."""
+    first, last = min(rows), max(rows)
+    ends = [{row["id"]: bool(row["refused"]) for row in rows[step]} for step in (first, last)]
+    change = paired_change(*ends)
+    return RateChange(
+        seed=seed,
+        kind=kind,
+        from_step=first,
+        to_step=last,
+        from_rate=change.from_rate,
+        to_rate=change.to_rate,
+        difference=change.difference,
+        p_mcnemar=change.p_mcnemar,
+        n=change.n,
+    )

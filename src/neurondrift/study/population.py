@@ -1,84 +1,26 @@
-"""From drift logs and groups to the arrays that statistics take."""
+"""From a study's files to what statistics take: drift logs and groups as arrays, judged answers as rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.base.roles import Role, role_of_name
-from neurondrift.drift.bins import WeightDrift, pooled
+from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
-from neurondrift.drift.meter import weight_drifts
 from neurondrift.groups.group import Group
 from neurondrift.statistics.comparison import Population
-from neurondrift.statistics.descriptive import (
-    cluster_mean,
-    control_means,
-    control_weights,
-    distribution,
-    ratio_of_means,
-)
+from neurondrift.statistics.descriptive import BehaviourSeries
+from neurondrift.study.folder import saved_step, saved_steps
 
 Rows = list[dict[str, Any]]
-# In a drift log the matched control of the group of weights NAME is called NAME.matched.
+#: What the matched control of a group of weights is called in a drift log: NAME.matched.
 MATCHED = ".matched"
-
-
-def single_weights(logs: Mapping[int, DriftLog], roles: Mapping[str, Role | None]) -> Rows:
-    """Drift of the followed groups of weights at every snapshot, beside their matched controls and random weights.
-
-    One row per seed, step and group; none where a log follows no weights. Means and medians are over all members in
-    trained sites whose value is defined. `roles` tells which group is the random one; of names that it does not hold,
-    the name does.
-    """
-    rows: Rows = []
-    for seed, log in logs.items():
-        for step in log.steps() if log.follows_weights() else []:
-            parts: dict[tuple[str, str], list[WeightDrift]] = {}
-            for part in weight_drifts(log.weights(steps=[step])):
-                parts.setdefault((part.group, part.metric), []).append(part)
-            names = dict.fromkeys(group for group, _ in parts)
-            controls = {name + MATCHED for name in names}
-            named = [name for name in names if name not in controls]
-            random = next((name for name in named if roles.get(name, role_of_name(name)) == "random"), "")
-            for name in named:
-                row: dict[str, Any] = {"seed": seed, "step": step, "group": name}
-                for metric, label in (("absolute", "abs"), ("relative", "relative")):
-                    row |= _weight_fields(label, *(parts.get((n, metric)) for n in (name, name + MATCHED, random)))
-                rows.append(row)
-    return rows
-
-
-def _weight_fields(
-    label: str,
-    members: list[WeightDrift] | None,
-    controls: list[WeightDrift] | None,
-    random: list[WeightDrift] | None,
-) -> dict[str, Any]:
-    """The fields of one metric: `label` is `abs` or `relative`."""
-    own = pooled(members or [])
-    found: dict[str, Any] = {"n": own.count, f"zeros_{label}": own.zeros, f"undefined_{label}": own.undefined}
-    for prefix, arm in (("", members), ("matched_", controls), ("random_", random)):
-        if arm:
-            whole = pooled(arm)
-            found |= {f"{prefix}mean_{label}": whole.mean, f"{prefix}median_{label}": whole.quantile(0.5)}
-    found |= {f"sd_{label}": math.sqrt(own.variance), f"p99_{label}": own.quantile(0.99)}
-    if controls:
-        sums = [
-            {part.site: (part.defined, part.defined * part.mean) for part in arm} for arm in (members or [], controls)
-        ]
-        sites = list(sums[0] | sums[1])
-        first, second = (np.nan_to_num([arm.get(site, (0.0, 0.0)) for site in sites]) for arm in sums)
-        ratio = ratio_of_means(first, second)
-        found |= {f"ratio_{label}": ratio.value, f"ratio_{label}_ci95": [ratio.low, ratio.high]}
-        if ratio.reason:
-            found |= {f"ratio_{label}_reason": ratio.reason, f"ratio_{label}_ci95_reason": ratio.reason}
-    return found
 
 
 def load_population(logs: Mapping[int, DriftLog]) -> tuple[Population, list[int]]:
@@ -133,65 +75,63 @@ def membership(population: Population, logs: Mapping[int, DriftLog], group: Grou
     return chosen
 
 
-def trajectories(
+def behaviour_series(
     logs: Mapping[int, DriftLog],
     population: Population,
     members: Mapping[str, npt.NDArray[np.bool_]],
-    strata: Mapping[str, npt.NDArray[np.int64]],
-) -> Rows:
-    """Mean drift of each group and of its matched controls at every snapshot, with intervals over sites."""
-    rows: Rows = []
-    for seed, log in logs.items():
-        for step in log.steps():
-            snapshot = log.read(steps=[step])
-            for metric in METRICS:
-                drift = snapshot[metric].to_numpy(dtype=np.float64)
-                overall = cluster_mean(drift, population.site)
-                rows.append(
-                    {
-                        "seed": seed,
-                        "step": step,
-                        "group": "all",
-                        "metric": metric,
-                        "members": overall._asdict(),
-                        "controls": None,
-                    }
-                )
-                for name, chosen in members.items():
-                    controls = control_means(drift, strata[name], chosen)
-                    rows.append(
-                        {
-                            "seed": seed,
-                            "step": step,
-                            "group": name,
-                            "metric": metric,
-                            "members": cluster_mean(drift[chosen], population.site[chosen])._asdict(),
-                            "controls": cluster_mean(controls, population.site[chosen])._asdict(),
-                        }
-                    )
+    answers: Mapping[int, Rows],
+    metric: str,
+) -> BehaviourSeries | None:
+    """Refusals of harmful requests and mean drift at the steps where both are known."""
+    steps = sorted({row["step"] for rows in answers.values() for row in rows if row["kind"] == "harmful"})
+    steps = [step for step in steps if all(step in log.steps() for log in logs.values())]
+    if len(steps) < 2:
+        return None
+    shape = (len(logs), len(steps))
+    refused = np.full(shape, np.nan)
+    total = np.full(shape, np.nan)
+    drift = {name: np.full(shape, np.nan) for name in members}
+    prompts = 0
+    for s, (seed, log) in enumerate(logs.items()):
+        for t, step in enumerate(steps):
+            flags = [
+                row["refused"] for row in answers.get(seed, []) if row["kind"] == "harmful" and row["step"] == step
+            ]
+            refused[s, t] = refusal_rate(flags).rate
+            prompts = max(prompts, len(flags))
+            values = log.read(steps=[step], columns=[metric])[metric].to_numpy(dtype=np.float64)
+            total[s, t] = np.nanmean(values)
+            for name, chosen in members.items():
+                drift[name][s, t] = np.nanmean(values[chosen])
+    return BehaviourSeries(
+        steps=tuple(steps), refusal_rate=refused, group_drift=drift, total_drift=total, n_prompts=prompts
+    )
+
+
+def read_table(path: Path) -> Rows:
+    """The rows of a Parquet file."""
+    rows: Rows = pq.read_table(path, partitioning=None).to_pylist()
     return rows
 
 
-def _distributions(
-    population: Population,
-    members: Mapping[str, npt.NDArray[np.bool_]],
-    strata: Mapping[str, npt.NDArray[np.int64]],
-    seeds: Sequence[int],
-) -> Rows:
+def read_answers(folder: Path) -> Rows:
+    """One row per prompt and step of a seed's behaviour folder, by its primary judge (see `per_prompt`)."""
     rows: Rows = []
-    for name, chosen in members.items():
-        weights = control_weights(strata[name], chosen)
-        for metric in METRICS:
-            found = distribution(population.drift[metric][0], chosen, weights)
-            if found is not None:
-                rows.append(
-                    {
-                        "group": name,
-                        "metric": metric,
-                        "seed": seeds[0],
-                        **{key: values.tolist() for key, values in found._asdict().items()},
-                        "n_members": int(chosen.sum()),
-                        "n_controls": int((weights > 0).sum()),
-                    }
-                )
+    for step in saved_steps(folder, ".parquet"):
+        rows += per_prompt(read_table(saved_step(folder, step, ".parquet")))
     return rows
+
+
+def read_perplexities(folder: Path) -> dict[int, float]:
+    """Step -> perplexity of held-out answers."""
+    file = folder / "perplexity.parquet"
+    if not file.exists():
+        return {}
+    table = pq.read_table(file, partitioning=None)
+    return {int(row["step"]): float(row["perplexity"]) for row in table.to_pylist()}
+
+
+def read_capability(folder: Path) -> Rows:
+    """Results of lm-evaluation-harness; empty where no task was asked for."""
+    file = folder / "capability.parquet"
+    return read_table(file) if file.exists() else []

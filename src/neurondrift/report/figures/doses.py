@@ -10,23 +10,23 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from neurondrift.report.figures.style import FULL_WIDTH, GREY, INK, LEAST_WIDTH, group_marks, letters, new_figure, words
-from neurondrift.report.reading import roles_of
-from neurondrift.report.tables.causes import _draws, _is_stopped
-from neurondrift.report.wording import Record, finite
+from neurondrift.report.findings.interventions import InterventionEffect
+from neurondrift.report.findings.statistical import Findings
+from neurondrift.report.reading import draws_made, interventions_of, is_stopped, roles_of
+from neurondrift.report.wording import finite
 
 NULL_BAND = "#D9D9D9"
 #: The panels, in order.
 PANELS = ("prune", "rewind", "transplant", "freeze")
 
 
-def intervention_doses(results: Record) -> Figure | None:
-    """Refusals against dose, a row a group and a column an intervention, the random groups as a band."""
-    found = results.get("interventions")
-    known = (results.get("study") or {}).get("model_fingerprint")
-    if not found or not found.get("effects") or known not in (None, found.get("model_fingerprint")):
+def intervention_doses(results: Findings) -> Figure | None:
+    """Refusals against dose, a row per group and a column per intervention, the random groups as a band."""
+    acted = interventions_of(results)
+    if acted is None or not acted["effects"]:
         return None
-    effects = found["effects"]
-    groups = list(dict.fromkeys(str(effect["group"]) for effect in effects))
+    effects, references = acted["effects"], acted["references"]
+    groups = list(dict.fromkeys(effect["group"] for effect in effects))
     kinds = [kind for kind in PANELS if any(effect["intervention"] == kind for effect in effects)]
     marks = group_marks(groups, roles_of(results))
     figure = new_figure(
@@ -35,7 +35,7 @@ def intervention_doses(results: Record) -> Figure | None:
         width=max(LEAST_WIDTH, FULL_WIDTH * min(1, len(kinds) / 3)),
     )
     axes = figure.subplots(len(groups), len(kinds), squeeze=False, sharex=True, sharey=True)
-    before, after = (finite(found["references"][name]["harmful"]["rate"]) for name in ("before", "after"))
+    before, after = finite(references["before"]["harmful"]["rate"]), finite(references["after"]["harmful"]["rate"])
     for row, group in enumerate(groups):
         for column, kind in enumerate(kinds):
             ax = axes[row][column]
@@ -44,8 +44,8 @@ def intervention_doses(results: Record) -> Figure | None:
             )
             _references(ax, before, after)
             _panel(ax, own, marks[group].colour, marks[group].marker)
-            if stopped := [effect for effect in own if _is_stopped(effect)]:
-                ax.text(0.04, 0.04, f"{_draws(stopped[-1])} draws", transform=ax.transAxes, fontsize=7, color=INK)
+            if stopped := [effect for effect in own if is_stopped(effect)]:
+                ax.text(0.04, 0.04, f"{draws_made(stopped[-1])} draws", transform=ax.transAxes, fontsize=7, color=INK)
             if row == 0:
                 ax.set_title(kind)
             if row == len(groups) - 1:
@@ -71,12 +71,11 @@ def _references(ax: Axes, before: float | None, after: float | None) -> None:
             ax.axhline(value, color=INK, lw=0.8, ls=style, zorder=1)
 
 
-def _panel(ax: Axes, effects: Sequence[Record], colour: str, marker: str) -> None:
+def _panel(ax: Axes, effects: Sequence[InterventionEffect], colour: str, marker: str) -> None:
     doses = [100 * effect["dose"] for effect in effects]
     measures = [effect["measures"]["harmful"] for effect in effects]
-    values, means, lows, highs = (
-        [finite(m.get(field)) for m in measures] for field in ("value", "null_mean", "null_low", "null_high")
-    )
+    values, means = [m["value"] for m in measures], [m["null_mean"] for m in measures]
+    lows, highs = [m["null_low"] for m in measures], [m["null_high"] for m in measures]
     known = [i for i in range(len(doses)) if None not in (means[i], lows[i], highs[i])]
     x = [doses[i] for i in known]
     low, mean, high = ([float(v[i] or 0.0) for i in known] for v in (lows, means, highs))

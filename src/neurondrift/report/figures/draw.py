@@ -10,17 +10,17 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from neurondrift.base.files import atomic_path
+from neurondrift.report.figures.distributions import final_drift_distributions
 from neurondrift.report.figures.doses import intervention_doses
 from neurondrift.report.figures.effects import effect_sizes, layer_module_effects
 from neurondrift.report.figures.over_training import (
     drift_over_training,
-    final_drift_distributions,
     refusals_over_training,
 )
 from neurondrift.report.figures.style import RC
-from neurondrift.report.wording import Record
+from neurondrift.report.findings.statistical import Findings
 
-FIGURES: tuple[Callable[[Record], Figure | None], ...] = (
+FIGURES: tuple[Callable[[Findings], Figure | None], ...] = (
     effect_sizes,
     drift_over_training,
     final_drift_distributions,
@@ -35,7 +35,7 @@ METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
-def draw_figures(results: Record, folder: Path) -> list[Path]:
+def draw_figures(results: Findings, folder: Path) -> list[Path]:
     """Draw every figure that the results have something for.
 
     Parameters

@@ -27,8 +27,9 @@ from neurondrift.report.figures.style import (
     new_figure,
     words,
 )
-from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of, roles_of
-from neurondrift.report.wording import Record, finite
+from neurondrift.report.findings.statistical import Effect, Findings, SiteEffect
+from neurondrift.report.reading import analysis_of, effects_of, in_group_order, metrics_of, primary_of, roles_of
+from neurondrift.report.wording import finite
 
 #: Limits of the colour map, the smallest that holds most cells being taken.
 COLOUR_LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -38,18 +39,19 @@ DIVERGING = "PuOr_r"
 BESIDE_ZERO = 6.0
 
 
-def effect_sizes(results: Record) -> Figure | None:
+def effect_sizes(results: Findings) -> Figure | None:
     """Forest plot of g of every group in every metric, with the band that counts as no difference."""
     metrics = metrics_of(results)
     effects = effects_of(results)
-    groups = sorted(dict.fromkeys(str(e["group"]) for e in effects), key=group_order(results))
-    if not effects:
+    groups = in_group_order(results, (effect["group"] for effect in effects))
+    analysis = analysis_of(results)
+    if analysis is None or not effects:
         return None
     by_key = {(e["group"], e["metric"]): e for e in effects}
     rows = len(groups) * (len(metrics) + 1)
     figure = new_figure(1.15 + 0.185 * rows, "Did the neurons of each group drift more than comparable neurons?")
     ax = figure.subplots()
-    sesoi = finite(analysis_of(results).get("sesoi")) or 0.0
+    sesoi = finite(analysis["sesoi"]) or 0.0
     ax.axvspan(-sesoi, sesoi, color=BAND, lw=0, zorder=0)
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
     marks = group_marks(groups, roles_of(results))
@@ -91,19 +93,19 @@ def effect_sizes(results: Record) -> Figure | None:
     return figure
 
 
-def _forest_row(ax: Axes, effect: Record | None, at: float, mark: Mark) -> None:
+def _forest_row(ax: Axes, effect: Effect | None, at: float, mark: Mark) -> None:
     beside = blended_transform_factory(ax.transAxes, ax.transData)
-    g = effect["g"] if effect else {}
-    value = finite(g.get("value"))
+    value = finite(effect["g"]["value"]) if effect else None
     if effect is None or value is None:
         ax.text(1.01, at, "undefined" if effect else "not analysed", transform=beside, va="center", color=GREY)
         return
-    for field, width in (("ci95", 1.0), ("ci90", 3.2)):
-        low, high = (finite(v) for v in (g.get(field) or (None, None)))
+    g = effect["g"]
+    for limits_of_g, width in ((g["ci95"], 1.0), (g["ci90"], 3.2)):
+        low, high = (finite(limit) for limit in limits_of_g)
         if low is not None and high is not None:
             ax.plot([low, high], [at, at], color=mark.colour, lw=width, solid_capstyle="butt", zorder=2)
     ax.plot([value], [at], color=mark.colour, marker=mark.marker, ms=5, mec="white", mew=0.6, zorder=3)
-    limits = wording.interval(g.get("ci95"), wording.effect) or "no interval"
+    limits = wording.interval(g["ci95"], wording.effect) or "no interval"
     ax.text(
         1.01,
         at,
@@ -133,26 +135,26 @@ def _name_the_sides(ax: Axes) -> None:
         )
 
 
-def _symmetric(ax: Axes, effects: Sequence[Record], sesoi: float) -> None:
+def _symmetric(ax: Axes, effects: Sequence[Effect], sesoi: float) -> None:
     """Limits that show every interval and the whole band, with 0 inside."""
-    shown = [v for e in effects for v in (e["g"].get("value"), *(e["g"].get("ci95") or ()))]
+    shown = [v for e in effects for v in (e["g"]["value"], *e["g"]["ci95"])]
     values = [v for v in map(finite, shown) if v is not None] + [-1.6 * sesoi, 1.6 * sesoi, -0.05, 0.05]
     room = 0.04 * (max(values) - min(values))
     ax.set_xlim(min(values) - room, max(values) + room)
 
 
-def layer_module_effects(results: Record) -> Figure | None:
+def layer_module_effects(results: Findings) -> Figure | None:
     """g of every site in the primary metric: layers against module types, one panel per group."""
     metric = primary_of(results)
-    effects = [e for e in effects_of(results, metric) if e.get("by_site")]
+    effects = [e for e in effects_of(results, metric) if e["by_site"]]
     cells = [c for e in effects for c in e["by_site"]]
     if not cells:
         return None
     modules = _modules(effects, cells)
-    layers: list[int | None] = [*sorted({int(c["layer"]) for c in cells if c.get("layer") is not None})]
-    if any(c.get("layer") is None for c in cells):
+    layers: list[int | None] = [*sorted({c["layer"] for c in cells if c["layer"] is not None})]
+    if any(c["layer"] is None for c in cells):
         layers.append(None)
-    limit, beyond = _colour_limit([abs(g) for c in cells if (g := finite(c.get("g"))) is not None])
+    limit, beyond = _colour_limit([abs(g) for c in cells if (g := finite(c["g"])) is not None])
     width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * len(effects)))
     figure = new_figure(
         1.7 + max(1.2, min(5.5, 0.105 * len(layers))),
@@ -178,9 +180,8 @@ def layer_module_effects(results: Record) -> Figure | None:
         )
         values = [[math.nan] * len(modules) for _ in layers]
         for cell in effect["by_site"]:
-            layer = cell.get("layer")
-            g = finite(cell.get("g"))
-            values[layers.index(layer)][modules.index(str(cell["module_type"]))] = math.nan if g is None else g
+            g = finite(cell["g"])
+            values[layers.index(cell["layer"])][modules.index(cell["module_type"])] = math.nan if g is None else g
         mesh = ax.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=0.3, zorder=1)
         ax.set_title(words(effect["group"]))
         ax.set_xticks([i + 0.5 for i in range(len(modules))], [words(m) for m in modules], rotation=90)
@@ -208,10 +209,10 @@ def layer_module_effects(results: Record) -> Figure | None:
     return figure
 
 
-def _modules(effects: Sequence[Record], cells: Sequence[Record]) -> list[str]:
+def _modules(effects: Sequence[Effect], cells: Sequence[SiteEffect]) -> list[str]:
     """Module types in the order of the model: as in the group that lists most of them, then any others."""
-    listed = max(([str(part["name"]) for part in e.get("by_module") or []] for e in effects), key=len)
-    known = {str(cell["module_type"]) for cell in cells}
+    listed = max(([part["name"] for part in effect["by_module"]] for effect in effects), key=len)
+    known = {cell["module_type"] for cell in cells}
     return [name for name in dict.fromkeys([*listed, *sorted(known)]) if name in known]
 
 

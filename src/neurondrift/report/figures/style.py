@@ -117,3 +117,10 @@ def step_axis(ax: Axes, last: float) -> list[float]:
     ]
     ax.set_xticks(ticks)
     return ticks
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], *, columns: int) -> None:
+    """One legend for all panels, under them."""
+    figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=max(1, columns), handlelength=2.4, columnspacing=1.4
+    )

@@ -1,10 +1,20 @@
-"""The section on interventions: what acting on a group did to refusals, beside matched random groups; its figure."""
+"""The section on interventions: what acting on a group did to refusals, beside matched random groups."""
 
 from __future__ import annotations
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Items, Paragraph, Section, Table, table
-from neurondrift.report.wording import Footnotes, Record, clean
+from neurondrift.report.findings.interventions import Interventions, NullMeasure
+from neurondrift.report.reading import (
+    band_of,
+    conclusion_of,
+    draws_made,
+    is_same_model,
+    is_stopped,
+    planned_draws,
+    whole_groups,
+)
+from neurondrift.report.wording import Footnotes, clean
 
 TITLE = "Cause: interventions on the groups"
 STOPPED = (
@@ -12,46 +22,42 @@ STOPPED = (
     "requests; such a p is above 0.1. Those of ordinary prompts and answers are of the same draws, not adjusted for "
     "stopping"
 )
-WHAT = (
-    "prune: the group is set to zero (or to its site's mean) in the model before fine-tuning",
-    "rewind: the group alone gets its values from before fine-tuning back; all else stays fine-tuned",
-    "transplant: the change of the group alone is put into the model from before fine-tuning",
-    "freeze: fine-tuning is done again with the group held still",
-)
+WHAT = {
+    "prune": "the group is set to zero (or to its site's mean) in the model before fine-tuning",
+    "rewind": "the group alone gets its values from before fine-tuning back; all else stays fine-tuned",
+    "transplant": "the change of the group alone is put into the model from before fine-tuning",
+    "freeze": "fine-tuning is done again with the group held still",
+}
 
 
-def section(found: Record, fingerprint: object = None) -> Section:
+def section(found: Interventions, fingerprint: str | None = None) -> Section:
     """The whole section, from the content of `interventions.json`; `fingerprint` is that of the report's model."""
-    if fingerprint is not None and found.get("model_fingerprint") != fingerprint:
+    if not is_same_model(found["model_fingerprint"], fingerprint):
         text = "The interventions that lie here are of another model or adapter: run neurondrift intervene again."
         return Section(title=TITLE, blocks=(Paragraph(text),))
     blocks: list[Block] = []
-    if found.get("conclusion"):
-        blocks.append(Paragraph(clean(found["conclusion"])))
+    if sentences := conclusion_of(found):
+        blocks.append(Paragraph(clean(" ".join(sentences))))
     blocks.append(refusal_table(found))
     blocks.append(side_table(found))
     doses = dose_table(found)
     if doses:
         blocks.append(doses)
-    asked = {str(effect["intervention"]) for effect in found["effects"]}
-    blocks.append(Items(tuple(text for text in WHAT if text.partition(":")[0] in asked)))
+    asked = {effect["intervention"] for effect in found["effects"]}
+    blocks.append(Items(tuple(f"{name}: {text}" for name, text in WHAT.items() if name in asked)))
     return Section(title=TITLE, blocks=tuple(blocks), figures=("intervention_doses",))
 
 
-def _whole(found: Record) -> list[Record]:
-    return [effect for effect in found["effects"] if effect["dose"] == 1]
-
-
-def _refused(notes: Footnotes, measure: Record) -> tuple[str, str]:
+def _refused(notes: Footnotes, measure: NullMeasure) -> tuple[str, str]:
     """The share refused under the intervention, and the mean and range of the random groups."""
     null = notes.number(measure, "null_mean", wording.share)
     return notes.number(measure, "value", wording.share), f"{null} {_band(measure, wording.share)}"
 
 
-def refusal_table(found: Record) -> Table:
+def refusal_table(found: Interventions) -> Table:
     """Refusals of harmful requests under each intervention on a whole group, beside its random groups."""
     notes, rows = Footnotes(), []
-    for effect in _whole(found):
+    for effect in whole_groups(found):
         measure = effect["measures"]["harmful"]
         rows.append(
             (
@@ -61,12 +67,14 @@ def refusal_table(found: Record) -> Table:
                 notes.number(measure, "effect", wording.effect),
                 notes.interval(measure, "ci95", wording.effect),
                 notes.number(measure, "p", wording.probability),
-                _draws(effect),
+                draws_made(effect),
             )
         )
-    before, after = (found["references"][name]["harmful"] for name in ("before", "after"))
-    floors = sorted({(_planned(e), e["measures"]["harmful"]["p_floor"]) for e in _whole(found)}, reverse=True)
-    smallest = ", ".join(f"{wording.probability(p)} with {k}" for k, p in floors)
+    before, after = found["references"]["before"]["harmful"], found["references"]["after"]["harmful"]
+    known = {
+        (planned_draws(e), p) for e in whole_groups(found) if (p := e["measures"]["harmful"]["p_floor"]) is not None
+    }
+    floors = ", ".join(f"{wording.probability(p)} with {draws}" for draws, p in sorted(known, reverse=True))
     return table(
         f"Harmful requests refused ({before['n']} prompts; before fine-tuning {wording.rate(before)}, after "
         f"{wording.rate(after)}):",
@@ -76,18 +84,18 @@ def refusal_table(found: Record) -> Table:
         (
             "random groups: mean and range of matched random groups; effect: the group minus their mean, interval over "
             "prompts and draws",
-            f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {smallest} draws; "
+            f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {floors} draws; "
             f"{found['tests']} tests in these two tables, not corrected for their number",
-            *((STOPPED,) if any(_is_stopped(effect) for effect in _whole(found)) else ()),
+            *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(found)) else ()),
             *notes.notes(),
         ),
     )
 
 
-def side_table(found: Record) -> Table:
+def side_table(found: Interventions) -> Table:
     """What the same interventions did to ordinary prompts and to held-out answers."""
     notes, rows = Footnotes(), []
-    for effect in _whole(found):
+    for effect in whole_groups(found):
         ordinary, answers = (effect["measures"][kind] for kind in ("ordinary", "answers"))
         rows.append(
             (
@@ -100,9 +108,9 @@ def side_table(found: Record) -> Table:
                 notes.number(answers, "p", wording.probability),
             )
         )
-    ends = [found["references"][name] for name in ("before", "after")]
-    refused = " → ".join(wording.share(end["ordinary"]["rate"]) for end in ends)
-    perplexity = " → ".join(wording.drift(end["answers"]["perplexity"]) for end in ends)
+    ends = (found["references"]["before"], found["references"]["after"])
+    refused = " → ".join(wording.number(end["ordinary"], "rate", wording.share) for end in ends)
+    perplexity = " → ".join(wording.number(end["answers"], "perplexity", wording.drift) for end in ends)
     return table(
         f"Ordinary prompts refused ({refused} by fine-tuning) and perplexity of held-out answers ({perplexity}):",
         ("group", "intervention", "refused", "random groups", "p", "perplexity", "random groups", "p"),
@@ -112,7 +120,7 @@ def side_table(found: Record) -> Table:
     )
 
 
-def dose_table(found: Record) -> Table | None:
+def dose_table(found: Interventions) -> Table | None:
     """Refusals at every dose; None where only whole groups were acted on."""
     effects = list(found["effects"])
     if all(effect["dose"] == 1 for effect in effects):
@@ -131,7 +139,7 @@ def dose_table(found: Record) -> Table | None:
                 f"{effect['members']:,}",
                 *_refused(notes, measure),
                 notes.number(measure, "p", wording.probability),
-                _draws(effect),
+                draws_made(effect),
             )
         )
     return table(
@@ -143,17 +151,5 @@ def dose_table(found: Record) -> Table | None:
     )
 
 
-def _band(measure: Record, form: wording.Form) -> str:
-    return wording.interval([measure.get("null_low"), measure.get("null_high")], form) or ""
-
-
-def _planned(effect: Record) -> int:
-    return int(effect.get("draws_planned", effect["draws"]))
-
-
-def _is_stopped(effect: Record) -> bool:
-    return bool(effect["draws"] < _planned(effect))
-
-
-def _draws(effect: Record) -> str:
-    return f"{effect['draws']} of {_planned(effect)}" if _is_stopped(effect) else str(effect["draws"])
+def _band(measure: NullMeasure, form: wording.Form) -> str:
+    return wording.interval(band_of(measure), form) or ""

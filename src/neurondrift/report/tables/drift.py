@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Literal
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Table, table
-from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of
+from neurondrift.report.findings.statistical import Effect, Findings, Mean, WeightRow
+from neurondrift.report.reading import analysis_of, effects_of, group_order, metrics_of, primary_of, trajectories_of
 from neurondrift.report.wording import (
     ALL,
     Footnotes,
-    Record,
     clean,
     finite,
     is_negative_control,
@@ -37,7 +37,7 @@ WEIGHT_QUANTITIES = (
 )
 
 
-def answer_table(results: Record) -> Table:
+def answer_table(results: Findings) -> Table:
     """Each group's answer in the primary metric."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results, primary_of(results)):
@@ -56,7 +56,7 @@ def answer_table(results: Record) -> Table:
     weak = (
         [WEAK]
         if any(
-            e.get("verdict") in ("more", "protected") and (finite(e.get("p_holm")) or 0) > 0.05
+            e["verdict"] in ("more", "protected") and (finite(e["p_holm"]) or 0) > 0.05
             for e in effects_of(results, primary_of(results))
         )
         else []
@@ -74,21 +74,21 @@ def answer_table(results: Record) -> Table:
     )
 
 
-def _meaning(effect: Record) -> str:
-    verdict = clean(effect.get("verdict"))
+def _meaning(effect: Effect) -> str:
+    verdict = clean(effect["verdict"])
     if is_safety(effect):
         return f"{verdict.upper()} ({wording.VERDICTS.get(verdict, 'no hypothesis')})"
     return f"{verdict}, {'negative control' if is_negative_control(effect) else 'for comparison'}"
 
 
-def _holm(effect: Record, notes: Footnotes) -> str:
+def _holm(effect: Effect, notes: Footnotes) -> str:
     """The adjusted p; a dash for the negative control, which has none by design."""
-    if is_negative_control(effect) and finite(effect.get("p_holm")) is None:
+    if is_negative_control(effect) and finite(effect["p_holm"]) is None:
         return "–"
     return notes.number(effect, "p_holm", wording.probability)
 
 
-def matched_table(results: Record, metric: str) -> Table:
+def matched_table(results: Findings, metric: str) -> Table:
     """Members against matched controls in one metric: the figures that the verdict rests on."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results, metric):
@@ -115,7 +115,7 @@ def matched_table(results: Record, metric: str) -> Table:
     )
 
 
-def unmatched_table(results: Record) -> Table:
+def unmatched_table(results: Findings) -> Table:
     """The figures that other studies report, marked as confounded."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results):
@@ -147,7 +147,7 @@ def unmatched_table(results: Record) -> Table:
     )
 
 
-def inference_table(results: Record, metric: str) -> Table:
+def inference_table(results: Findings, metric: str) -> Table:
     """Every test behind the verdicts in one metric."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results, metric):
@@ -164,12 +164,11 @@ def inference_table(results: Record, metric: str) -> Table:
             )
         )
     analysis = analysis_of(results)
-    family = f"Holm family: {clean(analysis.get('family'))}; {analysis.get('family_size', 0)} tests"
     explained = (
         ()
-        if metric != metrics_of(results)[-1]
+        if analysis is None or metric != metrics_of(results)[-1]
         else (
-            family,
+            f"Holm family: {clean(analysis['family'])}; {analysis['family_size']} tests",
             "p: the mean effect over sites is 0; of equivalence: |g| reaches the smallest effect of interest; "
             "of permutation: membership changes no neuron's drift",
             "detectable: smallest |g| found with 80 % power at two-sided 5 %",
@@ -184,10 +183,11 @@ def inference_table(results: Record, metric: str) -> Table:
     )
 
 
-def contrast_table(results: Record, metric: str) -> Table:
+def contrast_table(results: Findings, metric: str) -> Table:
     """Groups against each other in one metric, each against its own controls."""
     notes, rows = Footnotes(), []
-    for contrast in (c for c in analysis_of(results).get("contrasts") or [] if c["metric"] == metric):
+    analysis = analysis_of(results)
+    for contrast in (c for c in (analysis["contrasts"] if analysis else []) if c["metric"] == metric):
         difference = contrast["difference"]
         rows.append(
             (
@@ -208,18 +208,18 @@ def contrast_table(results: Record, metric: str) -> Table:
     )
 
 
-def subgroup_table(results: Record, field: str, title: str, header: str) -> Table:
+def subgroup_table(results: Findings, field: Literal["by_module", "by_layer_third"], title: str, header: str) -> Table:
     """g within module types or layer thirds, in the primary metric."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results, primary_of(results)):
-        for part in effect.get(field) or []:
+        for part in effect[field]:
             g = part["g"]
             rows.append(
                 (
                     clean(effect["group"]),
                     clean(part["name"]),
-                    str(g.get("n", 0)),
-                    str(g.get("sites", 0)),
+                    str(g["n"]),
+                    str(g["sites"]),
                     notes.number(g, "value", wording.effect),
                     notes.interval(g, "ci95", wording.effect),
                     notes.number(part, "p", wording.probability),
@@ -235,18 +235,19 @@ def subgroup_table(results: Record, field: str, title: str, header: str) -> Tabl
     )
 
 
-def seed_table(results: Record) -> Table:
+def seed_table(results: Findings) -> Table:
     """g of each training seed, in every metric."""
     notes, rows = Footnotes(), []
-    labels = [clean(label) for label in analysis_of(results).get("seed_labels") or []]
+    analysis = analysis_of(results)
+    labels = [clean(label) for label in (analysis["seed_labels"] if analysis else [])]
     metrics = metrics_of(results)
     by_key = {(e["group"], e["metric"]): e for e in effects_of(results)}
     for effect in effects_of(results, primary_of(results)):
         for index, label in enumerate(labels):
             cells = []
             for metric in metrics:
-                per_seed = by_key.get((effect["group"], metric), {}).get("per_seed") or []
-                cells.append(notes.with_interval(per_seed[index] if index < len(per_seed) else None, wording.effect))
+                at = by_key.get((effect["group"], metric))
+                cells.append(notes.with_interval(at["per_seed"][index] if at else None, wording.effect))
             rows.append((clean(effect["group"]), label, *cells))
     return table(
         "g of each training seed with its 95 % interval (over sites only)",
@@ -257,7 +258,7 @@ def seed_table(results: Record) -> Table:
     )
 
 
-def balance_table(results: Record) -> Table:
+def balance_table(results: Findings) -> Table:
     """How many members found controls, and how well |w| balances, in the primary metric."""
     notes, rows = Footnotes(), []
     for effect in effects_of(results, primary_of(results)):
@@ -292,27 +293,31 @@ def balance_table(results: Record) -> Table:
     )
 
 
-def trajectory_tables(results: Record) -> list[Table]:
-    """Mean drift at a choice of steps, in the primary metric: one table a seed."""
+def trajectory_tables(results: Findings) -> list[Table]:
+    """Mean drift at a choice of steps, in the primary metric: one table per seed."""
     metric = primary_of(results)
-    points = [p for p in results.get("trajectories") or [] if p["metric"] == metric]
+    points = trajectories_of(results, metric)
     out = []
     order = group_order(results)
     for seed in dict.fromkeys(p["seed"] for p in points):
         chosen = [p for p in points if p["seed"] == seed]
-        steps = _spread(sorted({int(p["step"]) for p in chosen}), MOST_STEPS)
-        names = sorted(dict.fromkeys(str(p["group"]) for p in chosen), key=lambda g: (g == ALL, *order(g)))
+        steps = _spread(sorted({p["step"] for p in chosen}), MOST_STEPS)
+        names = sorted(dict.fromkeys(p["group"] for p in chosen), key=lambda g: (g == ALL, *order(g)))
         rows: list[tuple[str, ...]] = []
         notes = Footnotes()
         for name in names:
-            at = {int(p["step"]): p for p in chosen if p["group"] == name}
-            for arm in ("members", "controls"):
-                if any(p.get(arm) for p in at.values()):
+            own = [p for p in chosen if p["group"] == name]
+            arms: dict[str, dict[int, Mean | None]] = {
+                "members": {p["step"]: p["members"] for p in own},
+                "controls": {p["step"]: p["controls"] for p in own},
+            }
+            for arm, at in arms.items():
+                if any(at.values()):
                     rows.append(
                         (
                             clean(name) if name != ALL else "all neurons",
                             arm if name != ALL else "",
-                            *(_mean_at(at.get(step), arm, notes) for step in steps),
+                            *(_mean(at.get(step), notes) for step in steps),
                         )
                     )
         out.append(
@@ -327,9 +332,8 @@ def trajectory_tables(results: Record) -> list[Table]:
     return out
 
 
-def _mean_at(point: Record | None, arm: str, notes: Footnotes) -> str:
-    record = point.get(arm) if point else None
-    return notes.number(record, "mean", wording.drift) if record else "–"
+def _mean(value: Mean | None, notes: Footnotes) -> str:
+    return notes.number(value, "mean", wording.drift) if value else "–"
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
@@ -339,7 +343,7 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-def weight_table(results: Record) -> Table | None:
+def weight_table(results: Findings) -> Table | None:
     """Drift of single weights at the last step of each seed, or None where it was not recorded."""
     records = results.get("weights") or []
     if not records:
@@ -375,8 +379,8 @@ def weight_table(results: Record) -> Table | None:
     )
 
 
-def _at_last_step(results: Record, records: Iterable[Record]) -> list[Record]:
-    last: dict[tuple[Any, Any], Record] = {}
+def _at_last_step(results: Findings, records: Iterable[WeightRow]) -> list[WeightRow]:
+    last: dict[tuple[str, int], WeightRow] = {}
     for record in records:
         key = record["group"], record["seed"]
         if key not in last or record["step"] >= last[key]["step"]:
@@ -385,16 +389,17 @@ def _at_last_step(results: Record, records: Iterable[Record]) -> list[Record]:
     return sorted(last.values(), key=lambda r: (*order(r["group"]), groups.index(r["group"])))
 
 
-def overlap_table(results: Record) -> Table:
+def overlap_table(results: Findings) -> Table:
     """Neurons that groups share."""
+    analysis = analysis_of(results)
     rows = [
         (
             clean(o["first"]),
             clean(o["second"]),
             f"{o['shared']:,}",
-            wording.share(value) if (value := finite(o.get("jaccard"))) is not None else wording.NOT_RECORDED,
+            wording.share(value) if (value := finite(o["jaccard"])) is not None else wording.NOT_RECORDED,
         )
-        for o in analysis_of(results).get("overlaps") or []
+        for o in (analysis["overlaps"] if analysis else [])
     ]
     return table(
         "Neurons that two groups share (Jaccard: shared / in either)",

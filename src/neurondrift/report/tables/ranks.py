@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Paragraph, Section, Table, table
-from neurondrift.report.wording import Footnotes, Record, clean
+from neurondrift.report.findings.numbers import Number
+from neurondrift.report.findings.subspaces import Removals, SubspaceContrast, Subspaces, SubspaceSettings, SubspaceShare
+from neurondrift.report.reading import is_same_model
+from neurondrift.report.wording import Footnotes, clean
 
 SUBSPACES = {
     "safety": "safety",
@@ -27,69 +30,66 @@ REMOVALS = {
 }
 
 
-def section(found: Record, fingerprint: object = None) -> Section:
+def section(found: Subspaces, fingerprint: str | None = None) -> Section:
     """The section from the content of `results/subspaces.json`.
 
     `fingerprint` is that of the model of the findings that the section stands beside: figures of another model are
     not shown; None: not compared.
     """
-    study = found.get("study") or {}
-    if fingerprint is not None and study.get("model_fingerprint") != fingerprint:
+    if not is_same_model(found["study"]["model_fingerprint"], fingerprint):
         text = "results/subspaces.json is of another model: run neurondrift subspaces again."
         return Section(title="Rank level", blocks=(Paragraph(text),))
     blocks: list[Block] = [Paragraph(_what(found)), *_share_tables(found)]
-    behaviour = found.get("behaviour")
+    behaviour = found["behaviour"]
     if behaviour:
-        blocks.append(_removal_table(behaviour, found.get("settings") or {}))
+        blocks.append(_removal_table(behaviour, found["settings"]))
     else:
         blocks.append(Paragraph("Refusals after removal: not measured (--draws 0)."))
     return Section(title="Rank level", blocks=tuple(blocks))
 
 
-def _what(found: Record) -> str:
-    settings, summary = found.get("settings") or {}, found.get("subspaces") or {}
-    explained = summary.get("explained") or {}
-    ranks = summary.get("mean_rank") or {}
+def _what(found: Subspaces) -> str:
+    summary, examples = found["subspaces"], found["settings"]["examples"]
+    explained, ranks = summary["explained"], summary["mean_rank"]
 
-    def mean(record: Record, name: str) -> str:
-        value = wording.finite(record.get(name))
-        return "undefined" if value is None else wording.plain(value) if record is ranks else wording.share(value)
+    def mean(value: Number, form: wording.Form) -> str:
+        return "undefined" if value is None else form(value)
 
-    chance = mean(summary, "overlap_by_chance")
     return (
         f"The subspaces are the output directions of each site that carry most of W·X at the response tokens of the "
-        f"safety ({clean((settings.get('examples') or {}).get('safety'))}) and utility "
-        f"({clean((settings.get('examples') or {}).get('utility'))}) examples (ActSVD, Wei et al. 2024): on average "
-        f"{mean(ranks, 'safety')} and {mean(ranks, 'utility')} directions a site, with {mean(explained, 'safety')} and "
-        f"{mean(explained, 'utility')} of ‖W·X‖². The share of the safety subspace within the utility one is "
-        f"{mean(summary, 'overlap')} ({chance} by chance); {mean(ranks, 'safety_only')} directions a site are the "
-        f"safety subspace outside it. Means over {clean(summary.get('sites'))} sites."
+        f"safety ({clean(examples['safety'])}) and utility ({clean(examples['utility'])}) examples (ActSVD, Wei et al. "
+        f"2024): on average {mean(ranks['safety'], wording.plain)} and {mean(ranks['utility'], wording.plain)} "
+        f"directions a site, with {mean(explained['safety'], wording.share)} and "
+        f"{mean(explained['utility'], wording.share)} of ‖W·X‖². The share of the safety subspace within the utility "
+        f"one is {mean(summary['overlap'], wording.share)} ({mean(summary['overlap_by_chance'], wording.share)} by "
+        f"chance); {mean(ranks['safety_only'], wording.plain)} directions a site are the safety subspace outside it. "
+        f"Means over {summary['sites']} sites."
     )
 
 
-def _share_tables(found: Record) -> list[Table]:
+def _share_tables(found: Subspaces) -> list[Table]:
     tables = []
     for measure, words in MEASURES.items():
-        rows = [row for row in found.get("shares") or [] if row.get("measure") == measure]
+        rows = [row for row in found["shares"] if row["measure"] == measure]
         if rows:
-            contrasts = [c for c in found.get("contrasts") or [] if c.get("measure") == measure]
+            contrasts = [contrast for contrast in found["contrasts"] if contrast["measure"] == measure]
             tables.append(_share_table(rows, contrasts, words))
     return tables
 
 
-def _share_table(rows: Sequence[Record], contrasts: Sequence[Record], words: str) -> Table:
+def _share_table(rows: Sequence[SubspaceShare], contrasts: Sequence[SubspaceContrast], words: str) -> Table:
     notes = Footnotes()
     cells = []
     for row in rows:
-        random = row.get("random") or {}
+        random = row["random"]
         cells.append(
             (
                 SUBSPACES.get(row["subspace"], clean(row["subspace"])),
-                notes.with_interval(row.get("of_sum"), _three),
+                notes.with_interval(row["of_sum"], _three),
                 notes.number(row, "expected", _three),
                 notes.number(row, "ratio", wording.ratio),
                 f"{notes.number(random, 'low', _three)} to {notes.number(random, 'high', _three)}",
-                notes.with_interval(row.get("of_sites"), _three),
+                notes.with_interval(row["of_sites"], _three),
             )
         )
     said = [
@@ -110,22 +110,20 @@ def _share_table(rows: Sequence[Record], contrasts: Sequence[Record], words: str
     )
 
 
-def _removal_table(behaviour: Record, settings: Record) -> Table:
-    conditions = behaviour.get("conditions") or []
+def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
     rows = [
         (
-            REMOVALS.get(c["removed"], clean(c["removed"])) + ("" if c.get("draw") is None else f" {c['draw'] + 1}"),
-            wording.rate(c.get("refusals")),
+            REMOVALS.get(c["removed"], clean(c["removed"])) + ("" if c["draw"] is None else f" {c['draw'] + 1}"),
+            wording.rate(c["refusals"]),
             wording.number(c, "coherent", wording.share),
             wording.number(c, "perplexity", wording.plain),
         )
-        for c in conditions
+        for c in behaviour["conditions"]
     ]
-    p = behaviour.get("p_random") or {}
     compared = ", ".join(
         f"{REMOVALS.get(name, clean(name))} {wording.probability(value)}"
-        for name, value in p.items()
-        if wording.finite(value) is not None
+        for name, value in behaviour["p_random"].items()
+        if value is not None
     )
     return table(
         "Refusals of harmful requests after directions are removed from every site (before fine-tuning)",
@@ -133,9 +131,9 @@ def _removal_table(behaviour: Record, settings: Record) -> Table:
         rows,
         "lrrr",
         (
-            f"{clean(behaviour.get('prompts'))} harmful requests; perplexity of {clean(behaviour.get('answers'))} "
+            f"{clean(behaviour['prompts'])} harmful requests; perplexity of {clean(behaviour['answers'])} "
             f"held-out answers to ordinary prompts. Random removals take as many directions as the safety removal "
-            f"(rank {clean(settings.get('rank'))}).",
+            f"(rank {clean(settings['rank'])}).",
             f"Share of random removals with as few refusals, (1 + k) / (1 + K): {compared}." if compared else "",
             "Top directions carry far more of the outputs than random ones: a fall of refusals with a broken "
             "perplexity or incoherent answers shows a broken model, not the place of safety.",

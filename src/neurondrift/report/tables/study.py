@@ -7,19 +7,30 @@ from typing import Any
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Table, table
-from neurondrift.report.reading import analysis_of, behaviour_of, behaviour_seeds, kinds_of, rates_of
-from neurondrift.report.wording import NOT_RECORDED, Footnotes, Record, clean, finite
+from neurondrift.report.findings.statistical import Findings, RefusalRate
+from neurondrift.report.reading import (
+    analysis_of,
+    behaviour_of,
+    behaviour_seeds,
+    changes_of,
+    kinds_of,
+    perplexities_of,
+    rates_before_alignment,
+    rates_of,
+    study_of,
+)
+from neurondrift.report.wording import NOT_RECORDED, Footnotes, clean, finite
 
 #: Seeds listed one by one on the first screen.
 MOST_SEEDS_AT_FIRST = 4
 WILSON = "95 % Wilson intervals"
 
 
-def refusal_answer_table(results: Record) -> Table | None:
-    """Refusals before and after fine-tuning, one row a seed; None without behaviour."""
+def refusal_answer_table(results: Findings) -> Table | None:
+    """Refusals before and after fine-tuning, one row per seed; None without behaviour."""
     seeds, rows = behaviour_seeds(results), []
     kinds = kinds_of(results)
-    prompts = {kind: rates[-1].get("n") for kind in kinds if (rates := rates_of(results, kind=kind))}
+    prompts = {kind: rates[-1]["n"] for kind in kinds if (rates := rates_of(results, kind=kind))}
     for seed in seeds[:MOST_SEEDS_AT_FIRST]:
         cells = []
         for kind in kinds:
@@ -40,27 +51,25 @@ def refusal_answer_table(results: Record) -> Table | None:
     notes = []
     if len(seeds) > MOST_SEEDS_AT_FIRST:
         notes.append(f"{len(seeds) - MOST_SEEDS_AT_FIRST} more seeds under Behaviour over training")
-    early = [r for r in behaviour_of(results).get("before_alignment") or [] if r["kind"] == "harmful"]
-    if early:
-        notes.append(f"before the alignment step, harmful requests refused: {wording.rate(early[0])}")
+    if early := rates_before_alignment(results).get("harmful"):
+        notes.append(f"before the alignment step, harmful requests refused: {wording.rate(early)}")
     counts = ", ".join(f"{clean(count)} {clean(kind)}" for kind, count in prompts.items())
     return table(f"Refusals before → after ({WILSON}) of {counts} prompts:", headers, rows, "r" * len(headers), notes)
 
 
-def _change_p(results: Record, seed: Any) -> str:
-    for change in behaviour_of(results).get("changes") or []:
+def _change_p(results: Findings, seed: int | None) -> str:
+    for change in changes_of(results):
         if change["seed"] == seed and change["kind"] == "harmful":
-            value = finite(change.get("p_mcnemar"))
+            value = finite(change["p_mcnemar"])
             return wording.probability(value) if value is not None else "undefined"
     return "–"
 
 
-def behaviour_tables(results: Record) -> list[Table]:
-    """Refusals, coherence and perplexity at every evaluated step: one table a seed."""
-    behaviour = behaviour_of(results)
+def behaviour_tables(results: Findings) -> list[Table]:
+    """Refusals, coherence and perplexity at every evaluated step: one table per seed."""
     kinds = kinds_of(results)
-    early = {r["kind"]: r for r in behaviour.get("before_alignment") or []}
-    perplexity = {(p["seed"], p["step"]): p for p in behaviour.get("perplexity") or []}
+    early = rates_before_alignment(results)
+    perplexity = perplexities_of(results)
     out = []
     for seed in behaviour_seeds(results):
         notes, rows = Footnotes(), []
@@ -85,9 +94,7 @@ def behaviour_tables(results: Record) -> list[Table]:
                 )
             )
         counts = ", ".join(
-            f"{clean(kind)} {rates[-1].get('n', NOT_RECORDED)}"
-            for kind in kinds
-            if (rates := rates_of(results, seed, kind))
+            f"{clean(kind)} {rates[-1]['n']}" for kind in kinds if (rates := rates_of(results, seed, kind))
         )
         out.append(
             table(
@@ -105,14 +112,14 @@ def behaviour_tables(results: Record) -> list[Table]:
     return out
 
 
-def _coherent(record: Record | None) -> str:
-    value = finite(record.get("coherent")) if record else None
+def _coherent(record: RefusalRate | None) -> str:
+    value = finite(record["coherent"]) if record else None
     return "–" if value is None else wording.share(value)
 
 
-def change_table(results: Record) -> Table | None:
+def change_table(results: Findings) -> Table | None:
     """The same prompts before and after, with McNemar's test; None where it was not recorded."""
-    changes = behaviour_of(results).get("changes") or []
+    changes = changes_of(results)
     if not changes:
         return None
     notes = Footnotes()
@@ -125,7 +132,7 @@ def change_table(results: Record) -> Table | None:
             notes.number(c, "to_rate", wording.share),
             notes.number(c, "difference", wording.effect),
             notes.number(c, "p_mcnemar", wording.probability),
-            clean(c.get("n")),
+            clean(c["n"]),
         )
         for c in changes
     ]
@@ -138,10 +145,10 @@ def change_table(results: Record) -> Table | None:
     )
 
 
-def association_table(results: Record) -> Table | None:
+def association_table(results: Findings) -> Table | None:
     """How the loss of refusals goes with drift; None where behaviour was not analysed."""
-    associations = analysis_of(results).get("associations") or []
-    if not associations:
+    analysis = analysis_of(results)
+    if analysis is None or not analysis["associations"]:
         return None
     notes = Footnotes()
     rows = [
@@ -155,7 +162,7 @@ def association_table(results: Record) -> Table | None:
             notes.number(a, "slope", wording.drift),
             notes.number(a, "r2", wording.share),
         )
-        for a in associations
+        for a in analysis["associations"]
     ]
     return table(
         "Loss of refusals of harmful requests beside mean drift, over the snapshots",
@@ -166,26 +173,24 @@ def association_table(results: Record) -> Table | None:
     )
 
 
-def group_table(results: Record) -> Table:
+def group_table(results: Findings) -> Table:
     """What each group is."""
     rows = [
         (
-            clean(g.get("name")),
-            clean(g.get("granularity")),
-            _count(g.get("members")),
-            _count(g.get("sites")),
-            clean(g.get("rule")),
+            clean(g["name"]),
+            clean(g["granularity"]),
+            _count(g["members"]),
+            _count(g["sites"]),
+            clean(g["rule"]),
         )
         for g in results.get("groups") or []
     ]
     return table("How the groups were chosen", ("group", "of", "members", "sites", "rule"), rows, "llrrl")
 
 
-def settings_table(results: Record) -> Table:
-    """Every setting and version that the results carry, one a row."""
-    study = results.get("study") or {}
-    analysis = analysis_of(results)
-    behaviour = behaviour_of(results)
+def settings_table(results: Findings) -> Table:
+    """Every setting and version that the results carry, one per row."""
+    study, analysis, behaviour = study_of(results), analysis_of(results), behaviour_of(results)
     named = {
         "study": study.get("name"),
         "model": study.get("model"),
@@ -194,14 +199,14 @@ def settings_table(results: Record) -> Table:
         "training steps": study.get("steps"),
         **_flat("fine-tuning", study.get("finetune")),
         **_flat("scores", study.get("score")),
-        "judge of refusals": behaviour.get("judge"),
-        "longest answer judged (tokens)": behaviour.get("max_new_tokens"),
-        "neurons analysed": analysis.get("n_neurons"),
-        "sites analysed": analysis.get("n_sites"),
-        "smallest effect of interest": analysis.get("sesoi"),
-        "resamples": analysis.get("resamples"),
-        "|w| bins per site": analysis.get("bins"),
-        "seed of the analysis": analysis.get("rng_seed"),
+        "judge of refusals": behaviour and behaviour["judge"],
+        "longest answer judged (tokens)": behaviour and behaviour["max_new_tokens"],
+        "neurons analysed": analysis and analysis["n_neurons"],
+        "sites analysed": analysis and analysis["n_sites"],
+        "smallest effect of interest": analysis and analysis["sesoi"],
+        "resamples": analysis and analysis["resamples"],
+        "|w| bins per site": analysis and analysis["bins"],
+        "seed of the analysis": analysis and analysis["rng_seed"],
         **_flat("version of", study.get("versions")),
         "made": study.get("created"),
         "schema version": results.get("schema_version"),

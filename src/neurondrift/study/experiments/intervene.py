@@ -37,6 +37,8 @@ from neurondrift.models.adapters import is_trained
 from neurondrift.models.data import load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
+from neurondrift.report.conclusion import intervention_findings
+from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
@@ -86,7 +88,7 @@ def show(folder: StudyFolder, *, say: Say) -> None:
     say(f"written to {results_file(folder)}")
 
 
-def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, say: Say) -> dict[str, Any]:
+def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, say: Say) -> Interventions:
     """Run the interventions that are not done yet, and write what they show.
 
     Raises
@@ -118,7 +120,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     log = RunLog(runs_file(folder))
     say(_announce(trials, bench, draws))
     results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
-    findings: dict[str, Any] = json_safe(
+    findings: Interventions = json_safe(
         {
             "schema_version": SCHEMA_VERSION,
             "model_fingerprint": base,
@@ -126,7 +128,9 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
             "training_seed": seed,
             "training_step": None if options.adapter is not None else last_step(folder, seed),
             "settings": _as_made(study, options, asked, doses, bench),
-            **summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed),
+            **intervention_findings(
+                summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed)
+            ),
             "seconds": round(time.perf_counter() - began, 1),
             "versions": record()["versions"],
         }

@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from neurondrift.base.errors import DataError
 from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.groups.group import Group, load_group
-from neurondrift.groups.overlap import Stability, as_rows, overlap, overlap_by, stability
+from neurondrift.groups.overlap import as_rows, overlap, overlap_by, stability
 from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.sites import Sites
+from neurondrift.report.findings.stability import Stability, StabilityFigures
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -27,14 +28,14 @@ from neurondrift.study.stages.grouping import GRANULARITIES, scored_groups
 Say = Callable[[str], None]
 
 
-def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
+def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     """Score on `draws` re-drawn sets of calibration examples of the study's size and compare the groups.
 
     Returns
     -------
-    dict
+    Stability
         `draws`; `pool` (examples that the sets are drawn from) and `examples` (in each draw) for safety and utility;
-        `groups`: name -> granularity -> `Stability`.
+        `groups`: name -> granularity -> `StabilityFigures`.
 
     Raises
     ------
@@ -74,9 +75,9 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> dict[str, Any]:
             for granularity in GRANULARITIES:
                 for name, group in scored_groups(scores, study.groups, granularity).items():
                     made.setdefault((name, granularity), []).append(group)
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, StabilityFigures]] = {}
     for (name, kind), groups in made.items():
-        figures.setdefault(name, {})[kind] = stability(groups)._asdict()
+        figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())
     return {
         "draws": draws,
         "pool": {purpose: len(load_examples(reference)) for purpose, reference in pools.items()},
@@ -114,11 +115,10 @@ def show(folder: StudyFolder, *, say: Say) -> None:
     say(f"{'group':<24}{'of':<8}{'members':>10}{'Jaccard':>9}{'range':>16}{'chance':>8}{'overlap':>9}")
     for name, by_granularity in figures["groups"].items():
         for granularity, values in by_granularity.items():
-            one = Stability(**values)
-            spread = f"{one.jaccard_low:.3f}-{one.jaccard_high:.3f}"
+            spread = f"{values['jaccard_low']:.3f}-{values['jaccard_high']:.3f}"
             say(
-                f"{name:<24}{granularity:<8}{one.members:>10,.0f}{one.jaccard:>9.3f}{spread:>16}"
-                f"{one.chance_jaccard:>8.3f}{one.overlap:>9.3f}"
+                f"{name:<24}{granularity:<8}{values['members']:>10,.0f}{values['jaccard']:>9.3f}{spread:>16}"
+                f"{values['chance_jaccard']:>8.3f}{values['overlap']:>9.3f}"
             )
     say(f"written to {results_file(folder)}")
 
@@ -157,11 +157,11 @@ def compare_groups(first: Path, second: Path, *, floor: Path | None, say: Say) -
     return json_safe(result)
 
 
-def _floor(path: Path, group_file: Path, granularity: str) -> dict[str, Any]:
+def _floor(path: Path, group_file: Path, granularity: str) -> StabilityFigures:
     content = read_json(path)
     name = group_file.name.split(".")[0]
     try:
-        found: dict[str, Any] = content["groups"][name][granularity]
+        found: StabilityFigures = content["groups"][name][granularity]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} has no figures for {granularity}s of {name}", fix="run neurondrift stability"

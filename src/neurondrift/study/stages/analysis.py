@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,16 +13,10 @@ from neurondrift.behaviour.rates import per_prompt
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
 from neurondrift.models.data import load_examples
-from neurondrift.study.findings import (
-    SCHEMA_VERSION,
-    analysis,
-    behaviour,
-    read_answers,
-    read_capability,
-    read_perplexities,
-    read_table,
-)
+from neurondrift.report.findings.statistical import Findings, StudyFacts, findings_of
+from neurondrift.study.findings import analysis, behaviour
 from neurondrift.study.folder import StudyFolder, record
+from neurondrift.study.population import read_answers, read_capability, read_perplexities, read_table
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.evaluation import attack_of
 from neurondrift.study.stages.grouping import neuron_groups
@@ -34,27 +27,22 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     """Does each group drift more than its matched controls? The findings, as one JSON file."""
     logs = {seed: DriftLog(folder.drift(seed)) for seed in study.seeds}
     answers = {seed: read_answers(folder.behaviour(seed)) for seed in study.seeds}
-    parts = analysis(logs, neuron_groups(folder), answers, study.analyze, bins=study.groups.bins, rng_seed=study.seed)
+    analysed = analysis(
+        logs, neuron_groups(folder), answers, study.analyze, bins=study.groups.bins, rng_seed=study.seed
+    )
     before = folder.behaviour(study.seed) / "before_alignment.parquet"
     behaved = behaviour(
         answers,
         {seed: read_perplexities(folder.behaviour(seed)) for seed in study.seeds},
         per_prompt(read_table(before)) if before.exists() else [],
-        {
-            "judge": study.evaluate.judge,
-            "attack": attack_of(study.evaluate.attack).name,
-            "system_prompt": study.evaluate.system_prompt,
-            "max_new_tokens": study.evaluate.max_new_tokens,
-        },
+        judge=study.evaluate.judge,
+        attack=attack_of(study.evaluate.attack).name,
+        system_prompt=study.evaluate.system_prompt,
+        max_new_tokens=study.evaluate.max_new_tokens,
         capability=[row for seed in study.seeds for row in read_capability(folder.behaviour(seed))],
     )
-    steps = parts.pop("steps")
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "study": _describe(study, next(iter(logs.values())).metadata()["model"], steps[-1]),
-        **parts,
-        "behaviour": behaved,
-    }
+    about = _describe(study, next(iter(logs.values())).metadata()["model"], analysed.last_step)
+    content = findings_of(about, **analysed.parts, behaviour=behaved)
     write_json(folder.results_file, json_safe(content))
     return "; ".join(
         f"{effect['group']}: {effect['verdict']}"
@@ -63,10 +51,8 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     )
 
 
-def analyze_files(
-    study: Study, folder: StudyFolder, *, drift: Sequence[Path], group_files: Sequence[Path]
-) -> dict[str, Any]:
-    """Findings and report from drift logs (one a training seed) and groups of neurons that were made elsewhere.
+def analyze_files(study: Study, folder: StudyFolder, *, drift: Sequence[Path], group_files: Sequence[Path]) -> Findings:
+    """Findings and report from drift logs (one per training seed) and groups of neurons that were made elsewhere.
 
     A group is called what its file is called, up to the first dot. Raises `ArtifactError` or `GroupError` for logs
     and groups that do not belong together, `ConfigError` for two groups of one name.
@@ -78,19 +64,18 @@ def analyze_files(
         )
     logs = {index: DriftLog(path) for index, path in enumerate(drift)}
     chosen = {name: load_group(path) for name, path in zip(names, group_files, strict=True)}
-    parts = analysis(logs, chosen, {}, study.analyze, bins=study.groups.bins, rng_seed=study.seed)
-    steps = parts.pop("steps")
+    analysed = analysis(logs, chosen, {}, study.analyze, bins=study.groups.bins, rng_seed=study.seed)
     made = record()
-    about = {
-        "name": folder.root.resolve().name,
-        "model": f"fingerprint {logs[0].metadata()['model']}",
-        "model_fingerprint": logs[0].metadata()["model"],
-        "seeds": list(logs),
-        "steps": steps[-1],
-        "versions": made["versions"],
-        "created": made["created"],
-    }
-    content = {"schema_version": SCHEMA_VERSION, "study": about, **parts, "behaviour": None}
+    about = StudyFacts(
+        name=folder.root.resolve().name,
+        model=f"fingerprint {logs[0].metadata()['model']}",
+        model_fingerprint=logs[0].metadata()["model"],
+        seeds=list(logs),
+        steps=analysed.last_step,
+        versions=made["versions"],
+        created=made["created"],
+    )
+    content = findings_of(about, **analysed.parts, behaviour=None)
     write_json(folder.results_file, json_safe(content))
     report(study, folder)
     return content
@@ -100,7 +85,7 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.results_file]
 
 
-def _describe(study: Study, fingerprint: str, steps: int) -> dict[str, Any]:
+def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
     made = record()
     finetune_settings = study.finetune.model_dump(mode="json")
     score_settings = study.score

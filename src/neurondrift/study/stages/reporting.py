@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift.base.files import read_json, sha256_of_file, sha256_of_value, write_text
-from neurondrift.study.findings import read_table
+from neurondrift.report.findings.interventions import Interventions
+from neurondrift.report.findings.statistical import Findings
+from neurondrift.report.findings.subspaces import Subspaces
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
+from neurondrift.study.population import read_table
 from neurondrift.study.settings import Study
 
 #: The fingerprint that the report meets where findings are of weights that are not the study's any more.
@@ -27,13 +30,13 @@ def report(study: Study, folder: StudyFolder) -> str:
     return str(folder.results / "drift_analysis_report.txt")
 
 
-def read_findings(folder: StudyFolder) -> dict[str, Any]:
+def read_findings(folder: StudyFolder) -> Findings:
     """All that the report is made from: the analysis, and what lies there of interventions and of the rank level.
 
     Those of weights that are not the study's any more are marked as of another model. Raises `ArtifactError` where the
     study has no findings yet.
     """
-    results: dict[str, Any] = read_json(folder.results_file)
+    results: Findings = read_json(folder.results_file)
     if (ranks := folder.results / "subspaces.json").exists():
         results["subspaces"] = _subspaces(read_json(ranks), folder)
     if (causes := folder.results / "interventions.json").exists():
@@ -41,13 +44,13 @@ def read_findings(folder: StudyFolder) -> dict[str, Any]:
     return results
 
 
-def _interventions(findings: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+def _interventions(findings: Interventions, folder: StudyFolder) -> Interventions:
     tuned = saved_step(folder.adapters(findings["training_seed"]), findings["training_step"] or 0)  # 0: made elsewhere
     is_current = findings["adapter"] == weights_digest(tuned)
     return findings if is_current else findings | {"model_fingerprint": OTHER_WEIGHTS}
 
 
-def _subspaces(findings: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+def _subspaces(findings: Subspaces, folder: StudyFolder) -> Subspaces:
     about = findings["study"]
     is_current = all(
         digest == weights_digest(saved_step(folder.adapters(int(seed)), about["steps"][seed]))

@@ -1,0 +1,114 @@
+"""The layout of `interventions.json`: references, effects beside random groups, and what is a cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+from neurondrift.report.findings.numbers import Limits, Number, RateOfPrompts
+
+if TYPE_CHECKING:  # reading a file needs no numpy
+    from neurondrift.statistics.null import CauseVerdict, Direction
+
+
+class NullMeasure(TypedDict):
+    """One outcome of a group beside those of its random groups."""
+
+    value: Number
+    null_mean: Number
+    null_sd: Number
+    null_low: Number
+    null_high: Number
+    effect: Number
+    ci95: Limits
+    p: Number
+    p_floor: Number
+    direction: Direction
+    draws: int
+    n: int
+    reason: str
+    perplexity: NotRequired[Number]
+    null_perplexity: NotRequired[Number]
+
+
+class Measures(TypedDict):
+    """Shares refused, and the loss of held-out answers; at doses below 1 of harmful requests only."""
+
+    harmful: NullMeasure
+    ordinary: NotRequired[NullMeasure]
+    answers: NotRequired[NullMeasure]
+
+
+class ShareOfChange(TypedDict):
+    """How much of a reference change an intervention brings, and the random groups."""
+
+    of: str
+    group: Number
+    null: Number
+
+
+class InterventionEffect(TypedDict):
+    """One intervention on one group at one dose."""
+
+    intervention: str
+    group: str
+    granularity: str
+    dose: float
+    members: int
+    acted_on: int
+    outside: int
+    draws: int
+    draws_planned: NotRequired[int]
+    stopped_early: NotRequired[bool]
+    measures: Measures
+    share: ShareOfChange
+
+
+class AnswerLoss(TypedDict):
+    """Mean loss per token of held-out answers, and its exponential."""
+
+    loss: Number
+    perplexity: Number
+    n: int
+
+
+class Reference(TypedDict):
+    """The model before, or after, fine-tuning."""
+
+    harmful: RateOfPrompts
+    ordinary: RateOfPrompts
+    answers: AnswerLoss
+
+
+class References(TypedDict):
+    """What every intervention is read against."""
+
+    before: Reference
+    after: Reference
+
+
+class CauseFound(TypedDict):
+    """Whether a group's change is a cause of the loss, and the interventions that say so."""
+
+    group: str
+    verdict: CauseVerdict
+    interventions: list[str]
+
+
+class Interventions(TypedDict):
+    """The content of `interventions.json`, as far as it is read."""
+
+    schema_version: int
+    model_fingerprint: str
+    adapter: str
+    training_seed: int
+    training_step: int | None
+    settings: Mapping[str, Any]
+    references: References
+    effects: list[InterventionEffect]
+    tests: int
+    causes: NotRequired[list[CauseFound]]
+    conclusion: str
+    sentences: NotRequired[list[str]]
+    seconds: float
+    versions: Mapping[str, str]

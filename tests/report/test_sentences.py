@@ -1,0 +1,112 @@
+"""The sentences of the report: each weakness of an analysis, and what interventions say about a cause."""
+
+import dataclasses
+from typing import get_args
+
+import pytest
+
+from neurondrift.interventions.outcomes import causes
+from neurondrift.report.conclusion import intervention_findings, intervention_sentences, weakness_clause
+from neurondrift.statistics.results import (
+    FailedControl,
+    FewSeeds,
+    FewSites,
+    SharedNeurons,
+    Unbalanced,
+    UndefinedDrift,
+    Unmatched,
+    Weakness,
+    WeaknessKind,
+)
+
+SAID = {
+    FewSeeds(seeds=1): "one training seed: the interval covers sites, not run-to-run variation; another run may differ "
+    "by more than the interval says",
+    FewSeeds(seeds=2): "two training seeds: too few to estimate run-to-run variation, which the interval leaves out",
+    FewSeeds(seeds=4): "4 training seeds: run-to-run variation rests on 3 degrees of freedom",
+    Unmatched(group="g", members=3, of_members=20, strata=2, of_strata=9): "3 of 20 members of g have no control "
+    "(2 of 9 strata)",
+    UndefinedDrift(group="g", members=7): "7 members of g have no defined drift",
+    Unbalanced(group="g", difference=-0.25): "matching left |w| of g off by -0.25 SD",
+    FewSites(group="g", sites=4): "g has matched members in 4 sites only",
+    FailedControl(group="random", role="random", verdict="more"): "the random group, a negative control, is found more",
+    SharedNeurons(first="g", second="h", shared=12, jaccard=0.5): "g and h share 12 neurons (Jaccard 0.50)",
+}
+
+
+@pytest.mark.parametrize("weakness", SAID, ids=lambda weakness: weakness.kind)
+def test_each_weakness_is_said_in_a_clause(weakness):
+    assert weakness_clause(weakness) == SAID[weakness]
+
+
+def test_each_kind_of_weakness_is_said_and_has_its_own_type():
+    assert {type(weakness) for weakness in SAID} == set(get_args(Weakness))
+    assert {form.kind for form in get_args(Weakness)} == set(get_args(WeaknessKind))
+    assert all(dataclasses.asdict(weakness) for weakness in SAID)
+
+
+REFERENCES = {"before": {"harmful": {"rate": 0.9}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
+
+
+def effect(what, value, null, p, direction, *, group="safety_top", draws=20, dose=1.0):
+    start, end = (0.9, 0.5) if what == "transplant" else (0.5, 0.9)
+    return {
+        "intervention": what,
+        "group": group,
+        "dose": dose,
+        "draws": draws,
+        "measures": {
+            "harmful": {
+                "value": value,
+                "null_mean": null,
+                "p": p,
+                "direction": direction,
+                "p_floor": 1 / (1 + draws),
+            }
+        },
+        "share": {"group": (value - start) / (end - start), "null": (null - start) / (end - start)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("effects", "verdict", "interventions"),
+    [
+        ([effect("rewind", 0.8, 0.5, 1 / 21, "higher"), effect("transplant", 0.6, 0.6, 1.0, "equal")], "cause", ["rewind"]),
+        ([effect("transplant", 0.2, 0.8, 1 / 21, "lower")], "cause", ["transplant"]),
+        ([effect("transplant", 0.9, 0.5, 1 / 21, "higher")], "against", ["transplant"]),
+        ([effect("freeze", 0.8, 0.5, 1 / 3, "higher", draws=2)], "too_few_draws", ["freeze"]),
+        ([effect("rewind", 0.8, 0.7, 0.4, "higher"), effect("freeze", 0.5, 0.5, 1.0, "equal")], "no_evidence", ["rewind", "freeze"]),
+    ],
+)  # fmt: skip
+def test_the_verdict_on_a_cause_is_an_enumeration_with_what_says_so(effects, verdict, interventions):
+    assert causes(effects, REFERENCES) == [("safety_top", verdict, interventions)]
+
+
+def test_nothing_is_a_cause_where_nothing_was_lost_or_undone():
+    kept = {"before": {"harmful": {"rate": 0.5}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
+    rewound = effect("rewind", 0.8, 0.5, 1 / 21, "higher")
+    assert causes([rewound], kept) == []
+    assert causes([effect("prune", 0.1, 0.5, 1 / 21, "lower")], REFERENCES) == []
+    assert causes([{**rewound, "dose": 0.5}], REFERENCES) == []
+
+
+def test_the_conclusion_of_interventions_is_of_the_safety_groups_and_of_whole_sentences():
+    effects = [
+        effect("rewind", 0.8, 0.54, 1 / 21, "higher", group="utility_top"),
+        effect("rewind", 0.52, 0.54, 0.7, "lower"),
+        effect("rewind", 0.5, 0.54, 0.7, "lower", dose=0.5),
+    ]
+    found = [cause._asdict() for cause in causes(effects, REFERENCES)]
+    assert [(cause["group"], cause["verdict"]) for cause in found] == [
+        ("utility_top", "cause"),
+        ("safety_top", "no_evidence"),
+    ]
+    told = intervention_findings({"effects": effects, "references": REFERENCES, "causes": found})
+    assert told["conclusion"] == " ".join(told["sentences"])
+    assert len(told["sentences"]) == 3
+    assert all(sentence.endswith(".") and sentence == sentence.strip() for sentence in told["sentences"])
+    assert told["sentences"][0].startswith("On the 20 harmful requests asked here")
+    assert "utility_top" not in told["conclusion"]
+    alone = intervention_sentences(effects[:1], REFERENCES, found)
+    assert any("utility_top is a cause of the loss" in sentence for sentence in alone)
+    assert intervention_sentences([], REFERENCES, []) == []
