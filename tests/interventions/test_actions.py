@@ -5,13 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import build
 
 import neurondrift as nd
+from helpers.families import build
 from neurondrift.base.errors import ConfigError
 from neurondrift.interventions.contexts import Applied
 from neurondrift.interventions.trials import ACTIONS, INTERVENTIONS, REFERENCES, Subject, Trial, acted
-from neurondrift.models.parts import parts_of
 from neurondrift.models.sites import linear_sites
 
 
@@ -41,7 +40,7 @@ def test_a_whole_model_is_acted_on_and_given_back():
         for site in linear_sites(after).values():
             site.weight.add_(1.0)
     subject, group = Subject(before=before, after=after, tokenizer=None), some_rows(before)
-    old, new, parts = weights_of(before), weights_of(after), parts_of(group, linear_sites(before))
+    old, new = weights_of(before), weights_of(after)
 
     def seen(what, members):
         with acted(subject, trial(what, members), "zero") as (model, applied):
@@ -58,10 +57,10 @@ def test_a_whole_model_is_acted_on_and_given_back():
         found, applied = seen(what, group)
         assert applied == Applied(len(group), len(group), 0)
         for name, weight in found.items():
-            part = parts[name]
-            rest = part.complement(weight.shape)
-            assert torch.equal(part.of(weight), part.of(inside[name])), (what, name)
-            assert torch.equal(rest.of(weight), rest.of(outside[name])), (what, name)
+            rows = group.members[name]
+            others = np.setdiff1d(np.arange(len(weight)), rows)
+            assert torch.equal(weight[rows], inside[name][rows]), (what, name)
+            assert torch.equal(weight[others], outside[name][others]), (what, name)
         for model, kept in ((before, old), (after, new)):
             assert all(torch.equal(weight, kept[name]) for name, weight in weights_of(model).items())
 

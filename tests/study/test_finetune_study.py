@@ -5,13 +5,12 @@ import pytest
 import torch
 
 import neurondrift as nd
-from neurondrift.models.parts import parts_of
-from neurondrift.models.sites import fingerprint, linear_sites
-from neurondrift.study.experiments.intervene import Options, _subject
-from neurondrift.study.folder import StudyFolder
-from neurondrift.study.settings import resolve
+from neurondrift.models.sites import linear_sites
+from neurondrift.study.experiments.intervene import _subject
+from neurondrift.study.folder import StudyFolder, saved_step
+from neurondrift.study.settings import InterveneSection, resolve
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee
-from neurondrift.study.training import detach_adapter, saved_step
+from neurondrift.study.training import detach_adapter
 
 STEPS = 2
 
@@ -25,7 +24,9 @@ def study_of(root, **flags):
 def some_rows(model):
     generator = np.random.default_rng(0)
     scores = {name: generator.random(site.shape).astype(np.float32) for name, site in linear_sites(model).items()}
-    return nd.select_top(scores, fraction=0.2, granularity="neuron", provenance={"model": fingerprint(model)})
+    return nd.select_top(
+        scores, fraction=0.2, granularity="neuron", provenance={"model": linear_sites(model).fingerprint}
+    )
 
 
 def adapter_of(model):
@@ -68,15 +69,15 @@ def test_freeze_trains_a_whole_model_again(tmp_path):
         **{"model.reference": str(tmp_path / "base"), "finetune.method": "full", "finetune.scheduler": "linear"},
     )
     finetune_study(study, load_trainee(study, folder), 0, keep_in=folder.adapters(0), save_at=[STEPS])
-    subject, _ = _subject(study, folder, Options(), 0)
+    subject, _ = _subject(study, folder, InterveneSection(), 0)
     group, before = some_rows(base), linear_sites(base)
     runs = []
     for _ in range(2):
         with subject.train_frozen(group) as (trained, applied):
             assert (applied.members, applied.acted_on, applied.outside) == (len(group), len(group), 0)
             after = linear_sites(trained)
-            for name, part in parts_of(group, after).items():
-                assert torch.equal(part.of(after[name].weight), part.of(before[name].weight))
+            for name, rows in group.members.items():
+                assert torch.equal(after[name].weight[rows], before[name].weight[rows])
             assert not all(torch.equal(after[name].weight, before[name].weight) for name in before)
             runs.append({name: site.weight.clone() for name, site in after.items()})
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in before)
@@ -87,7 +88,7 @@ def test_freeze_of_an_adapter_starts_from_the_base_that_is_loaded(tmp_path, monk
     trainee = load_trainee(study, folder)
     trained = finetune_study(study, trainee, 0, keep_in=folder.adapters(0), save_at=[STEPS]).model
     group = some_rows(detach_adapter(trained))
-    subject, _ = _subject(study, folder, Options(), 0)
+    subject, _ = _subject(study, folder, InterveneSection(), 0)
     base = subject.after.get_base_model()
     monkeypatch.setattr("neurondrift.study.experiments.intervene.load_trainee", pytest.fail)
     monkeypatch.setattr("neurondrift.study.stages.finetuning.load_base", pytest.fail)

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from families import build
 
 import neurondrift as nd
+from helpers.families import build
 from neurondrift.base.errors import GroupError
 from neurondrift.groups.controls import matched
 from neurondrift.models.parts import unit_scores
-from neurondrift.models.sites import linear_sites, magnitudes_of, mlp_units
-from neurondrift.study.settings import GROUP_NAMES, GroupsSection
+from neurondrift.models.sites import linear_sites, magnitudes_of
+from neurondrift.study.settings import GROUP_NAMES, GROUP_ROLES, GroupsSection
 from neurondrift.study.stages.grouping import control_of, scored_groups, study_groups
 
 SETTINGS = GroupsSection(top_fraction=0.1, set_difference_p=0.2, set_difference_q=0.25, bins=3, weight_bins=7)
@@ -28,7 +28,7 @@ def scores_of(model, granularity):
     }
     if granularity != "unit":
         return scores
-    return {purpose: unit_scores(own, mlp_units(sites)) for purpose, own in scores.items()}
+    return {purpose: unit_scores(own, sites.units) for purpose, own in scores.items()}
 
 
 def same(one, two):
@@ -47,7 +47,7 @@ def test_the_recipe_is_the_public_rules(family, granularity):
     sites = linear_sites(model)
     shapes = {name: site.shape for name, site in sites.items()}
     if granularity == "unit":
-        shapes = {name: (unit.count, 1) for name, unit in mlp_units(sites).items()}
+        shapes = {name: (unit.count, 1) for name, unit in sites.units.items()}
     by_hand = {
         "safety_top": nd.select_top(scores["safety"], fraction=0.1, granularity=granularity),
         "safety_set_difference": nd.set_difference(
@@ -61,16 +61,23 @@ def test_the_recipe_is_the_public_rules(family, granularity):
         assert group.granularity == granularity
         assert dict(group.shapes) == shapes
         assert group.provenance["model"] == "m"
+        assert group.role == GROUP_ROLES[name]
     assert made["safety_top"].provenance["data"] == "data of safety"
     assert made["utility_top"].provenance["data"] == "data of utility"
     assert made["safety_set_difference"].provenance["utility_data"] == "data of utility"
-    assert made["random"].provenance == {"rule": "random", "fraction": 0.1, "seed": 5, "model": "m"}
+    assert made["random"].provenance == {
+        "rule": "random",
+        "role": "random",
+        "fraction": 0.1,
+        "seed": 5,
+        "model": "m",
+    }
 
 
 def test_controls_take_the_bins_of_their_granularity():
     model = build("llama")
     for granularity, bins in (("neuron", 3), ("unit", 3), ("weight", 7)):
-        magnitudes = magnitudes_of(model, granularity)
+        magnitudes = magnitudes_of(linear_sites(model), granularity)
         group = study_groups(scores_of(model, granularity), SETTINGS, granularity, seed=5)["safety_top"]
         control = control_of(group, magnitudes, SETTINGS, seed=9)
         (by_hand,) = matched(group, magnitudes, seed=9, bins=bins)

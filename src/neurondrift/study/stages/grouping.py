@@ -118,6 +118,7 @@ def groups(study: Study, folder: StudyFolder) -> str:
     files = {purpose: ScoreFile(folder.score_file(purpose)) for purpose in ("safety", "utility")}
     check_compatible(files["safety"], files["utility"])
     headers = {purpose: file.header for purpose, file in files.items()}
+    # Loading maps the weight files: reading |w| from them without a model is no faster and takes no less memory.
     sites = Sites(load_base(study, folder)[0])
     folder.groups.mkdir(parents=True, exist_ok=True)
     counts = []
