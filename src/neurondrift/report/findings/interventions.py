@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.report.findings.numbers import Limits, Number, RateOfPrompts
 
-if TYPE_CHECKING:  # reading a file needs no numpy
+if TYPE_CHECKING:  # reading a file needs nothing that computes
     from neurondrift.statistics.null import CauseVerdict, Direction
 
 

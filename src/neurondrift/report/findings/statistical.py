@@ -15,7 +15,7 @@ from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.numbers import Limits, Number
 from neurondrift.report.findings.subspaces import Subspaces
 
-if TYPE_CHECKING:  # reading a file needs no scipy
+if TYPE_CHECKING:  # reading a file needs nothing that computes
     from neurondrift.statistics.results import Verdict, WeaknessKind
 
 SCHEMA_VERSION = 1
