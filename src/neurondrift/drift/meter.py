@@ -139,11 +139,6 @@ class DriftMeter:
         """Drift of every neuron of every trained site, now."""
         return drifts_from_moments(dict(zip(self.sites, self._moments(self.sites), strict=True)))
 
-    @torch.no_grad()
-    def measure_site(self, name: str) -> NeuronDrift:
-        """Drift of every neuron of one site, now."""
-        return drift_from_moments(*self._moments([name])[0])
-
     def _moments(self, names: Iterable[str]) -> list[tuple[torch.Tensor, Moments]]:
         """‖w₀‖ and the moments of sites; on a CPU of several at once."""
         sites = [self.sites[name] for name in names]
