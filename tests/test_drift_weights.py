@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_drift import adapt, lora, trainer
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.drift.bins import WeightDrift, bin_edges, pooled
+from neurondrift.drift.bins import WeightDrift, bin_edges, pooled, weight_drifts
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.kernels import Tallies
 from neurondrift.drift.log import DriftLog
-from neurondrift.drift.meter import DriftMeter, WeightMeter, weight_drifts
+from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.groups.group import Group
 from neurondrift.groups.selection import random_group
 from neurondrift.models.parts import weights_of_units

@@ -5,8 +5,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """`pooled` and `weight_drifts` were documented here in 0.1; they are `nd.pooled` and `nd.weight_drifts` now."""
-    homes = {"pooled": "bins", "weight_drifts": "meter"}
-    if name in homes:
+    if name in ("pooled", "weight_drifts"):
         import importlib
         import warnings
 
@@ -15,5 +14,5 @@ def __getattr__(name: str) -> Any:
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(importlib.import_module(f"neurondrift.drift.{homes[name]}"), name)
+        return getattr(importlib.import_module("neurondrift.drift.bins"), name)
     raise AttributeError(f"module 'neurondrift.drift' has no attribute {name!r}")

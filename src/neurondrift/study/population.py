@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.drift.bins import WeightDrift, pooled
+from neurondrift.drift.bins import WeightDrift, pooled, weight_drifts
 from neurondrift.drift.log import METRICS, DriftLog
-from neurondrift.drift.meter import weight_drifts
 from neurondrift.groups.group import Group
 from neurondrift.statistics.comparison import Population
 from neurondrift.statistics.descriptive import (
