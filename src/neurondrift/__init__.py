@@ -27,7 +27,7 @@ _HOMES = {
     "NeuronDrift": "drift.exact",
     "DriftLog": "drift.log",
     "pooled": "drift.bins",
-    "weight_drifts": "drift.meter",
+    "weight_drifts": "drift.bins",
     "DriftCallback": "drift.callback",
     "is_refusal": "behaviour.judges",
     "weights_of_units": "models.parts",
@@ -45,11 +45,11 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from neurondrift.base.errors import UserError
     from neurondrift.behaviour.judges import is_refusal
-    from neurondrift.drift.bins import pooled
+    from neurondrift.drift.bins import pooled, weight_drifts
     from neurondrift.drift.callback import DriftCallback
     from neurondrift.drift.exact import NeuronDrift
     from neurondrift.drift.log import DriftLog
-    from neurondrift.drift.meter import compare_models, measure_drift, weight_drifts
+    from neurondrift.drift.meter import compare_models, measure_drift
     from neurondrift.groups.controls import matched
     from neurondrift.groups.group import Group, load_group
     from neurondrift.groups.selection import random_group, select_top, set_difference

@@ -12,11 +12,11 @@ from helpers.families import build
 from helpers.groups import group_of
 from helpers.training import trainer
 from neurondrift.base.errors import GroupError
-from neurondrift.drift.bins import WeightDrift, bin_edges, pooled
+from neurondrift.drift.bins import WeightDrift, bin_edges, pooled, weight_drifts
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.kernels import Tallies
 from neurondrift.drift.log import DriftLog
-from neurondrift.drift.meter import DriftMeter, WeightMeter, weight_drifts
+from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.groups.group import Group
 from neurondrift.groups.selection import random_group
 from neurondrift.models.parts import weights_of_units

@@ -8,7 +8,7 @@ import pytest
 from helpers.oracles import stored_inputs
 from helpers.studies import smoke
 from neurondrift.cli.__main__ import main
-from neurondrift.models.adapters import delta_of
+from neurondrift.models.adapters import effective_weight
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites
@@ -60,7 +60,7 @@ def test_shares_of_a_study_equal_the_dense_computation(tuned, measured):
         tuned_sites = linear_sites(attach_adapter(model, step))
         sums = {key: np.zeros(2) for key in expected}
         for name in u:
-            delta = delta_of(tuned_sites[name]).double().numpy()
+            delta = (effective_weight(tuned_sites[name]) - tuned_sites[name].weight.double()).numpy()
             for key, change in (("weights", delta), ("safety_outputs", delta @ x[name])):
                 sums[key] += [np.square(u[name].T @ change).sum(), np.square(change).sum()]
         for key, (inside, whole) in sums.items():

@@ -5,15 +5,15 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """`pooled` and `weight_drifts` were documented here in 0.1; they are `nd.pooled` and `nd.weight_drifts` now."""
-    homes = {"pooled": "bins", "weight_drifts": "meter"}
-    if name in homes:
-        import importlib
-        import warnings
+    if name not in ("pooled", "weight_drifts"):
+        raise AttributeError(f"module 'neurondrift.drift' has no attribute {name!r}")
+    import warnings
 
-        warnings.warn(
-            f"neurondrift.drift.{name} is neurondrift.{name} now; the old name goes with the next version",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(importlib.import_module(f"neurondrift.drift.{homes[name]}"), name)
-    raise AttributeError(f"module 'neurondrift.drift' has no attribute {name!r}")
+    from neurondrift.drift import bins
+
+    warnings.warn(
+        f"neurondrift.drift.{name} is neurondrift.{name} now; the old name goes with the next version",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(bins, name)

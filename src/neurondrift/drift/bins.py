@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    pass
+    import pandas as pd
 
 
 Metric = Literal["absolute", "relative"]
@@ -102,3 +102,10 @@ def pooled(parts: Iterable[WeightDrift]) -> WeightDrift:
         first,
         bins,
     )
+
+
+def weight_drifts(rows: pd.DataFrame) -> list[WeightDrift]:
+    """What `DriftLog.weights` has read, row by row as `WeightDrift`: for `quantile` and `pooled`."""
+    columns: dict[str, Any] = {field.name: rows[field.name].tolist() for field in fields(WeightDrift)}
+    columns["bins"] = [np.asarray(counts, dtype=np.int64) for counts in rows["bins"]]
+    return [WeightDrift(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

@@ -3,7 +3,6 @@
 Owns the closed forms for low-rank and rescaled adapters and the dense form for everything else. Where Δ comes from is
 the business of `models.adapters`. Writes no files and knows nothing of models.
 Shapes: O = out, I = in, R = rank of all active adapters together.
-
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def low_rank_moments(a_RI: torch.Tensor, b_OR: torch.Tensor, base_OI: torch.Tens
 
 
 def rescaled_moments(change: Rescaled, base_OI: torch.Tensor, norm_O: torch.Tensor) -> Moments:
-    """‖Δ‖², w₀·Δ and ‖Δ⊥‖² of DoRA's Δᵢ = γᵢ w₀ᵢ + bᵢ A (`deltas.stretch`), without forming Δ, in float64.
+    """‖Δ‖², w₀·Δ and ‖Δ⊥‖² of DoRA's Δᵢ = γᵢ w₀ᵢ + bᵢ A (`adapters.stretch`), without forming Δ, in float64.
 
     Only b A has a part across w₀: ‖Δ⊥‖² = ‖bA‖² - (w₀·bA)²/‖w₀‖², and along it Δ∥ = γ‖w₀‖ + w₀·bA/‖w₀‖. The norm
     is put together from the two, since γ w₀ and b A cancel (a change along w₀ that the magnitude undoes).

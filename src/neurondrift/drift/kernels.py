@@ -2,7 +2,18 @@
 
 Owns nothing but arithmetic. torch would convert each block to float32 or float64 in memory first, which takes several
 times as long as reading it. Importing numba takes a third of a second, so this module is imported where it is used.
-All loops run without the interpreter's lock. Shapes: O = out, I = in, R = rank, N = members of all groups.
+All loops run without the interpreter's lock. Shapes: O = out, I = in, R = rank, N = members of all groups, G = groups,
+C = `CODES`. What the loops over members take, beside the `Running` counts and sums:
+
+    name    shape     dtype                       meaning
+    a       [R, I]    as stored, or float64       A of Δ = B A; R is a multiple of `UNROLLED`
+    b       [O, R]    float64                     B of Δ = B A, scaling included
+    block   [rows, I] float32                     some rows of Δ at a time, formed from A and B
+    delta   [..]      float32                     Δ, flat, from the entry `start` on
+    base    [O, I]    as stored (`stored`)        w₀, flat in `_tally`
+    flat    [N]       int32 or int64              the members' entries, group after group, each ascending
+    start   -         int64                       the first entry that `delta` holds
+    stop    -         int64                       the entry after its last
 """
 
 from __future__ import annotations
@@ -76,6 +87,17 @@ def _factors(a_RI: torch.Tensor, b_OR: torch.Tensor) -> tuple[npt.NDArray[Any], 
     return stored(a_RI), stored(b_OR)
 
 
+class Running(NamedTuple):
+    """What is counted and summed while Δ passes by, and how far each group has come; the loops write to it. The second
+    axis of the last three is the metric: |Δ|, |Δ|/|w₀|."""
+
+    at: npt.NDArray[np.int64]  # [G]: the group's next member in `flat`
+    ends: npt.NDArray[np.int64]  # [G]: the place after its last
+    table: npt.NDArray[np.int32]  # [G, 2, C]: how many values have each code
+    numbers: npt.NDArray[np.int64]  # [G, 2, 4]: zeros, undefined, lowest and highest bits of the positive
+    sums: npt.NDArray[np.float64]  # [G, 2, 3]: of the positive a shift, Σ(x - shift), Σ(x - shift)²
+
+
 class Tally(NamedTuple):
     """Non-negative float32 values summed up: how many are zero or undefined (not finite), mean and variance of the
     others (zeros included; NaN where there are none), and the counts of the positive ones from code `first` on."""
@@ -106,7 +128,7 @@ class Tallies:
         """Of Δ = B A, formed in float64 a few rows at a time and rounded to float32; else as `dense`."""
         (a, b), base = _factors(a_RI.detach().double(), b_OR), stored(base_OI)
         block = np.empty((max(1, FORMED // max(1, base.shape[1])), base.shape[1]), dtype=np.float32)
-        return self._run(counts, lambda *state: _tally_low_rank(a, b, block, base, flat_N, *state))
+        return self._run(counts, lambda running: _tally_low_rank(a, b, block, base, flat_N, running))
 
     def dense(
         self, delta_OI: torch.Tensor, base_OI: torch.Tensor, flat_N: npt.NDArray[Any], counts: Sequence[int]
@@ -114,24 +136,25 @@ class Tallies:
         """Of a Δ that is there in full, float32. The groups' entries lie in `flat_N` one group after the other, each
         ascending, `counts` of each group."""
         delta, base = stored(delta_OI), stored(base_OI)
-        return self._run(counts, lambda *state: _tally_dense(delta.reshape(-1), base, flat_N, *state))
+        return self._run(counts, lambda running: _tally_dense(delta.reshape(-1), base, flat_N, running))
 
-    def _run(self, counts: Sequence[int], loop: Callable[..., None]) -> list[tuple[Tally, Tally]]:
+    def _run(self, counts: Sequence[int], loop: Callable[[Running], None]) -> list[tuple[Tally, Tally]]:
         groups = len(counts)
         if len(self._table) < groups:
             self._table = np.zeros((groups, 2, CODES), dtype=np.int32)
         ends = np.cumsum([0, *counts])
-        numbers = np.zeros((groups, 2, 4), dtype=np.int64)  # zeros, undefined, lowest and highest bits of the positive
+        numbers = np.zeros((groups, 2, 4), dtype=np.int64)
         numbers[:, :, 2] = NO_BITS
-        sums = np.zeros((groups, 2, 3))  # of the positive: a shift, Σ(x - shift), Σ(x - shift)²
-        loop(ends[:-1].copy(), ends[1:], self._table, numbers, sums)
-        found, stops = np.empty((groups, 2, 2)), np.empty((groups, 2), dtype=np.int64)
-        bins = _finish(np.diff(ends), self._table, numbers, sums, found, stops)
+        running = Running(ends[:-1].copy(), ends[1:], self._table, numbers, np.zeros((groups, 2, 3)))
+        loop(running)
+        moments, stops = np.empty((groups, 2, 2)), np.empty((groups, 2), dtype=np.int64)
+        bins = _finish(np.diff(ends), running, moments, stops)
         parts = np.split(bins, stops.reshape(-1)[:-1])
-        counted, moments = numbers.reshape(-1, 4).tolist(), found.reshape(-1, 2).tolist()
         tallies = [
             Tally(zeros, undefined, mean, variance, first, part)
-            for (zeros, undefined, first, _), (mean, variance), part in zip(counted, moments, parts, strict=True)
+            for (zeros, undefined, first, _), (mean, variance), part in zip(
+                numbers.reshape(-1, 4).tolist(), moments.reshape(-1, 2).tolist(), parts, strict=True
+            )
         ]
         return list(zip(tallies[::2], tallies[1::2], strict=True))
 
@@ -279,9 +302,7 @@ def _form(a: Any, b: Any, i: int, m: int, first: Any, second: Any) -> None:
 
 
 @_compiled
-def _tally_low_rank(
-    a: Any, b: Any, block: Any, base: Any, flat: Any, at: Any, ends: Any, table: Any, numbers: Any, sums: Any
-) -> None:
+def _tally_low_rank(a: Any, b: Any, block: Any, base: Any, flat: Any, running: Any) -> None:
     rows, columns = base.shape
     several = len(block)
     one, other = np.empty(columns), np.empty(columns)
@@ -294,21 +315,18 @@ def _tally_low_rank(
                 block[i - first, j] = np.float32(one[j])
             for j in range(columns):
                 block[m - first, j] = np.float32(other[j])
-        _tally(
-            block.reshape(-1), first * columns, last * columns, base.reshape(-1), flat, at, ends, table, numbers, sums
-        )
+        _tally(block.reshape(-1), first * columns, last * columns, base.reshape(-1), flat, running)
 
 
 @_compiled
-def _tally_dense(delta: Any, base: Any, flat: Any, at: Any, ends: Any, table: Any, numbers: Any, sums: Any) -> None:
-    _tally(delta, 0, len(delta), base.reshape(-1), flat, at, ends, table, numbers, sums)
+def _tally_dense(delta: Any, base: Any, flat: Any, running: Any) -> None:
+    _tally(delta, 0, len(delta), base.reshape(-1), flat, running)
 
 
 @_compiled
-def _tally(
-    delta: Any, start: int, stop: int, base: Any, flat: Any, at: Any, ends: Any, table: Any, numbers: Any, sums: Any
-) -> None:
+def _tally(delta: Any, start: int, stop: int, base: Any, flat: Any, running: Any) -> None:
     """The members from `start` to before `stop`, whose Δ lies in `delta` from its beginning on; `at` moves on."""
+    at, ends, table, numbers, sums = running
     values = np.empty(CHUNK, dtype=np.float32)
     for g in range(len(at)):
         while at[g] < ends[g] and flat[at[g]] < stop:
@@ -357,8 +375,10 @@ def _count(values: Any, table: Any, numbers: Any, sums: Any) -> None:
 
 
 @_compiled
-def _finish(counts: Any, table: Any, numbers: Any, sums: Any, found: Any, stops: Any) -> Any:
-    """Mean and variance, the first code in the place of the lowest bits, and all bins on end; the table is cleared."""
+def _finish(counts: Any, running: Any, moments: Any, stops: Any) -> Any:
+    """Mean and variance into `moments` [G, 2, 2], the first code in the place of the lowest bits, and all bins on end,
+    each ending at its `stops` [G, 2]; the table is cleared."""
+    _, _, table, numbers, sums = running
     needed = 0
     for g in range(len(counts)):
         for metric in range(2):
@@ -388,6 +408,6 @@ def _finish(counts: Any, table: Any, numbers: Any, sums: Any, found: Any, stops:
                 variance = (variance + zeros * mean**2) / defined
             if undefined:
                 counted[INFINITE >> SHIFT :] = 0
-            found[g, metric, 0], found[g, metric, 1] = mean, variance
+            moments[g, metric, 0], moments[g, metric, 1] = mean, variance
             stops[g, metric] = at
     return bins

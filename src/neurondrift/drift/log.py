@@ -1,6 +1,7 @@
 """Snapshots on disk: a Parquet data set with one folder a step, each written whole or not at all.
 
-Owns the layout `step=000100/neurons.parquet` and `weights.parquet`, and their columns. Knows nothing of models.
+Owns the layout `step=000100/neurons.parquet` and `weights.parquet`, their columns, the names of followed groups and the
+rows of their members. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ WEIGHTS = "weights.parquet"
 WORDS = ["group", "site", "metric"]
 ROWS = {"row": "DELTA_BINARY_PACKED"}  # they differ little from one to the next
 BINS = {"bins.list.element": "BYTE_STREAM_SPLIT"}  # small integers
+
+#: Groups by name; or groups and files of groups, which get their names from `named_groups`.
+Groups: TypeAlias = Mapping[str, Group] | Sequence[Group | str | Path]
 
 
 class DriftLog:
@@ -327,10 +331,6 @@ def describe(
         "zero_norm": dict(zero_norm or {}),
         "groups": {name: dict(entry) for name, entry in (groups or {}).items()},
     }
-
-
-#: Groups by name; or groups and files of groups, which get their names from `named_groups`.
-Groups: TypeAlias = Mapping[str, Group] | Sequence[Group | str | Path]
 
 
 def named_groups(groups: Groups) -> dict[str, Group]:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -50,8 +49,6 @@ from neurondrift.models.parts import as_weights
 from neurondrift.models.sites import Site, Sites, row_norms, sites_of, unwrap
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from neurondrift.drift.kernels import Tallies, Tally
 
 
@@ -140,11 +137,6 @@ class DriftMeter:
     def measure(self) -> dict[str, NeuronDrift]:
         """Drift of every neuron of every trained site, now."""
         return drifts_from_moments(dict(zip(self.sites, self._moments(self.sites), strict=True)))
-
-    @torch.no_grad()
-    def measure_site(self, name: str) -> NeuronDrift:
-        """Drift of every neuron of one site, now."""
-        return drift_from_moments(*self._moments([name])[0])
 
     def _moments(self, names: Iterable[str]) -> list[tuple[torch.Tensor, Moments]]:
         """‖w₀‖ and the moments of sites; on a CPU of several at once."""
@@ -302,10 +294,3 @@ def _summed(change: Change, base_OI: torch.Tensor, members: Members, tallies: Ta
     if isinstance(change, LowRank):
         return tallies.low_rank(change.a, change.b, base_OI, flat_N, counts)
     return tallies.dense(dense_delta(change, base_OI), base_OI, flat_N, counts)
-
-
-def weight_drifts(rows: pd.DataFrame) -> list[WeightDrift]:
-    """What `DriftLog.weights` has read, row by row as `WeightDrift`: for `quantile` and `pooled`."""
-    columns: dict[str, Any] = {field.name: rows[field.name].tolist() for field in fields(WeightDrift)}
-    columns["bins"] = [np.asarray(counts, dtype=np.int64) for counts in rows["bins"]]
-    return [WeightDrift(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

@@ -65,38 +65,46 @@ def run(
     ModelError
         A site that is used more than once in a forward pass, or by nothing; no blocks to checkpoint.
     """
-    embeddings = unwrap(model).get_input_embeddings()
-    device = embeddings.weight.device
-    taps = _Taps(record=record, backward=backward)
-    recomputes = backward and (checkpoint_activations or is_checkpointing(model))
-    blocks = _checkpointed_blocks(model) if recomputes else contextlib.nullcontext()
+    device = unwrap(model).get_input_embeddings().weight.device
     narrow = _narrow_dtype(model, sites)
-    norms = contextlib.nullcontext() if narrow is None else _wide_norms(model)
+    observer = _Observer(record=record, backward=backward)
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(_frozen_in_evaluation_mode(model))
+        changed.enter_context(observer.attached(sites))
+        if backward and (checkpoint_activations or is_checkpointing(model)):
+            changed.enter_context(_checkpointed_blocks(model, observer.not_counting))
+        if narrow is not None:
+            changed.enter_context(_wide_norms(model))
+        for batch in batches:
+            batch = batch.to(device)
+            observer.start(batch)
+            losses_B = _losses(model, batch, narrow, backward=backward)
+            for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
+                if not math.isfinite(loss):
+                    raise DataError(
+                        f"The loss of example {name} is {loss}", fix="use dtype float32, or drop the example"
+                    )
+            if backward:
+                with attention_for(model, batch):  # what is computed anew must be computed in the same way
+                    losses_B.sum().backward()
+            observer.check(sites)
+            on_batch(batch)
+
+
+def _losses(model: nn.Module, batch: Batch, narrow: torch.dtype | None, *, backward: bool) -> torch.Tensor:
+    """The loss of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow."""
+    embeddings = unwrap(model).get_input_embeddings()
 
     def enter(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         # A leaf that requires a gradient makes autograd run, although no parameter does.
         return (embedded if narrow is None else embedded.float()).requires_grad_(backward)
 
-    with _frozen_in_evaluation_mode(model), taps.attached(sites), blocks, norms:
-        for batch in batches:
-            batch = batch.to(device)
-            taps.start(batch)
-            with torch.set_grad_enabled(backward), attention_for(model, batch):
-                handle = embeddings.register_forward_hook(enter)
-                try:
-                    with torch.autocast(device.type, narrow, enabled=narrow is not None):
-                        losses_B = response_losses(model, batch)
-                finally:
-                    handle.remove()
-                for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
-                    if not math.isfinite(loss):
-                        raise DataError(
-                            f"The loss of example {name} is {loss}", fix="use dtype float32, or drop the example"
-                        )
-                if backward:
-                    losses_B.sum().backward()
-            taps.check(sites)
-            on_batch(batch)
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(torch.set_grad_enabled(backward))
+        settings.enter_context(attention_for(model, batch))
+        settings.enter_context(torch.autocast(batch.input_ids.device.type, narrow, enabled=narrow is not None))
+        settings.callback(embeddings.register_forward_hook(enter).remove)
+        return response_losses(model, batch)
 
 
 def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | None:
@@ -124,8 +132,10 @@ def _wide_norms(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Every decoder block recomputes its activations in the backward pass.
+def _checkpointed_blocks(
+    model: nn.Module, again: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Every decoder block recomputes its activations in the backward pass, each time within a context of `again`.
 
     Not by transformers' own switch, which has no effect outside training mode, where dropout would be.
     """
@@ -138,7 +148,12 @@ def _checkpointed_blocks(model: nn.Module) -> Iterator[None]:
 
     def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), again()),
+            **kwargs,
         )
 
     try:
@@ -169,7 +184,7 @@ def _frozen_in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-class _Tap(torch.autograd.Function):
+class _PassingOn(torch.autograd.Function):
     """The identity on a site's output; its backward hands the site's inputs and δ to a receiver.
 
     A function rather than a hook, because `save_for_backward` obeys activation checkpointing.
@@ -189,8 +204,8 @@ class _Tap(torch.autograd.Function):
 
 
 @dataclass(kw_only=True)
-class _Taps:
-    """The hooks of one run and the batch that they are looking at."""
+class _Observer:
+    """The hooks on all sites in one run, and the batch that they are looking at."""
 
     record: Record
     backward: bool
@@ -198,12 +213,25 @@ class _Taps:
     is_response_N: torch.Tensor | None = None  # [B·T]
     uses: dict[str, int] = field(default_factory=dict)
     narrowed: tuple[torch.Tensor, torch.Tensor] | None = None  # inputs of the last site, and in 16 bits
+    is_counting: bool = True  # a block that is computed again in the backward pass does not use its sites again
 
     def start(self, batch: Batch) -> None:
         self.batch = batch
         self.is_response_N = (batch.labels != IGNORED).reshape(-1)
         self.uses = {}
         self.narrowed = None
+
+    @contextlib.contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """Uses of sites within the block are not counted."""
+        before, self.is_counting = self.is_counting, False
+        try:
+            yield
+        finally:
+            self.is_counting = before
+
+    def _count(self, site: Site) -> None:
+        self.uses[site.name] = self.uses.get(site.name, 0) + self.is_counting
 
     def check(self, sites: Mapping[str, Site]) -> None:
         for name, site in sites.items():
@@ -227,7 +255,7 @@ class _Taps:
             else:
                 handles.append(site.owner.register_forward_hook(self._linear_hook(site)))
         try:
-            with _tapped_experts(experts, self):
+            with _observed_experts(experts, self):
                 yield
         finally:
             for handle in handles:
@@ -235,7 +263,7 @@ class _Taps:
 
     def _linear_hook(self, site: Site) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return self.tap(site, self.as_computed(args[0], output.dtype), output)
+            return self.see(site, self.as_computed(args[0], output.dtype), output)
 
         return hook
 
@@ -252,7 +280,7 @@ class _Taps:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             logits = output[0] if isinstance(output, tuple) else output
             inputs = self.as_computed(args[0], logits.dtype).detach()
-            self.uses[site.name] = self.uses.get(site.name, 0) + (0 if _recomputing() else 1)
+            self._count(site)
             if self.backward:
                 logits.register_hook(lambda gradients: self.receive(site, None, inputs, logits.detach(), gradients))
             else:
@@ -260,20 +288,19 @@ class _Taps:
 
         return hook
 
-    def tap(
+    def see(
         self, site: Site, inputs: torch.Tensor, output: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Let `output` [..., O] = linear(`inputs` [..., I]) pass, and record it now or when its gradient is there.
 
         `rows` are the positions in the flattened batch [B·T] that the inputs belong to, ascending; None: all.
         """
-        if not _recomputing():
-            self.uses[site.name] = self.uses.get(site.name, 0) + 1
+        self._count(site)
         if not self.backward:
             self.receive(site, rows, inputs, output, None)
             return output
-        tapped: torch.Tensor = _Tap.apply(output, inputs, lambda x, y, d: self.receive(site, rows, x, y, d))
-        return tapped
+        passed: torch.Tensor = _PassingOn.apply(output, inputs, lambda x, y, d: self.receive(site, rows, x, y, d))
+        return passed
 
     def receive(
         self,
@@ -309,14 +336,11 @@ class _Taps:
                 self.record(site, tokens)
 
 
-def _recomputing() -> bool:
-    """Whether a forward hook runs in the recomputation of a checkpointed block, during the backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 @contextlib.contextmanager
-def _tapped_experts(experts: Mapping[nn.Module, Mapping[tuple[str, int], Site]], taps: _Taps) -> Iterator[None]:
-    """Experts modules compute expert by expert within the block, each product tapped.
+def _observed_experts(
+    experts: Mapping[nn.Module, Mapping[tuple[str, int], Site]], observer: _Observer
+) -> Iterator[None]:
+    """Experts modules compute expert by expert within the block, each product seen.
 
     Replaces the `forward` of each module instance (transformers dispatches on a global registry otherwise)
     with the plain loop over experts that transformers documents as its reference.
@@ -328,7 +352,9 @@ def _tapped_experts(experts: Mapping[nn.Module, Mapping[tuple[str, int], Site]],
             bias = getattr(module, f"{key}_bias")[expert] if getattr(module, "has_bias", False) else None
             output = F.linear(states, weight.T if getattr(module, "is_transposed", False) else weight, bias)
             site = sites.get((key, expert))
-            return output if site is None else taps.tap(site, taps.as_computed(states, output.dtype), output, rows)
+            return (
+                output if site is None else observer.see(site, observer.as_computed(states, output.dtype), output, rows)
+            )
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from neurondrift.base.errors import ArtifactError, GroupError, ModelError
-from neurondrift.base.files import atomic_path
 from neurondrift.base.processes import process_count
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
 from neurondrift.models.batches import Batch, make_batches
 from neurondrift.models.data import IGNORED, data_fingerprint
+from neurondrift.models.disk.tensors import parse_header, write_tensors
 from neurondrift.models.sites import Site, Sites, sites_of
 
 logger = logging.getLogger(__name__)
@@ -300,21 +299,7 @@ def write_scores(
     if shapes is None:
         assert isinstance(scores, Mapping), "pairs need their shapes"
         shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    entries: dict[str, Any] = {"__metadata__": {"neurondrift": json.dumps(dict(header))}}
-    offset = 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    order = iter(shapes)
-    with atomic_path(Path(path)) as partial, open(partial, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in pairs:
-            assert name == next(order), "scores come in the order of their shapes"
-            assert tuple(tensor.shape) == tuple(shapes[name]), f"{name} has another shape than was said"
-            stream.write(tensor.detach().to(torch.float32).contiguous().cpu().numpy().data)
+    write_tensors(Path(path), pairs, shapes, metadata={"neurondrift": json.dumps(dict(header))})
 
 
 def score_shapes(method: str, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
@@ -332,37 +317,23 @@ class ScoreFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > self.path.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                entries = json.loads(stream.read(length))
-            self.header: dict[str, Any] = json.loads(entries.pop("__metadata__")["neurondrift"])
-            self._start = 8 + length
-            self._entries: dict[str, Any] = entries
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            if self.path.stat().st_size != self._start + end:
-                raise ValueError("it is truncated")
+            metadata, self._tensors = parse_header(self.path)
+            self.header: dict[str, Any] = json.loads(metadata["neurondrift"])
         except FileNotFoundError as error:
             raise ArtifactError("The score file is missing", received=str(path), fix="run neurondrift score") from error
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{path} is no score file of neurondrift ({error})", fix="run neurondrift score"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        first, last = entry["data_offsets"]
-        count = (last - first) // 4
-        if count == 0:
-            return np.zeros(entry["shape"], dtype=np.float32)
-        return np.memmap(self.path, dtype="<f4", mode="r", offset=self._start + first, shape=tuple(entry["shape"]))
+        return self._tensors[name].mapped().numpy()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._tensors)
 
 
 def score_header(

@@ -22,7 +22,7 @@ from torch import nn
 from neurondrift.base.errors import GroupError, ModelError
 from neurondrift.base.files import atomic_path
 from neurondrift.groups.group import Group
-from neurondrift.models.adapters import is_trained
+from neurondrift.models.adapters import change_of, dense_delta, is_trained
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.models.parts import Kind, Region, members_within, parts
@@ -348,16 +348,11 @@ def _replace_delta(site: Site, region: Region, names: list[str], undo: ExitStack
 
 def adapter_delta(site: Site) -> torch.Tensor:
     """Δ of a site as its adapter and the contexts around it make it now, float32 `[out, in]`; zeros without one."""
+    change = change_of(site) if _has_delta(site) else None
+    if change is None:
+        return torch.zeros(site.shape, device=site.weight.device)
     hook = _dense_change(site)
-    if hook is not None and _has_delta(site):
-        return hook.stack[-1]
-    total = torch.zeros(site.shape, dtype=torch.float64, device=site.weight.device)
-    if _has_delta(site):
-        layer: Any = site.wrapper
-        for name in _maskable_adapters(site):
-            factors = layer.lora_B[name].weight.detach().double(), layer.lora_A[name].weight.detach().double()
-            total += factors[0] @ factors[1] * layer.scaling[name]
-    return total.float()
+    return dense_delta(change, site.weight) if hook is None else hook.stack[-1]
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ knows nothing of norms and angles. Shapes: O = out, I = in, R = rank of all acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,12 +49,14 @@ class LowRank(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """One LoRA or DoRA adapter of a site: A `[r, in]` as stored, B `[out, r]` float64 with the scaling, and DoRA's
-    magnitude `[out]` (None for LoRA)."""
+    """One LoRA or DoRA adapter of a site: A `[r, in]` as stored, B `[out, r]` float64 with the scaling, DoRA's
+    magnitude `[out]` (None for LoRA), and the flat indices of single weights whose change is held at zero
+    (`masked_lora`; None for none)."""
 
     a: torch.Tensor
     b: torch.Tensor
-    magnitude: torch.Tensor | None
+    magnitude: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
 
 class Rescaled(NamedTuple):
@@ -88,88 +91,78 @@ Change = LowRank | Rescaled | Dense
 def change_of(site: Site) -> Change | None:
     """What the active adapters change at a site, in the cheapest exact form; None where there is no adapter.
 
+    Every other form of an adapter's change (`low_rank_delta`, `dense_delta`, `effective_weight`) is a view of this one.
+
     Raises
     ------
     ModelError
         A merged adapter (its rounding has already happened), disabled ones, or a method that cannot be measured
         exactly; it is named.
     """
-    from neurondrift.models.masked_lora import masked_change
-
-    if (plain := _plain_lora(site)) is not None:
-        return plain
-    if not is_trained(site):
+    layers = _layers(site)
+    active = _active(layers)
+    if not active:
         return None
-    _check_state(site)
-    if (masked := masked_change(site)) is not None:  # single weights that were frozen
-        return Dense(masked)
-    trained = _trained_whole(site)
-    if trained is not None:
-        return Dense(trained.double() - site.weight.double())
-    adapters = _adapters(site)
-    if adapters is None:
-        return Dense(adapted_change(site))
-    if any(adapter.magnitude is not None for adapter in adapters):
-        return Rescaled(tuple(adapters))
-    return _joined(adapters)
-
-
-def _plain_lora(site: Site) -> LowRank | None:
-    """The change of a site with one LoRA adapter and nothing else, which is nearly every site of nearly every run: what
-    `change_of` finds the long way, without looking for all that there could be. None for everything else."""
-    from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layer: Any = site.wrapper
-    if type(layer) is not Linear or site.parameter != "weight" or isinstance(layer.base_layer, BaseTunerLayer):
-        return None
-    active = layer.active_adapters
-    if len(active) != 1 or layer.merged_adapters or layer.disable_adapters or layer.lora_variant:
-        return None
-    factors = layer.lora_A
-    if active[0] not in factors or type(factors[active[0]]) is not nn.Linear:
-        return None
-    a_RI, b_OR = gathered(factors[active[0]].weight), gathered(layer.lora_B[active[0]].weight)
-    return LowRank(a_RI, b_OR.double() * layer.scaling[active[0]])
+    _check_state(site, layers)
+    if isinstance(layers[0], _peft().copy):
+        trained = active[0].first.get_submodule(site.inner)
+        return Dense(site.oriented(gathered(getattr(trained, site.parameter))).double() - site.weight.double())
+    adapters = _adapters(site, active)
+    return Dense(adapted_change(site)) if adapters is None else _together(adapters)
 
 
 def low_rank_delta(site: Site) -> LowRank | None:
-    """The low-rank change that PEFT's wrapper holds for a site; None where the site is not adapted.
+    """The change of a site as B A; None where the site is not adapted.
 
     Raises
     ------
     ModelError
-        A merged or disabled adapter, or a kind that has no such form (DoRA, every method but LoRA).
-    """
-    if not is_trained(site):
-        return None
-    _check_state(site)
-    adapters = None if _trained_whole(site) is not None else _adapters(site)
-    if adapters is None or any(adapter.magnitude is not None for adapter in adapters):
-        raise ModelError(
-            f"The change of {site.name} has no low-rank form",
-            received=_kind(site),
-            allowed="LoRA (also rsLoRA)",
-        )
-    return _joined(adapters)
-
-
-def delta_of(site: Site) -> torch.Tensor:
-    """Δ of an adapted site against the base weight that the adapter sits on, float32 `[out, in]`, on its device.
-
-    Raises `ModelError` where the site has no adapter, or one that cannot be measured exactly.
+        As `change_of`; or a change that has no such form (DoRA, single weights held, every method but LoRA).
     """
     change = change_of(site)
+    if change is None or isinstance(change, LowRank):
+        return change
+    raise ModelError(
+        f"The change of {site.name} has no low-rank form", received=_kind(site), allowed="LoRA (also rsLoRA)"
+    )
+
+
+def dense_delta(change: Change, base_OI: torch.Tensor) -> torch.Tensor:
+    """Δ of a change, float32 `[out, in]`: formed in float64, block of rows by block."""
+    return torch.cat([block.float() for block in _blocks_of(change, base_OI)])
+
+
+def effective_weight(site: Site) -> torch.Tensor:
+    """The weight that a site computes with, adapters included, float64 `[out, in]`: a new tensor.
+
+    A merged adapter is in the stored weight already.
+    """
+    weight_OI = site.weight
+    merged = any(getattr(layer, "merged", False) for layer in _layers(site))
+    change = None if merged else change_of(site)
     if change is None:
-        raise ModelError("This site has no adapter", received=site.name)
-    return dense_delta(change, site.weight)
+        return weight_OI.to(torch.float64, copy=True)
+    pairs = zip(row_blocks(weight_OI), _blocks_of(change, weight_OI), strict=True)
+    return torch.cat([base.double() + delta for base, delta in pairs])
+
+
+def _blocks_of(change: Change, base_OI: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Δ in float64, block of rows by block."""
+    rows = rows_at_once(base_OI)
+    if isinstance(change, Dense):
+        yield from change.delta.split(rows)
+    elif isinstance(change, LowRank):
+        a64_RI = change.a.double()
+        yield from (block @ a64_RI for block in change.b.double().split(rows))
+    else:
+        form = stretch(change, base_OI, row_norms(base_OI))
+        for base, b, gamma in zip(base_OI.split(rows), form.b.split(rows), form.stretch.split(rows), strict=True):
+            yield gamma[:, None] * base.double() + b @ form.a
 
 
 def is_trained(site: Site) -> bool:
     """Whether an adapter that is active, be it switched on at the moment or not, changes a site's weight."""
-    if _saved(site):
-        return bool(site.wrapper.active_adapters)
-    return any(set(layer.active_adapters) & set(layer._get_available_adapters()) for layer in _layers(site))
+    return bool(_active(_layers(site)))
 
 
 def check_methods(model: nn.Module, *, initial_given: bool) -> None:
@@ -207,36 +200,63 @@ def _rebased_by(config: Any) -> str | None:
     return "kasa" if getattr(config, "kasa_config", None) is not None else None
 
 
-def _layers(site: Site) -> Iterator[Any]:
-    """PEFT's layers around a site's parameter, outermost first (several, where parameters are targeted)."""
-    from peft.tuners.lora.layer import ParamWrapper
+class _Peft(NamedTuple):
+    """PEFT's classes of layers: any adapter's, LoRA's, that of a targeted parameter, and a module's trained copy."""
+
+    layer: type[Any]
+    lora: type[Any]
+    parameter: type[Any]
+    copy: type[Any]
+
+
+@cache
+def _peft() -> _Peft:
+    """Importing PEFT takes seconds, and asking for it anew at every site as long as reading the site's factors."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layer: Any = site.wrapper
-    while isinstance(layer, BaseTunerLayer):
-        target = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        if target == site.parameter:
-            yield layer
-        layer = layer.base_layer
-
-
-def _saved(site: Site) -> bool:
     from peft.utils.other import ModulesToSaveWrapper
 
-    return isinstance(site.wrapper, ModulesToSaveWrapper)
+    return _Peft(BaseTunerLayer, LoraLayer, ParamWrapper, ModulesToSaveWrapper)
 
 
-def _trained_whole(site: Site) -> torch.Tensor | None:
-    """The weight `[out, in]` that PEFT trains in the place of a site's (`modules_to_save`), or None."""
-    if not _saved(site):
-        return None
-    wrapper: Any = site.wrapper
-    copy: nn.Module = wrapper.modules_to_save[wrapper.active_adapters[0]].get_submodule(site.inner)
-    return site.oriented(gathered(getattr(copy, site.parameter)))
+def _layers(site: Site) -> list[Any]:
+    """PEFT's layers around a site's parameter, outermost first (several, where parameters are targeted); the wrapper
+    alone where PEFT trains a copy of the module."""
+    peft = _peft()
+    layer: Any = site.wrapper
+    if isinstance(layer, peft.copy):
+        return [layer]
+    layers = []
+    while isinstance(layer, peft.layer):
+        target = layer.parameter_name if isinstance(layer, peft.parameter) else "weight"
+        if target == site.parameter:
+            layers.append(layer)
+        layer = layer.base_layer
+    return layers
 
 
-def _check_state(site: Site) -> None:
-    layers: list[Any] = [site.wrapper] if _saved(site) else list(_layers(site))
+class _Active(NamedTuple):
+    """An active adapter (enabled or not) in one of PEFT's layers, and the first thing that the layer keeps of it: A of
+    LoRA, the copy of a module that is trained whole."""
+
+    layer: Any
+    name: str
+    first: Any
+
+
+def _active(layers: Sequence[Any]) -> list[_Active]:
+    active = []
+    for layer in layers:
+        for name in layer.active_adapters:
+            for key in layer.adapter_layer_names:
+                kept = getattr(layer, key)
+                if isinstance(kept, nn.ModuleDict | nn.ParameterDict) and name in kept:
+                    active.append(_Active(layer, name, kept[name]))
+                    break
+    return active
+
+
+def _check_state(site: Site, layers: Sequence[Any]) -> None:
     for layer in layers:
         if getattr(layer, "merged", False):
             raise ModelError(
@@ -251,47 +271,61 @@ def _check_state(site: Site) -> None:
 
 
 def _kind(site: Site) -> str:
-    layer = next(_layers(site), site.wrapper)
+    layer = next(iter(_layers(site)), site.wrapper)
     variant = next(iter(getattr(layer, "lora_variant", {}).values()), None)
     return type(layer).__name__ if variant is None else f"{type(layer).__name__} with {type(variant).__name__}"
 
 
-def _adapters(site: Site) -> list[Adapter] | None:
+def _adapters(site: Site, active: Sequence[_Active]) -> list[Adapter] | None:
     """The active LoRA and DoRA adapters of a site, or None where another method acts on it."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
-
-    found = []
-    for layer in _layers(site):
-        if not isinstance(layer, LoraLayer):
+    peft = _peft()
+    adapters = []
+    for layer, name, factor_a in active:
+        if not isinstance(layer, peft.lora):
             return None
-        for name in layer.active_adapters:
-            if name not in layer.lora_A:
-                continue
-            kind = type(layer.lora_variant.get(name)).__name__
-            if kind in BY_TOKEN:
-                raise ModelError(
-                    f"The drift of {site.name} cannot be measured: its adapter does not act on every token alike",
-                    received=kind,
-                    allowed="adapters whose effect is one change of the weight, the same for every input",
-                )
-            if kind not in ("NoneType", "DoraLinearVariant") or not isinstance(layer.lora_A[name], nn.Linear):
-                return None
-            a_RI: torch.Tensor = gathered(layer.lora_A[name].weight)
-            b_OR: torch.Tensor = gathered(layer.lora_B[name].weight)
-            magnitude = None
-            if isinstance(layer, ParamWrapper):
-                a_RI, b_OR = _of_parameter(site, layer, a_RI, b_OR)
-            if kind == "DoraLinearVariant":
-                magnitude = gathered(layer.lora_magnitude_vector[name].weight).double().flatten().to(a_RI.device)
-            found.append(Adapter(a_RI, b_OR.double() * layer.scaling[name], magnitude))
-    return found
+        variant = layer.lora_variant.get(name)
+        kind = None if variant is None else type(variant).__name__
+        if kind in BY_TOKEN:
+            raise ModelError(
+                f"The drift of {site.name} cannot be measured: its adapter does not act on every token alike",
+                received=kind,
+                allowed="adapters whose effect is one change of the weight, the same for every input",
+            )
+        if kind not in (None, "DoraLinearVariant", "MaskedDelta") or not isinstance(factor_a, nn.Linear):
+            return None
+        a_RI, b_OR = gathered(factor_a.weight), gathered(layer.lora_B[name].weight)
+        if isinstance(layer, peft.parameter):
+            a_RI, b_OR = _of_parameter(site, layer, a_RI, b_OR)
+        magnitude_O = None
+        if kind == "DoraLinearVariant":
+            magnitude_O = gathered(layer.lora_magnitude_vector[name].weight).double().flatten().to(a_RI.device)
+        scaled_OR = b_OR.to(torch.float64, copy=True).mul_(layer.scaling[name])
+        adapters.append(Adapter(a_RI, scaled_OR, magnitude_O, getattr(variant, "held", None)))
+    # DoRA's length is that of all weights: beside an adapter that holds some still, PEFT's own layer is asked.
+    if (
+        len(adapters) > 1
+        and any(a.held is not None for a in adapters)
+        and any(a.magnitude is not None for a in adapters)
+    ):
+        return None
+    return adapters
 
 
-def _joined(adapters: list[Adapter]) -> LowRank:
-    if len(adapters) == 1:
+def _together(adapters: Sequence[Adapter]) -> Change:
+    """The change of several adapters of a site, which add up."""
+    if len(adapters) == 1 and adapters[0].magnitude is None and adapters[0].held is None:
         return LowRank(adapters[0].a, adapters[0].b)
+    if any(one.held is not None for one in adapters):
+        return Dense(torch.stack([_masked(one) for one in adapters]).sum(dim=0))
+    if any(one.magnitude is not None for one in adapters):
+        return Rescaled(tuple(adapters))
     return LowRank(torch.cat([one.a for one in adapters]), torch.cat([one.b for one in adapters], dim=1))
+
+
+def _masked(adapter: Adapter) -> torch.Tensor:
+    from neurondrift.models.masked_lora import masked_product
+
+    return masked_product(adapter.a.double(), adapter.b, 1.0, adapter.held)
 
 
 def _of_parameter(site: Site, layer: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,34 +365,3 @@ def stretch(change: Rescaled, base_OI: torch.Tensor, norm_O: torch.Tensor) -> St
         factors.append(b)
         start = stop
     return Stretched(gamma_O, a_RI, torch.cat(factors, dim=1), projected_OR)
-
-
-def dense_delta(change: Change, base_OI: torch.Tensor) -> torch.Tensor:
-    """Δ of a change, float32 `[out, in]`: formed in float64, block of rows by block."""
-    if isinstance(change, Dense):
-        return change.delta.float()
-    if isinstance(change, LowRank):
-        a64_RI = change.a.double()
-        return torch.cat([(rows @ a64_RI).float() for rows in change.b.double().split(rows_at_once(base_OI))])
-    form = stretch(change, base_OI, row_norms(base_OI))
-    rows = rows_at_once(base_OI)
-    blocks = zip(base_OI.split(rows), form.b.split(rows), form.stretch.split(rows), strict=True)
-    return torch.cat([(gamma[:, None] * base.double() + b @ form.a).float() for base, b, gamma in blocks])
-
-
-def effective_weight(site: Site) -> torch.Tensor:
-    """The weight that a site computes with, adapters included, float64 `[out, in]`: a new tensor.
-
-    A merged adapter is in the stored weight already.
-    """
-    weight = site.weight.double()
-    merged = any(getattr(layer, "merged", False) for layer in _layers(site))
-    change = None if merged else change_of(site)
-    if change is None:
-        return weight.clone() if weight.data_ptr() == site.tensor.data_ptr() else weight
-    if isinstance(change, Dense):
-        return weight + change.delta
-    if isinstance(change, LowRank):
-        return weight + change.b.double() @ change.a.double()
-    form = stretch(change, weight, row_norms(weight))
-    return weight * (1 + form.stretch)[:, None] + form.b @ form.a

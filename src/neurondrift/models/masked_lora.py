@@ -51,7 +51,7 @@ class Factors(NamedTuple):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """The change of the effective weight, `[out, in]` in the factors' dtype (float32 at least), mask included."""
-        return _masked_product(self.view_a(self.a), self.view_b(self.b), self.layer.scaling[self.adapter], self.held())
+        return masked_product(self.view_a(self.a), self.view_b(self.b), self.layer.scaling[self.adapter], self.held())
 
 
 def lora_factors(site: Site) -> list[Factors]:
@@ -107,21 +107,6 @@ def lora_factors(site: Site) -> list[Factors]:
     return found
 
 
-@torch.no_grad()
-def masked_change(site: Site) -> torch.Tensor | None:
-    """Δ of a site whose active adapters are masked, float64 `[out, in]`; None where none of them is."""
-    layer: Any = site.wrapper
-    if not isinstance(layer, LoraLayer) or not any(
-        isinstance(layer.lora_variant.get(adapter), MaskedDelta) for adapter in layer.active_adapters
-    ):
-        return None
-    changes = [
-        _masked_product(each.a.double(), each.b.double(), layer.scaling[each.adapter], each.held())
-        for each in lora_factors(site)
-    ]
-    return torch.stack(changes).sum(dim=0) if len(changes) > 1 else changes[0]
-
-
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -134,7 +119,7 @@ def _expert_b(experts: int, expert: int, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(tensor.shape[0], -1, experts)[:, :, expert]
 
 
-def _masked_product(a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, held: torch.Tensor | None) -> torch.Tensor:
+def masked_product(a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, held: torch.Tensor | None) -> torch.Tensor:
     """M ∘ (s B A), in float32 or better whatever autocast says."""
     with torch.autocast(a_RI.device.type, enabled=False):
         wide = torch.promote_types(a_RI.dtype, torch.float32)
@@ -155,7 +140,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, a_RI, b_OR, held)
         ctx.scaling = scaling
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, _masked_product(a_RI, b_OR, scaling, held).to(x.dtype))
+            return F.linear(x, masked_product(a_RI, b_OR, scaling, held).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -164,7 +149,7 @@ class _MaskedLinear(torch.autograd.Function):
             y = gradients[0].to(x.dtype)
             for_x = for_a = for_b = None
             if ctx.needs_input_grad[0]:
-                for_x = y @ _masked_product(a_RI, b_OR, ctx.scaling, held).to(x.dtype)
+                for_x = y @ masked_product(a_RI, b_OR, ctx.scaling, held).to(x.dtype)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 wide = torch.promote_types(a_RI.dtype, torch.float32)
                 dense_OI = (y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(wide)
@@ -208,7 +193,7 @@ class MaskedDelta(LoraVariant):
 
     def _delta(self, module: Any, adapter: str) -> torch.Tensor:
         a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-        delta = _masked_product(a, b, module.scaling[adapter], self.held)
+        delta = masked_product(a, b, module.scaling[adapter], self.held)
         return delta.T if getattr(module, "fan_in_fan_out", False) else delta
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:

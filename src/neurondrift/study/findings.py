@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from neurondrift.base.roles import Role, role_of_name
 from neurondrift.behaviour.rates import category_interval, paired_change, refusal_rate
-from neurondrift.drift.bins import WeightDrift, pooled
+from neurondrift.drift.bins import WeightDrift, pooled, weight_drifts
 from neurondrift.drift.log import METRICS, DriftLog
-from neurondrift.drift.meter import weight_drifts
 from neurondrift.groups.group import Group, role_of
 from neurondrift.report.conclusion import analysis_findings
 from neurondrift.report.findings.statistical import (

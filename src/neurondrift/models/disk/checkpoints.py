@@ -1,16 +1,14 @@
 """Checkpoints on disk, read site by site: no model is instantiated and no more than a block of rows is in memory.
 
-Owns where a reference's files are (folder, hub id, package), the safetensors header, and how the rows of a site are
-read. Which tensors make a site is the business of `names.py`. Nothing is unpickled: a checkpoint that has only
+Owns which files of a folder are the model's, and how the rows of a site are read. Which tensors make a site is the
+business of `names.py`, where their bytes lie that of `tensors.py`. Nothing is unpickled: a checkpoint that has only
 pickled weights is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,24 +20,14 @@ from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import read_json
 from neurondrift.models.disk.names import SiteName, find_sites
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
+from neurondrift.models.disk.tensors import DTYPES, TensorFile, read_header, read_into
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Elements of a block of rows: read into one buffer again and again, so that it stays in the cache; smaller ones cost
 # more in calls than they save (measured from 2^16 to 2^19, on one and on two threads).
 BLOCK = 1 << 19
 SAMPLE = 256
-MAX_HEADER = 100_000_000
-
-
-class TensorFile(NamedTuple):
-    """Where a tensor's bytes are: file, dtype, shape and the offset of the first byte."""
-
-    path: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
 
 
 class Slab(NamedTuple):
@@ -56,6 +44,11 @@ class Slab(NamedTuple):
     def out(self) -> int:
         """Rows that it gives to its site."""
         return self.columns if self.transposed else self.rows
+
+    def mapped(self) -> torch.Tensor:
+        """The matrix `[out, in]`, mapped."""
+        matrix = TensorFile(self.path, self.dtype, (self.rows, self.columns), self.offset).mapped()
+        return matrix.T if self.transposed else matrix
 
 
 class DiskSite(NamedTuple):
@@ -89,7 +82,7 @@ class DiskSite(NamedTuple):
                 for start in range(0, slab.rows, rows):
                     count = min(rows, slab.rows - start)
                     view = memoryview(buffer)[: count * width]
-                    _read_into(descriptor, view, slab.offset + start * width, slab.path)
+                    read_into(descriptor, view, slab.offset + start * width, slab.path)
                     block = torch.frombuffer(view, dtype=slab.dtype).view(count, slab.columns)
                     yield first + start, block.T if slab.transposed else block
             finally:
@@ -97,17 +90,9 @@ class DiskSite(NamedTuple):
             first += slab.out
 
     def read(self) -> torch.Tensor:
-        """The whole weight `[out, in]` in the dtype on disk."""
-        return torch.cat([block.clone() for _, block in self.blocks()])
-
-
-def _read_into(descriptor: int, view: memoryview, offset: int, path: str) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise ArtifactError("A checkpoint's file became shorter while it was read", received=path)
-        done += count
+        """The whole weight `[out, in]` in the dtype on disk: mapped where it lies in one piece, else a copy."""
+        pieces = [slab.mapped() for slab in self.slabs]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class Checkpoint:
@@ -205,52 +190,9 @@ def _pick(site: DiskSite) -> torch.Tensor:
     values, first = [], 0
     for slab in site.slabs:
         here = (rows >= first) & (rows < first + slab.out)
-        row, column = rows[here] - first, columns[here]
-        flat = column * slab.columns + row if slab.transposed else row * slab.columns + column
-        start = slab.offset - slab.offset % mmap.ALLOCATIONGRANULARITY
-        length = slab.offset + slab.rows * slab.columns * slab.dtype.itemsize - start
-        with open(slab.path, "rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), length, offset=start, access=mmap.ACCESS_COPY)
-        stored = torch.frombuffer(mapped, dtype=slab.dtype, count=slab.rows * slab.columns, offset=slab.offset - start)
-        values.append(stored[flat])
+        values.append(slab.mapped()[rows[here] - first, columns[here]])
         first += slab.out
     return torch.cat(values)
-
-
-def read_header(path: Path) -> dict[str, TensorFile]:
-    """Name -> place of every tensor of a safetensors file.
-
-    Raises `ArtifactError` where the file is missing, truncated or no safetensors file.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, max(size - 8, 0)):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        found = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            if 8 + length + end > size:
-                raise ValueError(f"{name} ends after the end of the file")
-            # An unknown dtype (packed, 8 bits) is told apart where a site needs it.
-            dtype = DTYPES.get(entry["dtype"], torch.uint8)
-            count = 1
-            for extent in entry["shape"]:
-                count *= extent
-            if entry["dtype"] in DTYPES and end - begin != count * dtype.itemsize:
-                raise ValueError(f"{name} has not the bytes of its shape")
-            found[name] = TensorFile(str(path), dtype, tuple(entry["shape"]), 8 + length + begin)
-    except FileNotFoundError as error:
-        raise ArtifactError("A checkpoint's file is missing", received=str(path)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path} is truncated or no safetensors file ({str(error)[:100]})", fix="copy or download it again"
-        ) from error
-    return found
 
 
 def _weight_files(folder: Path, reference: str) -> list[Path]:

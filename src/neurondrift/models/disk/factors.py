@@ -9,7 +9,6 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ from neurondrift.base.errors import ModelError
 from neurondrift.base.files import read_json
 from neurondrift.groups.group import load_group
 from neurondrift.models.adapters import REBASING, Adapter
-from neurondrift.models.disk.checkpoints import Checkpoint, DiskSite, Slab, TensorFile, read_header
+from neurondrift.models.disk.checkpoints import Checkpoint, DiskSite, Slab
 from neurondrift.models.disk.references import refuse_other_formats
+from neurondrift.models.disk.tensors import TensorFile, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +73,16 @@ class AdapterFolder:
         self.changes: dict[str, Factors | DiskSite] = {}
         self.held = self._read_mask()
         self._read_keys(read_header(folder / WEIGHTS))
-        self._tensor = lru_cache(maxsize=4)(_read_tensor)
 
     def factors(self, site: str) -> Adapter:
         """A `[r, in]`, B `[out, r]` float64 with the scaling, and DoRA's magnitude `[out]`, of an adapted site."""
         found = self.changes[site]
         assert isinstance(found, Factors)
-        a, b = self._tensor(found.a), self._tensor(found.b)
+        a, b = found.a.mapped(), found.b.mapped()
         if found.experts > 1:
             a = a.reshape(found.experts, found.rank, -1)[found.expert]
             b = b.reshape(b.shape[0], found.rank, found.experts)[:, :, found.expert]
-        magnitude = None if found.magnitude is None else self._tensor(found.magnitude).flatten()
+        magnitude = None if found.magnitude is None else found.magnitude.mapped().flatten()
         return Adapter(a, b.double() * found.scaling, magnitude)
 
     def _read_mask(self) -> dict[str, torch.Tensor]:
@@ -226,9 +225,3 @@ class AdapterFolder:
             or any(entry == module or entry.endswith(f".{module}") or module.endswith(f".{entry}") for entry in known)
             or module.rpartition(".")[2] in ("lm_head", "embed_out", "embed_tokens", "wte")
         )
-
-
-def _read_tensor(tensor: TensorFile) -> torch.Tensor:
-    count = math.prod(tensor.shape)
-    site = DiskSite("", 0, "", (1, count), (Slab(tensor.path, tensor.dtype, tensor.offset, 1, count, False),))
-    return site.read().view(tensor.shape)
