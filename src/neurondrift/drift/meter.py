@@ -187,7 +187,8 @@ def measure_drift(model: nn.Module | Sites, *, initial: Weights | None = None) -
 def compare_models(before: Any, after: Any) -> dict[str, NeuronDrift]:
     """Drift of every neuron between two models: modules, or references that `load_model` takes.
 
-    Raises `ModelError` where the two have different sites or shapes.
+    A module with an adapter, merged or not, counts as it computes: with the change that the adapter makes. Raises
+    `ModelError` where the two have different sites or shapes, or an adapter cannot be measured exactly.
     """
     first, second = (
         load_model(m, dtype="float32", device="cpu")[0] if isinstance(m, str | Path) else m for m in (before, after)
@@ -199,9 +200,13 @@ def compare_models(before: Any, after: Any) -> dict[str, NeuronDrift]:
         ]
         raise ModelError("The two models have different sites or shapes", received=different[0])
     return {
-        name: drift_from_moments(*dense_moments(site.weight, sites_after[name].weight))
+        name: drift_from_moments(*dense_moments(_as_computed(site), _as_computed(sites_after[name])))
         for name, site in sites_before.items()
     }
+
+
+def _as_computed(site: Site) -> torch.Tensor:
+    return effective_weight(site) if is_trained(site) else site.weight
 
 
 class Members(NamedTuple):
