@@ -32,7 +32,9 @@ from neurondrift.drift.bins import SHIFT
 
 # Sums may be taken in another order and fused with products, so that they fill vector registers; NaN and infinity stay.
 ARITHMETIC = {"reassoc", "contract", "nsz"}
-# Rows of A that one pass over a weight is multiplied by.
+# Rows of A that one pass over a weight is multiplied by. The loops name their eight sums one by one (`p0` to `p7`):
+# LLVM keeps names in registers; an array of eight is written to memory at every step, which takes twelve times as long
+# (and sums in another order).
 UNROLLED = 8
 # Below these shares of ‖Δ‖² the part across w₀, as a difference of two squares, has lost the accuracy of w₀·Δ
 # (float32 or float64), and is taken from the row itself.
