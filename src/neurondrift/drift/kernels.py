@@ -40,7 +40,7 @@ UNROLLED = 8
 # (float32 or float64), and is taken from the row itself.
 CANCELLED_FLOAT32 = 1e-2
 CANCELLED_FLOAT64 = 1e-8
-# The bits of a float32's absolute value: infinity's, and the largest. A bin of `weights` is such bits, shifted.
+# The bits of a float32's absolute value: infinity's, and the largest. A bin of `bins` is such bits, shifted.
 INFINITE, NO_BITS = 0x7F800000, 0x7FFFFFFF
 CODES = 1 << 31 - SHIFT
 # Members that are counted at a time.

@@ -1,7 +1,7 @@
 """Causal language models: how a reference becomes a model and a tokenizer.
 
 Knows hub ids, folders, GGUF files within Python packages, adapters, devices and dtypes. What is inside a model is
-the business of `sites.py`.
+the business of `models.sites`.
 """
 
 from __future__ import annotations
