@@ -34,8 +34,8 @@ class Group:
     Attributes
     ----------
     granularity
-        `neuron` (rows of sites), `weight` (single entries) or `unit` (hidden units of MLPs, see `units.py`: a
-        "site" is then the name of an MLP).
+        `neuron` (rows of sites), `weight` (single entries) or `unit` (hidden units of MLPs: a "site" is then
+        the name of an MLP).
     members
         Site name -> sorted, distinct int64: rows of the site, or flat indices `row * in + col`. Sites without
         members are left out.
