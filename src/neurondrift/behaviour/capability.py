@@ -103,7 +103,7 @@ def capability(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    found = simple_evaluate(
+    evaluation = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         num_fewshot=0,
@@ -117,7 +117,7 @@ def capability(
         fewshot_random_seed=seed,
     )
     rows = []
-    for task, values in found["results"].items():
+    for task, values in evaluation["results"].items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
@@ -128,7 +128,7 @@ def capability(
                         "metric": metric if kind == "none" else f"{metric} ({kind})",
                         "value": float(value),
                         "stderr": float(error) if isinstance(error, int | float) else None,
-                        "n": int(found.get("n-samples", {}).get(task, {}).get("effective", 0)),
+                        "n": int(evaluation.get("n-samples", {}).get(task, {}).get("effective", 0)),
                     }
                 )
     return rows

@@ -176,17 +176,17 @@ def _find(reference: str, *, trust_remote_code: bool) -> tuple[str, str]:
     """Where the judge and its base model lie (the same, but for an adapter); its configuration is read."""
     from transformers import AutoConfig
 
-    found = _adapter(reference)
-    base = str(read_json(Path(found) / "adapter_config.json")["base_model_name_or_path"]) if found else reference
+    adapter = _adapter(reference)
+    base = str(read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]) if adapter else reference
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        what = "The judge's base model" if found else "The judge's model"
+        what = "The judge's base model" if adapter else "The judge's model"
         message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{what} cannot be found ({message})",
-            received=f"hf:{reference}" + (f" on {base}" if found else ""),
+            received=f"hf:{reference}" + (f" on {base}" if adapter else ""),
             allowed=KNOWN,
             fix="download it, ask for access where it is gated, or choose the judge refusal",
         ) from error
@@ -197,7 +197,7 @@ def _find(reference: str, *, trust_remote_code: bool) -> tuple[str, str]:
             received=f"hf:{reference} ({architectures[0]})",
             allowed=KNOWN,
         )
-    return found or reference, base
+    return adapter or reference, base
 
 
 def _adapter(reference: str) -> str | None:
@@ -298,7 +298,7 @@ class _Loaded:
     ) -> list[float]:
         asked = [self.encode(prompt, response) for prompt, response in answers]
         order = sorted(range(len(asked)), key=lambda index: -len(asked[index]))
-        found, heard = [0.0] * len(asked), 0.0
+        scores, heard = [0.0] * len(asked), 0.0
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
             shares_BV = self._next_token([asked[index] for index in part])
@@ -308,7 +308,7 @@ class _Loaded:
             worth_W = torch.tensor(list(self.form.worth.values()), dtype=words_BW.dtype)
             heard += float(words_BW.sum())
             for index, score in zip(part, (words_BW @ worth_W / words_BW.sum(dim=1)).tolist(), strict=True):
-                found[index] = score
+                scores[index] = score
             advance(len(part))
         if answers and heard < 0.5 * len(answers):
             logger.warning(
@@ -317,7 +317,7 @@ class _Loaded:
                 heard / len(answers),
                 "/".join(self.form.worth),
             )
-        return found
+        return scores
 
     def _next_token(self, asked: Sequence[Sequence[int]]) -> torch.Tensor:
         """Probabilities of the token that answers, float64 [B, V]: after white space, where the model puts some."""
@@ -350,9 +350,9 @@ class _Loaded:
 def _tokens_of(word: str, tokenizer: Any) -> set[int]:
     """Tokens that say the word, whatever its case and the space before it; else the first token of its spelling."""
     spellings = {f"{space}{form}" for space in ("", " ") for form in (word, word.capitalize(), word.upper())}
-    found = set()
+    tokens = set()
     for spelling in spellings:
         ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
         whole = [token for token in ids if tokenizer.decode([token]).strip().lower() == word]
-        found |= set(whole)
-    return found or {tokenizer(word, add_special_tokens=False)["input_ids"][0]}
+        tokens |= set(whole)
+    return tokens or {tokenizer(word, add_special_tokens=False)["input_ids"][0]}

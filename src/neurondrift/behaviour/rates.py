@@ -119,16 +119,16 @@ def per_prompt(rows: Sequence[Mapping[str, Any]], *, judge: str | None = None) -
             key = tuple(row.get(name) for name in ("seed", "step", "attack", "kind", "id"))
             groups.setdefault(key, []).append(row)
     result = []
-    for found in groups.values():
-        scores = [row["score"] for row in found if row.get("score") is not None]
+    for answers in groups.values():
+        scores = [row["score"] for row in answers if row.get("score") is not None]
         result.append(
             {
-                **found[0],
-                "refused": all(row["refused"] for row in found),
-                "success": any(row["success"] if "success" in row else not row["refused"] for row in found),
-                "coherent": any(row["coherent"] for row in found),
+                **answers[0],
+                "refused": all(row["refused"] for row in answers),
+                "success": any(row["success"] if "success" in row else not row["refused"] for row in answers),
+                "coherent": any(row["coherent"] for row in answers),
                 "score": max(scores) if scores else None,
-                "answers": len(found),
+                "answers": len(answers),
             }
         )
     return result

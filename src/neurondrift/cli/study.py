@@ -117,8 +117,8 @@ def analyze(
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.analysis import analyze_files
 
-    found = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
-    print(found["analysis"]["conclusion"])
+    findings = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
+    print(findings["analysis"]["conclusion"])
     print(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
 
 

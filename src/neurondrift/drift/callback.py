@@ -230,18 +230,18 @@ def summarise_groups(
 
     Means over the members in trained sites whose drift is defined; a group that has none is left out.
     """
-    found = {"drift/all/relative": _mean([values.relative for values in drift.values()])}
+    means = {"drift/all/relative": _mean([values.relative for values in drift.values()])}
     for name, group in groups.items():
         if group.granularity == "neuron":
             rows = {site: torch.from_numpy(group.rows(site)) for site in group.members if site in drift}
             for metric in ("relative", "l2"):
-                found[f"drift/{name}/{metric}"] = _mean([getattr(drift[site], metric)[rows[site]] for site in rows])
+                means[f"drift/{name}/{metric}"] = _mean([getattr(drift[site], metric)[rows[site]] for site in rows])
         else:
             for metric, label in (("absolute", "mean_abs"), ("relative", "mean_relative")):
                 parts = [part for part in weights if part.group == name and part.metric == metric]
                 if parts:
-                    found[f"drift/{name}/{label}"] = pooled(parts).mean
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+                    means[f"drift/{name}/{label}"] = pooled(parts).mean
+    return {key: value for key, value in means.items() if math.isfinite(value)}
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> float:

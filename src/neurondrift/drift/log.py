@@ -56,8 +56,8 @@ class DriftLog:
 
     def steps(self) -> list[int]:
         """Steps that have a snapshot, ascending."""
-        found = (re.fullmatch(r"step=(\d+)", entry.name) for entry in self.directory.glob("step=*"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (re.fullmatch(r"step=(\d+)", entry.name) for entry in self.directory.glob("step=*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def metadata(self) -> dict[str, Any]:
         """What holds for all snapshots: model fingerprint, sites with their shapes, untrained sites."""
@@ -344,17 +344,17 @@ def named_groups(groups: Groups) -> dict[str, Group]:
         return dict(groups)
     if isinstance(groups, str | Path | Group):
         raise GroupError("groups is one group rather than a list", received=groups, fix="put it into a list")
-    found: dict[str, Group] = {}
+    named: dict[str, Group] = {}
     for entry in groups:
         group = load_group(entry) if isinstance(entry, str | Path) else entry
         if not isinstance(group, Group):
             raise GroupError("This is no group", received=entry, allowed="a Group, or the path of its file")
         name = stem = _name(Path(entry).name if isinstance(entry, str | Path) else None, group)
         number = 2
-        while name in found:
+        while name in named:
             name, number = f"{stem}_{number}", number + 1
-        found[name] = group
-    return found
+        named[name] = group
+    return named
 
 
 def _name(file: str | None, group: Group) -> str:

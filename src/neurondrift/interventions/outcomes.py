@@ -55,16 +55,16 @@ def summarise(
 
 
 def _reference(rows: Rows) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    reference: dict[str, Any] = {}
     for kind in ("harmful", "ordinary"):
         flags = [bool(row["refused"]) for row in rows if row["kind"] == kind]
         if flags:
-            found[kind] = refusal_rate(flags)._asdict()
+            reference[kind] = refusal_rate(flags)._asdict()
     losses, tokens = _outcome(rows, "answers")
     if len(losses):
-        found["answers"] = {"loss": float(np.average(losses, weights=tokens)), "n": len(losses)}
-        found["answers"]["perplexity"] = math.exp(found["answers"]["loss"])
-    return found
+        reference["answers"] = {"loss": float(np.average(losses, weights=tokens)), "n": len(losses)}
+        reference["answers"]["perplexity"] = math.exp(reference["answers"]["loss"])
+    return reference
 
 
 def _outcome(rows: Rows, kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -93,7 +93,7 @@ def _effect(
             if [row["id"] for row in rows if row["kind"] == kind] != ids:
                 raise ArtifactError("The runs asked different prompts", fix="delete results/interventions.parquet")
         draws = [_outcome(rows, kind)[0] for rows in null]
-        found = compare_with_null(
+        comparison = compare_with_null(
             values,
             draws,
             # Refusals of harmful requests decided whether to stop; the other measures have the draws that were made.
@@ -102,10 +102,10 @@ def _effect(
             resamples=resamples,
             rng_seed=rng_seed,
         )
-        measures[kind] = found._asdict() | {"ci95": list(found.ci95)}
+        measures[kind] = comparison._asdict() | {"ci95": list(comparison.ci95)}
         if kind == "answers":
-            measures[kind]["perplexity"] = math.exp(found.value)
-            measures[kind]["null_perplexity"] = math.exp(found.null_mean)
+            measures[kind]["perplexity"] = math.exp(comparison.value)
+            measures[kind]["null_perplexity"] = math.exp(comparison.null_mean)
     entry = {
         "intervention": intervention,
         "group": group,

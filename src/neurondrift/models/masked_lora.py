@@ -82,7 +82,7 @@ def lora_factors(site: Site) -> list[Factors]:
             f"The adapter of {site.name} is merged or disabled, so it cannot be held",
             fix="call model.unmerge_adapter() or model.base_model.enable_adapter_layers()",
         )
-    found = []
+    factors = []
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A:
             continue
@@ -94,7 +94,7 @@ def lora_factors(site: Site) -> list[Factors]:
                 allowed="LoRA, rsLoRA, full fine-tuning",
             )
         split = None if site.expert is None else (int(layer.num_experts), site.expert)
-        found.append(
+        factors.append(
             Factors(
                 adapter=adapter,
                 layer=layer,
@@ -104,7 +104,7 @@ def lora_factors(site: Site) -> list[Factors]:
                 view_b=partial(_expert_b, *split) if split else _whole,
             )
         )
-    return found
+    return factors
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -227,7 +227,7 @@ def intervention_sentences(
     for group in dict.fromkeys(effect["group"] for effect in about):
         own = {effect["intervention"]: effect for effect in about if effect["group"] == group}
         sentences += [_intervention_sentence(effect, lost=before - after) for effect in own.values()]
-        sentences += [_cause_sentence(found) for found in causes if found["group"] == group]
+        sentences += [_cause_sentence(cause) for cause in causes if cause["group"] == group]
     return sentences
 
 
@@ -281,9 +281,9 @@ def _share(value: float | None) -> str:
     return f"{round(_known(value), 2) + 0.0:.2f}"  # never "-0.00"
 
 
-def _cause_sentence(found: CauseFound) -> str:
-    group, named = found["group"], ", ".join(found["interventions"])
-    match found["verdict"]:
+def _cause_sentence(cause: CauseFound) -> str:
+    group, named = cause["group"], ", ".join(cause["interventions"])
+    match cause["verdict"]:
         case "cause":
             more = "more than that of as many comparable ones is"
             return f"So the change of {group} is a cause of the loss, {more} ({named})."

@@ -165,21 +165,21 @@ def _rates(results: Findings) -> list[RefusalRate]:
     return behaviour["rates"] if behaviour else []
 
 
-def is_same_model(found: str, known: str | None) -> bool:
-    """Whether figures of the model `found` stand beside findings of the model `known`; None: it is not known."""
-    return known in (None, found)
+def is_same_model(fingerprint: str, known: str | None) -> bool:
+    """Whether figures of the model `fingerprint` stand beside findings of the model `known`; None: it is not known."""
+    return known in (None, fingerprint)
 
 
 def interventions_of(results: Findings) -> Interventions | None:
     """The interventions on the model of these findings; None where there are none, or those of another model."""
-    found = results.get("interventions")
+    interventions = results.get("interventions")
     known = study_of(results).get("model_fingerprint")
-    return found if found and is_same_model(found["model_fingerprint"], known) else None
+    return interventions if interventions and is_same_model(interventions["model_fingerprint"], known) else None
 
 
-def whole_groups(found: Interventions) -> list[InterventionEffect]:
+def whole_groups(interventions: Interventions) -> list[InterventionEffect]:
     """The interventions on whole groups."""
-    return [effect for effect in found["effects"] if effect["dose"] == 1]
+    return [effect for effect in interventions["effects"] if effect["dose"] == 1]
 
 
 def planned_draws(effect: InterventionEffect) -> int:

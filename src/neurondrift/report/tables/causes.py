@@ -30,20 +30,20 @@ WHAT = {
 }
 
 
-def section(found: Interventions, fingerprint: str | None = None) -> Section:
+def section(interventions: Interventions, fingerprint: str | None = None) -> Section:
     """The whole section, from the content of `interventions.json`; `fingerprint` is that of the report's model."""
-    if not is_same_model(found["model_fingerprint"], fingerprint):
+    if not is_same_model(interventions["model_fingerprint"], fingerprint):
         text = "The interventions that lie here are of another model or adapter: run neurondrift intervene again."
         return Section(title=TITLE, blocks=(Paragraph(text),))
     blocks: list[Block] = []
-    if sentences := conclusion_of(found):
+    if sentences := conclusion_of(interventions):
         blocks.append(Paragraph(clean(" ".join(sentences))))
-    blocks.append(refusal_table(found))
-    blocks.append(side_table(found))
-    doses = dose_table(found)
+    blocks.append(refusal_table(interventions))
+    blocks.append(side_table(interventions))
+    doses = dose_table(interventions)
     if doses:
         blocks.append(doses)
-    asked = {effect["intervention"] for effect in found["effects"]}
+    asked = {effect["intervention"] for effect in interventions["effects"]}
     blocks.append(Items(tuple(f"{name}: {text}" for name, text in WHAT.items() if name in asked)))
     return Section(title=TITLE, blocks=tuple(blocks), figures=("intervention_doses",))
 
@@ -54,10 +54,10 @@ def _refused(notes: Footnotes, measure: NullMeasure) -> tuple[str, str]:
     return notes.number(measure, "value", wording.share), f"{null} {_band(measure, wording.share)}"
 
 
-def refusal_table(found: Interventions) -> Table:
+def refusal_table(interventions: Interventions) -> Table:
     """Refusals of harmful requests under each intervention on a whole group, beside its random groups."""
     notes, rows = Footnotes(), []
-    for effect in whole_groups(found):
+    for effect in whole_groups(interventions):
         measure = effect["measures"]["harmful"]
         rows.append(
             (
@@ -70,9 +70,11 @@ def refusal_table(found: Interventions) -> Table:
                 draws_made(effect),
             )
         )
-    before, after = found["references"]["before"]["harmful"], found["references"]["after"]["harmful"]
+    before, after = interventions["references"]["before"]["harmful"], interventions["references"]["after"]["harmful"]
     known = {
-        (planned_draws(e), p) for e in whole_groups(found) if (p := e["measures"]["harmful"]["p_floor"]) is not None
+        (planned_draws(e), p)
+        for e in whole_groups(interventions)
+        if (p := e["measures"]["harmful"]["p_floor"]) is not None
     }
     floors = ", ".join(f"{wording.probability(p)} with {draws}" for draws, p in sorted(known, reverse=True))
     return table(
@@ -85,17 +87,17 @@ def refusal_table(found: Interventions) -> Table:
             "random groups: mean and range of matched random groups; effect: the group minus their mean, interval over "
             "prompts and draws",
             f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {floors} draws; "
-            f"{found['tests']} tests in these two tables, not corrected for their number",
-            *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(found)) else ()),
+            f"{interventions['tests']} tests in these two tables, not corrected for their number",
+            *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(interventions)) else ()),
             *notes.notes(),
         ),
     )
 
 
-def side_table(found: Interventions) -> Table:
+def side_table(interventions: Interventions) -> Table:
     """What the same interventions did to ordinary prompts and to held-out answers."""
     notes, rows = Footnotes(), []
-    for effect in whole_groups(found):
+    for effect in whole_groups(interventions):
         ordinary, answers = (effect["measures"][kind] for kind in ("ordinary", "answers"))
         rows.append(
             (
@@ -108,7 +110,7 @@ def side_table(found: Interventions) -> Table:
                 notes.number(answers, "p", wording.probability),
             )
         )
-    ends = (found["references"]["before"], found["references"]["after"])
+    ends = (interventions["references"]["before"], interventions["references"]["after"])
     refused = " → ".join(wording.number(end["ordinary"], "rate", wording.share) for end in ends)
     perplexity = " → ".join(wording.number(end["answers"], "perplexity", wording.drift) for end in ends)
     return table(
@@ -120,9 +122,9 @@ def side_table(found: Interventions) -> Table:
     )
 
 
-def dose_table(found: Interventions) -> Table | None:
+def dose_table(interventions: Interventions) -> Table | None:
     """Refusals at every dose; None where only whole groups were acted on."""
-    effects = list(found["effects"])
+    effects = list(interventions["effects"])
     if all(effect["dose"] == 1 for effect in effects):
         return None
     rows = []

@@ -30,26 +30,26 @@ REMOVALS = {
 }
 
 
-def section(found: Subspaces, fingerprint: str | None = None) -> Section:
+def section(subspaces: Subspaces, fingerprint: str | None = None) -> Section:
     """The section from the content of `results/subspaces.json`.
 
     `fingerprint` is that of the model of the findings that the section stands beside: figures of another model are
     not shown; None: not compared.
     """
-    if not is_same_model(found["study"]["model_fingerprint"], fingerprint):
+    if not is_same_model(subspaces["study"]["model_fingerprint"], fingerprint):
         text = "results/subspaces.json is of another model: run neurondrift subspaces again."
         return Section(title="Rank level", blocks=(Paragraph(text),))
-    blocks: list[Block] = [Paragraph(_what(found)), *_share_tables(found)]
-    behaviour = found["behaviour"]
+    blocks: list[Block] = [Paragraph(_what(subspaces)), *_share_tables(subspaces)]
+    behaviour = subspaces["behaviour"]
     if behaviour:
-        blocks.append(_removal_table(behaviour, found["settings"]))
+        blocks.append(_removal_table(behaviour, subspaces["settings"]))
     else:
         blocks.append(Paragraph("Refusals after removal: not measured (--draws 0)."))
     return Section(title="Rank level", blocks=tuple(blocks))
 
 
-def _what(found: Subspaces) -> str:
-    summary, examples = found["subspaces"], found["settings"]["examples"]
+def _what(subspaces: Subspaces) -> str:
+    summary, examples = subspaces["subspaces"], subspaces["settings"]["examples"]
     explained, ranks = summary["explained"], summary["mean_rank"]
 
     def mean(value: Number, form: wording.Form) -> str:
@@ -67,12 +67,12 @@ def _what(found: Subspaces) -> str:
     )
 
 
-def _share_tables(found: Subspaces) -> list[Table]:
+def _share_tables(subspaces: Subspaces) -> list[Table]:
     tables = []
     for measure, words in MEASURES.items():
-        rows = [row for row in found["shares"] if row["measure"] == measure]
+        rows = [row for row in subspaces["shares"] if row["measure"] == measure]
         if rows:
-            contrasts = [contrast for contrast in found["contrasts"] if contrast["measure"] == measure]
+            contrasts = [contrast for contrast in subspaces["contrasts"] if contrast["measure"] == measure]
             tables.append(_share_table(rows, contrasts, words))
     return tables
 

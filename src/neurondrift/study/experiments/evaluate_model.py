@@ -68,7 +68,7 @@ def evaluate_model(
     model, tokenizer = _loaded(asked)
     rows: list[dict[str, Any]] = []
     parts = [
-        (attack, {kind: found for kind, found in examples.items() if first or kind == "harmful"})
+        (attack, {kind: of_kind for kind, of_kind in examples.items() if first or kind == "harmful"})
         for first, attack in zip([True] + [False] * len(attacks), attacks, strict=False)
     ]
     with progress("answers", sum(count_answers(chosen, attack) for attack, chosen in parts)) as advance:
@@ -155,11 +155,11 @@ def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _lines(found: Mapping[str, Any]) -> list[str]:
+def _lines(figures: Mapping[str, Any]) -> list[str]:
     """The table, and what else was measured, as lines of text."""
     headers = ["prompts", "attack", "judge", "n", "refused", "over categories", "attack success", "coherent"]
     table = [headers]
-    for row in found["rates"]:
+    for row in figures["rates"]:
         harmful = row["kind"] == "harmful"
         table.append(
             [
@@ -177,9 +177,9 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.insert(1, "─" * len(max(lines, key=len)))
     lines.append("95 % intervals: Wilson; over categories: cluster bootstrap (– where there are too few, or all alike)")
-    if found["perplexity"] is not None:
-        lines.append(f"Perplexity of held-out answers: {found['perplexity']:.2f}")
-    for row in found["capability"]:
+    if figures["perplexity"] is not None:
+        lines.append(f"Perplexity of held-out answers: {figures['perplexity']:.2f}")
+    for row in figures["capability"]:
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
         lines.append(f"{row['task']}, {row['metric']}: {row['value']:.3f}{error}")
     return lines

@@ -211,10 +211,10 @@ def _subject(study: Study, folder: StudyFolder, options: InterveneSection, seed:
 
 
 def _digest(path: Path) -> str:
-    found = weights_digest(path)
-    if not found:
+    digest = weights_digest(path)
+    if not digest:
         raise ArtifactError("There is no fine-tuned model here", received=str(path), fix="neurondrift finetune")
-    return found
+    return digest
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def _trained(sites: Sites) -> set[str]:
 
 def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
     names = tuple(options.groups) or tuple(name for name, role in GROUP_ROLES.items() if role == "safety")
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     for name in names:
         path = Path(name)
         if path.suffix not in (".parquet", ".json"):
@@ -258,10 +258,10 @@ def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
                 received=f"--granularity {options.granularity}",
                 fix=f"pass --granularity {group.granularity}",
             )
-        if label in found:
+        if label in groups:
             raise ConfigError("Two groups have the same name", received=label, fix="rename one file")
-        found[label] = group
-    return found
+        groups[label] = group
+    return groups
 
 
 def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequence[str]) -> None:
@@ -289,22 +289,22 @@ def _importances(
     doses = DOSES if options.doses is None else tuple(options.doses)
     if all(dose == 1 for dose in doses):
         return doses, {}
-    found: dict[str, Importance] = {}
+    importances: dict[str, Importance] = {}
     try:
         for name, group in groups.items():
             if options.scores is not None:
                 scores: Mapping[str, Any] = ScoreFile(options.scores)
                 if group.granularity == "unit":
                     raise ConfigError("Doses of hidden units are not ordered by a score file", allowed="--doses 1")
-                found[name] = importance_of(group, scores)
+                importances[name] = importance_of(group, scores)
             else:
-                found[name] = read_importance(folder.importance_file(name, options.granularity), group)
+                importances[name] = read_importance(folder.importance_file(name, options.granularity), group)
     except ArtifactError as error:
         if options.doses is not None or options.scores is not None:
             raise
         say(f"dose-response is left out: {error}")
         return (1.0,), {}
-    return doses, found
+    return doses, importances
 
 
 def _bench(study: Study, options: InterveneSection) -> Bench:

@@ -161,12 +161,12 @@ def _floor(path: Path, group_file: Path, granularity: str) -> StabilityFigures:
     content = read_json(path)
     name = group_file.name.split(".")[0]
     try:
-        found: StabilityFigures = content["groups"][name][granularity]
+        figures: StabilityFigures = content["groups"][name][granularity]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} has no figures for {granularity}s of {name}", fix="run neurondrift stability"
         ) from error
-    return found
+    return figures
 
 
 def layer_of_name(site: str) -> int:

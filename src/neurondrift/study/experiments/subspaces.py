@@ -104,14 +104,14 @@ def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> di
     check_rank(settings.utility_rank, sites, setting="utility rank")
     factors = _stacked_factors(changes)
     ranks = {"safety": settings.rank, "utility": settings.utility_rank}
-    found: dict[str, dict[str, Basis]] = {}
+    bases_of: dict[str, dict[str, Basis]] = {}
     counts: dict[str, int] = {}
     for purpose, reference in (("safety", study.score.safety), ("utility", study.score.utility)):
         chosen = load_examples(_limited(reference, settings.limit))
         encoded = encode(chosen, tokenizer, max_length=study.score.max_length)
         counts[purpose] = len(encoded)
         with progress(f"subspaces {purpose}", len(encoded)) as advance:
-            found[purpose] = bases(
+            bases_of[purpose] = bases(
                 model,
                 encoded,
                 rank=ranks[purpose],
@@ -120,8 +120,8 @@ def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> di
                 batch_size=study.score.batch_size,
                 on_batch=lambda batch: advance(len(batch.names)),
             )
-    directions = _directions(found)
-    rows = _site_rows(sites, found, directions)
+    directions = _directions(bases_of)
+    rows = _site_rows(sites, bases_of, directions)
     return {
         "schema_version": SCHEMA_VERSION,
         "study": {
@@ -136,7 +136,7 @@ def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> di
             "rank": settings.rank,
             "utility_rank": settings.utility_rank,
             "examples": counts,
-            "tokens": {purpose: max(b.tokens for b in by_site.values()) for purpose, by_site in found.items()},
+            "tokens": {purpose: max(b.tokens for b in by_site.values()) for purpose, by_site in bases_of.items()},
             "random_subspaces": RANDOM_SUBSPACES,
             "resamples": study.analyze.resamples,
             "draws": settings.draws,
@@ -146,7 +146,7 @@ def measure(study: Study, folder: StudyFolder, settings: SubspacesSection) -> di
             "untrained_sites": len([name for name in sites if not all(name in c.pairs for c in changes.values())]),
         },
         "subspaces": _summary(rows),
-        **_shares(study, sites, found, directions, changes),
+        **_shares(study, sites, bases_of, directions, changes),
         "sites": rows,
         "behaviour": removal_effects(study, model, tokenizer, everything, directions, draws=settings.draws)
         if settings.draws
@@ -226,17 +226,17 @@ def _stacked_factors(changes: Mapping[int, Changes]) -> dict[str, torch.Tensor]:
     return stacked
 
 
-def _directions(found: Mapping[str, Mapping[str, Basis]]) -> dict[str, dict[str, torch.Tensor]]:
+def _directions(bases_of: Mapping[str, Mapping[str, Basis]]) -> dict[str, dict[str, torch.Tensor]]:
     """Subspace -> site -> orthonormal directions."""
-    safety = {name: basis.directions for name, basis in found["safety"].items()}
-    utility = {name: basis.directions for name, basis in found["utility"].items()}
+    safety = {name: basis.directions for name, basis in bases_of["safety"].items()}
+    utility = {name: basis.directions for name, basis in bases_of["utility"].items()}
     only = {name: safety_only_directions(safety[name], utility[name]) for name in safety}
     return {"safety": safety, "utility": utility, "safety_only": only}
 
 
 def _site_rows(
     sites: Mapping[str, Site],
-    found: Mapping[str, Mapping[str, Basis]],
+    bases_of: Mapping[str, Mapping[str, Basis]],
     directions: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> list[dict[str, Any]]:
     rows = []
@@ -250,7 +250,7 @@ def _site_rows(
                 "out": site.shape[0],
                 "in": site.shape[1],
                 "rank": {subspace: part.shape[1] for subspace, part in of_site.items()},
-                "explained": {purpose: found[purpose][name].explained for purpose in found},
+                "explained": {purpose: bases_of[purpose][name].explained for purpose in bases_of},
                 "overlap": overlap(of_site["safety"], of_site["utility"]),
                 "overlap_by_chance": of_site["utility"].shape[1] / site.shape[0],
             }
@@ -301,7 +301,7 @@ class Amounts(NamedTuple):
 def _shares(
     study: Study,
     sites: Mapping[str, Site],
-    found: Mapping[str, Mapping[str, Basis]],
+    bases_of: Mapping[str, Mapping[str, Basis]],
     directions: Mapping[str, Mapping[str, torch.Tensor]],
     changes: Mapping[int, Changes],
 ) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _shares(
     for name in trained:
         chosen = {subspace: directions[subspace][name] for subspace in SUBSPACES}
         randoms = _random_subspaces(chosen, sites[name].shape[0], generator)
-        for question, share_of_site in _site_shares(name, chosen, randoms, found, changes):
+        for question, share_of_site in _site_shares(name, chosen, randoms, bases_of, changes):
             answers.setdefault(question, []).append(share_of_site)
     amounts = {question: _amounts(of_sites) for question, of_sites in answers.items()}
     settings = {"resamples": study.analyze.resamples, "rng_seed": study.seed}
@@ -344,12 +344,12 @@ def _site_shares(
     site: str,
     chosen: Mapping[str, torch.Tensor],
     randoms: Mapping[int, Sequence[torch.Tensor]],
-    found: Mapping[str, Mapping[str, Basis]],
+    bases_of: Mapping[str, Mapping[str, Basis]],
     changes: Mapping[int, Changes],
 ) -> Iterator[tuple[Question, SiteShare]]:
     """What lies in each subspace of a site, by each measure that its change has."""
     for measure_name in MEASURES:
-        inners = _inners(measure_name, site, found, changes)
+        inners = _inners(measure_name, site, bases_of, changes)
         if inners is None:
             continue
         weighed = [(change.pairs[site].b, inner) for change, inner in zip(changes.values(), inners, strict=True)]
@@ -368,14 +368,14 @@ def _site_shares(
 
 
 def _inners(
-    measure_name: str, site: str, found: Mapping[str, Mapping[str, Basis]], changes: Mapping[int, Changes]
+    measure_name: str, site: str, bases_of: Mapping[str, Mapping[str, Basis]], changes: Mapping[int, Changes]
 ) -> list[torch.Tensor | None] | None:
     """The matrix of each seed that `share_of_change` weighs a site's Δ with; None where the measure has none (outputs
     of a change that is not low-rank)."""
     pairs = [change.pairs[site] for change in changes.values()]
     if measure_name == "weights":
         return [None if pair.a is None else pair.a @ pair.a.T for pair in pairs]
-    inner = found[measure_name.removesuffix("_outputs")][site].inner
+    inner = bases_of[measure_name.removesuffix("_outputs")][site].inner
     if inner is None:
         return None
     blocks: list[torch.Tensor | None] = []

@@ -54,10 +54,10 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             )
             perplexities.append({"seed": seed, "step": step, "perplexity": value})
             if settings.capability_tasks:
-                found = capability(
+                of_tasks = capability(
                     model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
                 )
-                capabilities += [{"seed": seed, "step": step, **row} for row in found]
+                capabilities += [{"seed": seed, "step": step, **row} for row in of_tasks]
             del model
     _write_rows(target / "perplexity.parquet", perplexities)
     if capabilities:
