@@ -168,7 +168,7 @@ def test_single_weights_have_the_fields_that_are_named():
     assert names == set(WeightRow.__annotations__)
 
 
-# Sentences ----------------------------------------------------------------------------------------------
+# Sentences
 
 
 def squeezed(results) -> str:

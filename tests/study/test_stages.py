@@ -27,7 +27,7 @@ CHEAP = {
 FEW = ["--draws", "1", "--doses", "1", "--prompts", "2", "--ordinary", "1", "--tokens", "2"]
 LOW = ["--rank", "2", "--utility-rank", "2", "--limit", "4", "--draws", "0"]
 
-# --- the table
+# The table
 
 
 def test_the_runner_names_no_stage():
@@ -97,7 +97,7 @@ def test_a_manifest_stands_for_the_inputs_it_was_written_for(tmp_path):
     assert standing_inputs(tmp_path / "nothing.json", root=tmp_path) is None
 
 
-# --- optional stages
+# Optional stages
 
 
 @pytest.fixture(scope="module", autouse=True)
