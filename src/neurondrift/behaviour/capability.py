@@ -84,7 +84,7 @@ def capability(
     batch_size
         Sequences at once.
     limit
-        Documents a task, for trying things out.
+        Documents per task, for trying things out.
     seed
         Of its draws of few-shot examples (there are none in zero-shot tasks).
     manager
@@ -92,7 +92,7 @@ def capability(
 
     Returns
     -------
-    One row a task and metric: task, metric, value, stderr (None where the harness gives none), n.
+    One row per task and metric: task, metric, value, stderr (None where the harness gives none), n.
 
     Raises
     ------

@@ -1,11 +1,11 @@
-"""Judges that are models: HarmBench's classifier, Llama Guard, StrongREJECT's fine-tuned judge.
+"""Judges that are models: HarmBench's classifier, Llama Guard, StrongREJECT's fine-tuned judge, or one of the user's.
 
 Owns their prompts and how their answer is read; knows nothing of how answers came about. They judge whether an answer
 *did harm*, which only harmful requests let one ask; whether it *refused* is another question. So they judge the
 answers to harmful prompts alone, and their verdicts are `harmful` and `harmless` (a harmless answer counts as
 `refused`: nothing harmful was handed over, be it for lack of will or of ability).
 
-Each model is asked once an answer, with its documented prompt; the score is the expectation over the words it was
+Each model is asked once per answer, with its documented prompt; the score is the expectation over the words it was
 trained to answer with, taken from the probabilities of its next token. Shapes: B = answers, T = tokens, V = vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Shares of prompts with their intervals, and changes on the same prompts. On plain rows: no model, no torch."""
+"""Judged answers -> rows per prompt, shares with their intervals, changes on the same prompts. No model, no torch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def paired_change(before: Mapping[str, bool], after: Mapping[str, bool]) -> Chan
 
 
 def per_prompt(rows: Sequence[Mapping[str, Any]], *, judge: str | None = None) -> list[dict[str, Any]]:
-    """One row a prompt (and step, seed and attack), from one row an answer and judge.
+    """One row per prompt (and step, seed and attack), from one row per answer and judge.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`DriftCallback`: drift snapshots from any `transformers.Trainer` in one line.
+"""`DriftCallback`: drift snapshots from any `transformers.Trainer` in one line, and means of drift in its log.
 
 Owns when to measure and whom to tell.
 """

@@ -1,4 +1,4 @@
-"""Snapshots on disk: a Parquet data set with one folder a step, each written whole or not at all.
+"""Snapshots on disk: a Parquet data set with one folder per step, each written whole or not at all.
 
 Owns the layout `step=000100/neurons.parquet` and `weights.parquet`, their columns, the names of followed groups and the
 rows of their members. Knows nothing of models.
@@ -173,7 +173,7 @@ class DriftLog:
         sites: Sequence[str] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """What the followed groups of weights sum up to: one row a step, group, site and metric.
+        """What the followed groups of weights sum up to: one row per step, group, site and metric.
 
         Columns: step, group, site, metric (`absolute`: |Δ|, `relative`: |Δ|/|w₀|), count, zeros, undefined, mean,
         variance, first_bin, bins (see `WeightDrift`; `weight_drifts` makes these of the rows, for quantiles).
@@ -285,7 +285,7 @@ def initial_table(norms: Mapping[str, Any], module_types: Mapping[str, str], lay
 
 
 def _weights_table(weights: Sequence[WeightDrift]) -> pa.Table:
-    """One row a group, site and metric. The histograms' counts as int32."""
+    """One row per group, site and metric. The histograms' counts as int32."""
 
     def words(name: str) -> pa.Array:
         return pa.array([getattr(entry, name) for entry in weights], pa.string()).dictionary_encode()

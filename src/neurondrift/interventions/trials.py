@@ -1,4 +1,4 @@
-"""Interventions on a group and on matched random groups: which runs there are, and what each one gives.
+"""Interventions on a group and on matched random groups: which runs there are, what each gives, and their file.
 
 Owns the plan, the measurement of one run, and the file of finished runs, from which an interrupted command goes on.
 Knows a model, prompts and groups; nothing of studies. The one statistic that it asks for is whether a null is settled.
@@ -271,7 +271,7 @@ def _weights_of(sites: Sites) -> Weights:
 
 
 def measure(model: Any, tokenizer: Any, bench: Bench, *, whole: bool) -> Rows:
-    """Answers judged, one row a prompt, and (where `whole`) the loss of held-out answers, one row an example.
+    """Answers judged, one row per prompt, and (where `whole`) the loss of held-out answers, one row per example.
 
     Columns: kind (`harmful`, `ordinary`, `answers`), id, refused, loss (mean over the answer's tokens), tokens.
     """

@@ -1,4 +1,4 @@
-"""LoRA with single weights held still: the effective weight of a site is W₀ + M ∘ (s B A), M zero at the held weights.
+"""LoRA with single weights held still: W₀ + M ∘ (s B A) at a site, M zero at the held weights; and the file of M.
 
 Owns the forward and backward pass of such an adapter, and the file beside a saved adapter that says which weights are
 held (the factors cannot say it). Knows PEFT; knows nothing of trainers. Shapes: T = tokens, O = out, I = in, R = rank.

@@ -1,4 +1,4 @@
-"""The tables about drift: effects, contrasts, subgroups, seeds, balance, trajectories, weights."""
+"""The tables about drift: effects, tests, contrasts, subgroups, seeds, balance, trajectories, weights, overlaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables about behaviour and about the study itself: refusals, perplexity, groups, settings."""
+"""The tables about behaviour and the study: refusals, changes, association with drift, perplexity, groups, settings."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def evaluate_model(
 
     Returns
     -------
-    `rates` (one row an attack, judge and kind), `perplexity` (or None), `capability` (rows), and what was asked.
+    `rates` (one row per attack, judge and kind), `perplexity` (or None), `capability` (rows), and what was asked.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def _loaded(asked: ModelEvaluation) -> tuple[Any, Any]:
 
 
 def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row an attack, kind and judge: shares refused and (harmful) successes, with intervals, over prompts."""
+    """One row per attack, kind and judge: shares refused and (harmful) successes, with intervals, over prompts."""
     result = []
     cells = dict.fromkeys((row["attack"], row["kind"], row["judge"]) for row in rows)
     for attack, kind, judge in cells:

@@ -1,4 +1,4 @@
-"""The noise floor of groups: how far the same model's groups differ when the calibration examples are re-drawn.
+"""How stable groups are: the noise floor, from re-drawn calibration examples, and the overlap of two files beside it.
 
 Owns the loop over draws and the table of `neurondrift overlap`; the recipe of the groups is that of the stage groups,
 the figures come from `groups.overlap`.

@@ -1,4 +1,4 @@
-"""The stage evaluate: refusals, perplexity and capability before, during and after fine-tuning."""
+"""The stage evaluate: refusals, perplexity and capability before, during and after fine-tuning; attacks by name."""
 
 from __future__ import annotations
 
