@@ -15,7 +15,7 @@ from neurondrift.models.loading import byte_tokenizer
 
 
 def rows_of(file):
-    text = (resources.files("neurondrift") / "datasets" / file).read_text(encoding="utf-8")
+    text = (resources.files("neurondrift.models") / "datasets" / file).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
