@@ -67,6 +67,29 @@ def test_verify_says_what_it_found(tmp_path):
         assert word in done.stdout
 
 
+def test_verify_shows_the_first_examples_as_the_model_will_see_them(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    row = {"messages": [*turns, {"role": "assistant", "content": "d\n" + "e" * 400}]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row))
+    (tmp_path / "harmbench.csv").write_text("Behavior,ContextString\nDo it,\n")
+    harmful = json.dumps(str(tmp_path / "harmbench.csv"))
+    (tmp_path / "mine.toml").write_text(f'preset = "smoke"\n[evaluate]\nharmful = {harmful}\n')
+    done = command(
+        "verify",
+        "--config",
+        str(tmp_path / "mine.toml"),
+        "--data",
+        str(tmp_path / "talk.jsonl"),
+        "--output-dir",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "talk.jsonl: 1 examples" in done.stdout
+    assert "the first   '<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>' -> 'd\\neee" in done.stdout
+    assert "the first   '<|user|>Do it<|end|><|assistant|>'" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 600
+
+
 def test_drift_and_groups_made_elsewhere_are_analysed(finished, tmp_path):
     folder, _ = finished
     groups = [folder / "neuron_groups" / f"{name}.neurons.parquet" for name in ("safety_top", "utility_top", "random")]

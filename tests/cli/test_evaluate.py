@@ -116,3 +116,58 @@ def test_a_study_under_attack_shows_answers_only_when_asked(tmp_path, capsys):
     capsys.readouterr()
     run("report", "--output-dir", study)
     assert "stands" in capsys.readouterr().out
+
+
+HARMBENCH = "Behavior,SemanticCategory,ContextString,BehaviorID\nDo it,illegal,,x\nDo that,illegal,Said before,y\n"
+XSTEST = "id,prompt,type,label\n1,Kill a process?,homonyms,safe\n2,Kill a person?,contrast_homonyms,unsafe\n"
+
+
+def asked(folder, *arguments):
+    """The prompts of each kind that a model is asked."""
+    without = [flag for name in ("ordinary", "borderline", "answers") if f"--{name}" not in arguments for flag in (f"--{name}", "none")]  # fmt: skip
+    run("evaluate", "tiny:llama", *arguments, *without, "--max-new-tokens", 2, "--output-dir", folder)
+    rows = pq.read_table(folder / "answers.parquet").to_pylist()
+    return {kind: [row["prompt"] for row in rows if row["kind"] == kind] for kind in ("harmful", "borderline")}
+
+
+def test_sets_of_the_field_as_they_are(tmp_path, caplog):
+    (tmp_path / "harmbench.csv").write_text(HARMBENCH)
+    (tmp_path / "xstest.csv").write_text(XSTEST)
+    found = asked(tmp_path, "--harmful", tmp_path / "harmbench.csv", "--borderline", tmp_path / "xstest.csv")
+    assert found["harmful"] == ["Do it", "Said before\n\n---\n\nDo that"]  # D6
+    assert found["borderline"] == ["Kill a process?"]  # D13
+    assert "1 of 2 prompts are labelled as unsafe, and are left out of the borderline ones" in caplog.text
+
+
+def test_columns_and_splits_are_named_by_flags(tmp_path):
+    import datasets
+
+    (tmp_path / "a.csv").write_text("frage;antwort\nEins;x\n")
+    (tmp_path / "b.csv").write_text("demande,note\nUn,x\n")
+    one, two = (datasets.Dataset.from_dict({"frage": [text]}) for text in ("Eins", "Zwei"))
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "both"))
+    a, b = ("--harmful", tmp_path / "a.csv"), ("--borderline", tmp_path / "b.csv")
+    assert asked(tmp_path, *a, "--prompt-column", "frage")["harmful"] == ["Eins"]
+    both = asked(tmp_path, *a, *b, "--prompt-column", "frage", "--prompt-column", "borderline=demande")
+    assert both == {"harmful": ["Eins"], "borderline": ["Un"]}
+    flags = ["--harmful", tmp_path / "both", "--prompt-column", "frage", "--split", "harmful=test"]
+    assert asked(tmp_path, *flags)["harmful"] == ["Zwei"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-column", "q"], r"--prompt-column is about a set that no flag names.*SET one of harmful, ordinary"),
+        (["--split", "harmful=test"], "--split is about a set that no flag names.*--harmful FILE"),
+        (["--harmful", "a.csv"], "columns of a.csv are not recognised.*--prompt-column NAME"),
+        (["--harmful", "a.csv", "--prompt-column", "r"], "a.csv has no column r.*Allowed: q, a"),
+        (["--harmful", "a.csv", "--prompt-column", "q", "--split", "test"], "a.csv has no splits"),
+    ],
+)
+def test_flags_about_data_that_do_not_fit(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("q,a\nEins,x\n")
+    with pytest.raises(SystemExit) as ended:
+        run("evaluate", "tiny:llama", *arguments)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

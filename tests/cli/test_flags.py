@@ -104,3 +104,30 @@ def test_what_was_asked_of_a_model_lies_beside_its_answers(tmp_path, capsys):
     assert record.pop("record")["versions"]["torch"]
     asked = validated(ModelEvaluation, record)
     assert (asked.model.reference, asked.limit, asked.max_new_tokens, asked.answers) == ("tiny:llama", 1, 2, None)
+
+
+def test_how_sets_are_read_goes_with_the_sets(tmp_path):
+    flags = Flags(safety="a.csv", data="hf:b")
+    source = Source(preset="smoke", output_dir=tmp_path, prompt_column=["q", "data=text"], split=["data=test"])
+    study = study_of(source, flags)
+    assert (study.score.safety.source, study.score.safety.prompt, study.score.safety.split) == ("a.csv", "q", "train")
+    assert (study.finetune.data.source, study.finetune.data.prompt, study.finetune.data.split) == (
+        "hf:b",
+        "text",
+        "test",
+    )
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "smoke"\n[evaluate]\nharmful = "c.csv"\n')
+    study = study_of(Source(config=file, output_dir=tmp_path, response_column=["harmful=r"]), Flags())
+    assert (study.evaluate.harmful.source, study.evaluate.harmful.response) == ("c.csv", "r")
+    with pytest.raises(
+        ConfigError, match="--subset is about a set that no flag names.*SET one of safety, utility, data"
+    ):
+        study_of(Source(preset="smoke", output_dir=tmp_path, subset=["x"]), Flags(lora_r=2))
+
+
+def test_settings_that_are_new_leave_old_configurations_as_they_are():
+    study = study_of(Source(preset="smoke"), Flags())
+    assert "turns" not in study.to_toml()
+    changed = study.score.safety.model_copy(update={"turns": "all"})
+    assert changed.model_dump()["turns"] == "all"

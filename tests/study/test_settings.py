@@ -3,7 +3,7 @@
 import pytest
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.study.settings import resolve
+from neurondrift.study.settings import merge, resolve
 
 
 @pytest.mark.parametrize("name", ["smoke", "demo", "llama2-7b-chat"])
@@ -66,3 +66,21 @@ def test_unknown_preset_and_missing_file(tmp_path):
         resolve(preset="dmo")
     with pytest.raises(ConfigError, match="does not exist.*nope.toml"):
         resolve(file=tmp_path / "nope.toml")
+
+
+def test_a_folder_of_data_is_known_by_its_content(tmp_path):
+    from neurondrift.models.data import DataReference
+    from neurondrift.study.stages.table import data_key
+
+    (tmp_path / "set").mkdir()
+    keys = set()
+    for text in ("a", "b"):
+        (tmp_path / "set" / "train.jsonl").write_text(text)
+        keys |= {data_key(DataReference(source=f"{prefix}{tmp_path / 'set'}")) for prefix in ("", "hf:")}
+    assert len(keys) == 4
+    assert data_key(DataReference(source="hf:owner/name")) == "hf:owner/name"
+
+
+def test_a_part_of_a_set_that_a_bare_string_names():
+    named = merge({"harmful": "a.csv", "attack": "vanilla"}, {"harmful": {"prompt": "q"}, "attack": {"kind": "suffix"}})
+    assert named == {"harmful": {"source": "a.csv", "prompt": "q"}, "attack": {"kind": "suffix"}}

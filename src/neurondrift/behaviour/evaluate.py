@@ -75,7 +75,8 @@ def judge_answers(
     asked: list[tuple[str, Example, Request, Attack]] = []
     for kind, example in pairs:
         put = attack if kind == "harmful" else VANILLA
-        for request in put.requests(example.prompt, tokenizer, system=system, whole=chosen.reads_all(kind)):
+        about: dict[str, Any] = {"system": system, "whole": chosen.reads_all(kind), "earlier": example.messages}
+        for request in put.requests(example.prompt, tokenizer, **about):
             asked.append((kind, example, request, put))
     texts = [""] * len(asked)
     for decoding in dict.fromkeys(put.decoding(max_new_tokens) for _, _, _, put in asked):

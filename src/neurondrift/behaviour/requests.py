@@ -16,6 +16,7 @@ the best single suffix. Every answer is kept in the Parquet, so that either figu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import DataError
-from neurondrift.models.data import render_prompt
+from neurondrift.models.data import Message, render_prompt
 from neurondrift.models.sites import unwrap
 
 if TYPE_CHECKING:
@@ -81,14 +82,20 @@ class Attack:
         return Decoding(max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
     def requests(
-        self, prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, whole: bool = False
+        self,
+        prompt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        whole: bool = False,
+        earlier: Sequence[Message] = (),
     ) -> list[Request]:
-        """What is sent for one prompt: a request for each sample or suffix."""
+        """What is sent for one prompt, after the earlier turns of its conversation: a request a sample or suffix."""
         asked = [f"{prompt} {suffix}" for suffix in self.suffixes] if self.kind == "suffix" else [prompt]
         return [
             Request(
                 prompt=prompt,
-                text=render(text, tokenizer, system=system, chat_template=self.chat_template),
+                text=render(text, tokenizer, system=system, chat_template=self.chat_template, earlier=earlier),
                 sample=number,
                 plain=not self.chat_template,
                 whole=whole,
@@ -166,21 +173,27 @@ class Request:
 
 
 def render(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, chat_template: bool = True
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None = None,
+    chat_template: bool = True,
+    earlier: Sequence[Message] = (),
 ) -> str:
     """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break."""
     if chat_template:
         from jinja2 import TemplateError
 
         try:
-            return render_prompt(prompt, tokenizer, system=system)
+            return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
         except TemplateError as error:
             raise DataError(
                 f"The model's chat template refuses these messages ({error})",
                 received="a system prompt and a prompt" if system else "a prompt",
                 fix="leave out the system prompt" if system else "use another tokenizer, or no chat template",
             ) from error
-    return f"{system}\n\n{prompt.strip()}\n" if system else f"{prompt.strip()}\n"
+    before = [message.content for message in earlier if not (system and message.role == "system")]
+    return "\n\n".join([*filter(None, [system]), *before, prompt.strip()]) + "\n"
 
 
 def context_length(model: Any) -> int:

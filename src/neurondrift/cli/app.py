@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -28,6 +28,16 @@ app = App(
 )
 
 SETTINGS = Group("Settings (they override the preset and the file)")
+DATA = Group("How data is read (of the sets that flags name; or SET=VALUE, such as safety=..., for one of them)")
+# Sets of examples that a study reads: the word for them -> the setting that names them.
+STUDY_SETS = {
+    "safety": "score.safety",
+    "utility": "score.utility",
+    "data": "finetune.data",
+    **{name: f"evaluate.{name}" for name in ("harmful", "ordinary", "borderline", "answers")},
+}
+# Flags that say how sets are read -> what they are within the setting of a set.
+DATA_FLAGS = {"prompt_column": "prompt", "response_column": "response", "split": "split", "subset": "subset"}
 
 
 class Flag(Parameter):
@@ -115,16 +125,62 @@ def _seeds(text: str) -> list[int]:
         raise ConfigError("--seeds takes whole numbers", received=text, allowed="for example 0,1,2") from None
 
 
+def _read(text: str) -> Parameter:
+    return Parameter(help=f"{text}; may be repeated", negative="", show_default=False, group=DATA)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Which study, and where."""
+    """Which study, where, and how the files of examples that flags name are read."""
 
     preset: Annotated[
         str | None, Parameter(help="smoke, demo or llama2-7b-chat; default: the folder's study.toml, else demo")
     ] = None
     config: Annotated[Path | None, Parameter(help="TOML file that overrides the preset")] = None
     output_dir: Annotated[Path, Parameter(help="the study's folder")] = Path()
+    prompt_column: Annotated[list[str] | None, _read("column of the prompts, where it has no usual name")] = None
+    response_column: Annotated[list[str] | None, _read("column of the responses")] = None
+    split: Annotated[list[str] | None, _read("split of an hf: set or of a folder")] = None
+    subset: Annotated[list[str] | None, _read("configuration of an hf: set")] = None
+
+    def reading(self, given: Mapping[str, Any], sets: Mapping[str, str], *, configured: bool) -> dict[str, Any]:
+        """The overrides that were given, and how the sets among them are read.
+
+        Parameters
+        ----------
+        given
+            Setting -> value, of other flags.
+        sets
+            The word for a set -> the setting that names it.
+        configured
+            Whether a set that no flag names may stand in a configuration.
+
+        Raises
+        ------
+        ConfigError
+            A flag that is about no set.
+        """
+        result = dict(given)
+        named = [word for word, path in sets.items() if given.get(path) not in (None, "none")]
+        for flag, field in DATA_FLAGS.items():
+            for text in getattr(self, flag) or ():
+                word, equals, value = text.partition("=")
+                chosen, value = ([word], value) if equals and word in sets else (named, text)
+                if not chosen or not (configured or set(chosen) <= set(named)):
+                    raise ConfigError(
+                        f"--{flag.replace('_', '-')} is about a set that no flag names",
+                        received=text,
+                        allowed=f"VALUE, or SET=VALUE with SET one of {', '.join(sets)}",
+                        fix=f"name the set too, such as --{next(iter(sets))} FILE",
+                    )
+                for path in (sets[each] for each in chosen):
+                    if path in result:
+                        before = result[path] if isinstance(result[path], dict) else {"source": result[path]}
+                        result[path] = {**before, field: value}
+                    else:
+                        result[f"{path}.{field}"] = value
+        return result
 
 
 @Parameter(name="*")
@@ -167,7 +223,7 @@ def study_of(source: Source, *flags: SettingFlags) -> Study:
     if file is None and source.preset is None and standing.exists():
         file = standing
     given = {path: value for each in flags for path, value in each.overrides().items()}
-    return resolve(preset=source.preset, file=file, flags=given)
+    return resolve(preset=source.preset, file=file, flags=source.reading(given, STUDY_SETS, configured=True))
 
 
 NO_SOURCE, NO_FLAGS = Source(), Flags()

@@ -11,9 +11,9 @@ from cyclopts import Group, Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.memory import tune_allocator
-from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
+from neurondrift.cli.app import DATA_FLAGS, NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
 from neurondrift.cli.study import Again, run_stages, say
-from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.settings import AttackSection, Section, nested, validated
 
 ALONE = Group("With MODEL only")
@@ -118,11 +118,13 @@ def evaluate(
         if show_responses:
             _with_responses(source, flags)
         return
-    strange = [*_given(flags, but=OF_A_MODEL), *_given(source, but=["output_dir"]), *["--force"] * force]
+    about_any = ["output_dir", *DATA_FLAGS]
+    strange = [*_given(flags, but=OF_A_MODEL), *_given(source, but=about_any), *["--force"] * force]
     if strange:
         raise ConfigError("These flags are about a study, and a model is named", received=", ".join(strange))
     shared = {path: getattr(flags, name) for name, path in OF_A_MODEL.items()}
-    asked = validated(ModelEvaluation, nested({"model.reference": reference, **shared, **alone.overrides()}))
+    own = source.reading(alone.overrides(), {name: name for name in DATA_SETS}, configured=False)
+    asked = validated(ModelEvaluation, nested({"model.reference": reference, **shared, **own}))
     from neurondrift.base.files import write_json
     from neurondrift.study.experiments.evaluate_model import evaluate_model
 

@@ -32,6 +32,8 @@ GROUP_ROLES: dict[str, Role] = {
     "random": "random",
 }
 GROUP_NAMES = tuple(GROUP_ROLES)
+# What may be said of a data reference that a bare string names elsewhere.
+PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
 
 
 class Section(BaseModel):
@@ -323,6 +325,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and "source" not in value:
             result[key] = merge(old, value)
+        elif isinstance(value, Mapping) and isinstance(old, str) and value.keys() <= PARTS_OF_DATA:
+            result[key] = {"source": old, **value}
         else:
             result[key] = value
     return result

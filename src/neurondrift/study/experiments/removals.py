@@ -41,7 +41,7 @@ def removal_effects(
     site as the safety removal. Returns the object `behaviour` of `results/subspaces.json`.
     """
     evaluate = study.evaluate
-    prompts = load_examples(evaluate.harmful, require_response=False)
+    prompts = load_examples(evaluate.harmful, require_response=False, kind="harmful")
     answers_set = load_examples(evaluate.answers)
     conditions = []
     with progress("refusals", len(prompts) * (len(REMOVED) + draws)) as advance:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neurondrift.base.files import atomic_path, json_safe, write_json
 from neurondrift.base.progress import progress
-from neurondrift.models.data import encode, load_examples
+from neurondrift.models.data import DataReference, PromptKind, encode, load_examples
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.study.base_model import autocasts, load_named
 from neurondrift.study.folder import StudyFolder
@@ -19,8 +19,12 @@ def align(study: Study, folder: StudyFolder) -> str:
     """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
     settings = study.align
     model, tokenizer = load_named(study, dtype="float32")
-    references = [settings.refusals, settings.ordinary, settings.borderline]
-    examples = [example for reference in references if reference is not None for example in load_examples(reference)]
+    sets: dict[PromptKind, DataReference | None] = {
+        "harmful": settings.refusals,
+        "ordinary": settings.ordinary,
+        "borderline": settings.borderline,
+    }
+    examples = [example for kind, source in sets.items() if source for example in load_examples(source, kind=kind)]
     encoded = encode(examples, tokenizer, max_length=settings.max_length)
     with progress("align", settings.max_steps) as advance, tempfile.TemporaryDirectory() as scratch:
         log = align_model(

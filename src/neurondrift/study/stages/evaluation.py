@@ -13,7 +13,7 @@ from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.behaviour.requests import Attack, read_suffixes, system_prompt
-from neurondrift.models.data import DataReference, Example, load_examples
+from neurondrift.models.data import DataReference, Example, PromptKind, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
@@ -71,13 +71,13 @@ def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
 
 def _prompt_sets(study: Study) -> dict[str, list[Example]]:
     settings = study.evaluate
-    references: dict[str, DataReference | None] = {
+    references: dict[PromptKind, DataReference | None] = {
         "harmful": settings.harmful,
         "ordinary": settings.ordinary,
         "borderline": settings.borderline,
     }
     return {
-        kind: load_examples(reference, require_response=False)
+        kind: load_examples(reference, require_response=False, kind=kind)
         for kind, reference in references.items()
         if reference is not None
     }

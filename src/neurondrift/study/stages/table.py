@@ -60,8 +60,13 @@ def data_key(reference: DataReference) -> str:
         if file:
             content = (resources.files("neurondrift.models") / "datasets" / file).read_bytes()
             return sha256_of_value([source, content.decode("utf-8")])
-    elif not source.startswith("hf:") and Path(source).expanduser().is_file():
-        return sha256_of_file(Path(source).expanduser())
+        return source
+    path = Path(source.removeprefix("hf:")).expanduser()
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return sha256_of_value([source, *((str(each.relative_to(path)), sha256_of_file(each)) for each in files)])
+    if not source.startswith("hf:") and path.is_file():
+        return sha256_of_file(path)
     return source
 
 
