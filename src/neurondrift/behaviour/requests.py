@@ -16,15 +16,19 @@ the best single suffix. Every answer is kept in the Parquet, so that either figu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import DataError
-from neurondrift.models.data import render_prompt
 from neurondrift.models.sites import unwrap
+from neurondrift.models.text.examples import Message
+from neurondrift.models.text.templates import render_prompt
+from neurondrift.models.text.thoughts import opened_at_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,14 +85,20 @@ class Attack:
         return Decoding(max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
     def requests(
-        self, prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, whole: bool = False
+        self,
+        prompt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        earlier: Sequence[Message] = (),
+        whole: bool = False,
     ) -> list[Request]:
-        """What is sent for one prompt: a request for each sample or suffix."""
+        """What is sent for one prompt (and the turns before it): a request for each sample or suffix."""
         asked = [f"{prompt} {suffix}" for suffix in self.suffixes] if self.kind == "suffix" else [prompt]
         return [
             Request(
                 prompt=prompt,
-                text=render(text, tokenizer, system=system, chat_template=self.chat_template),
+                text=render(text, tokenizer, system=system, chat_template=self.chat_template, earlier=earlier),
                 sample=number,
                 plain=not self.chat_template,
                 whole=whole,
@@ -153,7 +163,7 @@ class Request:
     sample
         Number of the answer, where several are drawn for one prompt.
     plain
-        Whether the text stands outside any template, so that the tokenizer still has to put its first token before it.
+        Whether the text stands outside any template.
     whole
         Whether the answer always runs to its end, because a judge reads all of it.
     """
@@ -164,23 +174,27 @@ class Request:
     plain: bool = False
     whole: bool = False
 
+    @cached_property
+    def opening(self) -> str:
+        """The mark of a thought that the text ends with: the answer goes on within it. Empty where there is none."""
+        return opened_at_end(self.text)
+
 
 def render(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, chat_template: bool = True
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None = None,
+    chat_template: bool = True,
+    earlier: Sequence[Message] = (),
 ) -> str:
-    """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break."""
-    if chat_template:
-        from jinja2 import TemplateError
+    """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break.
 
-        try:
-            return render_prompt(prompt, tokenizer, system=system)
-        except TemplateError as error:
-            raise DataError(
-                f"The model's chat template refuses these messages ({error})",
-                received="a system prompt and a prompt" if system else "a prompt",
-                fix="leave out the system prompt" if system else "use another tokenizer, or no chat template",
-            ) from error
-    return f"{system}\n\n{prompt.strip()}\n" if system else f"{prompt.strip()}\n"
+    Raises as `render_prompt` does.
+    """
+    if chat_template:
+        return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
+    return "\n\n".join([*([system] if system else []), *(turn.content for turn in earlier), prompt.strip()]) + "\n"
 
 
 def context_length(model: Any) -> int:

@@ -1,29 +1,30 @@
-"""Prompts and responses: where they come from, and how they become token ids.
+"""Prompts and responses: where they come from.
 
-Owns data references, the column names of the field's data sets, the chat template and the response mask.
-Knows nothing of scores, training or judges.
+Owns data references and the column names of the field's data sets; how examples become token ids is in
+`text/templates.py`, whose names are offered here too. Knows nothing of scores, training or judges.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import logging
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from neurondrift.base.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from neurondrift.models.text.examples import Example as Example
+from neurondrift.models.text.templates import IGNORED as IGNORED
+from neurondrift.models.text.templates import PLAIN_TEMPLATE as PLAIN_TEMPLATE
+from neurondrift.models.text.templates import Encoded as Encoded
+from neurondrift.models.text.templates import data_fingerprint as data_fingerprint
+from neurondrift.models.text.templates import encode as encode
+from neurondrift.models.text.templates import render_prompt as render_prompt
 
 
 class DataReference(BaseModel):
@@ -50,11 +51,6 @@ class DataReference(BaseModel):
         return {"source": value} if isinstance(value, str) else value
 
 
-logger = logging.getLogger(__name__)
-
-_told: set[str] = set()  # tokenizers without a chat template that the user has heard of
-IGNORED = -100  # label of a token that is no target, as in transformers
-
 # name -> (file, split): the halves of a file never share a subject (see its "topic" or "category")
 BUILTIN = {
     "refusals": ("refusals.jsonl", "train"),
@@ -79,30 +75,6 @@ KNOWN_COLUMNS = [
     ("instruction", None, None),
     ("goal", None, None),
 ]
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
-    "{% else %}### Instruction:\n{{ message['content'] }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One prompt with the response that goes with it (empty where a set holds prompts only)."""
-
-    prompt: str
-    response: str
-    id: str
-    category: str = ""
-
-
-class Encoded(TypedDict):
-    """Token ids of prompt and response, and labels: the ids of the response, -100 on the prompt."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 def load_examples(
@@ -293,77 +265,3 @@ def _without_llama2_markup(prompt: str) -> tuple[str, str]:
     """Strip `[INST] ... [/INST]` as the files of Wei et al. carry it: the chat template puts it back."""
     match = re.fullmatch(r"\s*(?:<s>)?\s*\[INST\]\s*(.*?)\s*\[/INST\]\s*(.*?)\s*", prompt, flags=re.DOTALL)
     return (match[1], match[2]) if match else (prompt, "")
-
-
-def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> str:
-    """The text that a chat model sees for a user's prompt, up to where its answer begins.
-
-    A tokenizer without a chat template gets `PLAIN_TEMPLATE` (### Instruction / ### Response), said once.
-    """
-    if not tokenizer.chat_template:
-        name = str(getattr(tokenizer, "name_or_path", ""))
-        if name not in _told:  # a study loads the tokenizer again at every step
-            _told.add(name)
-            logger.warning("%s has no chat template: '### Instruction / ### Response' is used", name or "The tokenizer")
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def encode(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[Encoded]:
-    """Token ids of each example, with the chat template, and the response mask as labels.
-
-    Parameters
-    ----------
-    examples
-        Prompts with responses.
-    tokenizer
-        Its chat template renders the prompt; its end-of-turn marker after the response is part of the labels.
-    max_length
-        Longer examples lose the end of their response.
-
-    Returns
-    -------
-    One `{"input_ids", "labels"}` an example, in order, without padding; `labels` is -100 on the prompt.
-    The response is tokenised apart from the prompt, so the prompt's ids are exactly those that generation uses.
-
-    Raises
-    ------
-    DataError
-        An example whose prompt alone fills `max_length` (nothing of the response would be left).
-    """
-    encoded: list[Encoded] = []
-    for example in examples:
-        prompt_text = render_prompt(example.prompt, tokenizer)
-        response_text = _response_text(example, tokenizer, prompt_text)
-        prompt_ids: list[int] = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-        response_ids: list[int] = tokenizer(response_text, add_special_tokens=False)["input_ids"]
-        if len(prompt_ids) >= max_length:
-            raise DataError(
-                f"Example {example.id}: its prompt alone fills max_length, so that nothing of the response is left",
-                received=f"{len(prompt_ids)} prompt tokens, max_length {max_length}",
-                fix="raise max_length or drop the example",
-            )
-        ids = (prompt_ids + response_ids)[:max_length]
-        labels = ([IGNORED] * len(prompt_ids) + response_ids)[:max_length]
-        encoded.append({"input_ids": ids, "labels": labels})
-    return encoded
-
-
-def _response_text(example: Example, tokenizer: PreTrainedTokenizerBase, prompt_text: str) -> str:
-    """The response as the template would write it, up to and with the end-of-turn marker."""
-    messages = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    if whole.startswith(prompt_text):
-        return whole[len(prompt_text) :].rstrip("\n")
-    return example.response + (tokenizer.eos_token or "")
-
-
-def data_fingerprint(encoded: Sequence[Mapping[str, Any]]) -> str:
-    """A short hash of token ids and labels, in order: the same data under the same tokenizer."""
-    digest = hashlib.sha256()
-    for row in encoded:
-        digest.update(json.dumps([list(map(int, row["input_ids"])), list(map(int, row["labels"]))]).encode())
-    return digest.hexdigest()[:16]
