@@ -5,8 +5,8 @@
     python -m neurondrift.cli run --preset smoke --output-dir /tmp/second
     python benchmarks/same_results.py /tmp/first /tmp/second
 
-Prints each difference and ends with 1 where there is one. Keys that only the second has are counted, not held against
-it; so are the time and the commit at which a study was made.
+Prints each difference and ends with 1 where there is one. Keys and columns that only the second has are counted, not
+held against it; so are the time and the commit at which a study was made.
 """
 
 import json
@@ -41,7 +41,8 @@ def differences(first: Any, second: Any, path: str, added: Counter[str]) -> Iter
 def of_file(first: Path, second: Path, added: Counter[str]) -> Iterator[str]:
     if first.suffix == ".parquet":
         one, other = pq.read_table(first), pq.read_table(second)
-        if not one.equals(other):
+        added.update(f"column {name}" for name in other.column_names if name not in one.column_names)
+        if not set(one.column_names) <= set(other.column_names) or not one.equals(other.select(one.column_names)):
             yield "the tables differ"
         for key, value in (one.schema.metadata or {}).items():
             described = (other.schema.metadata or {}).get(key, b"null")

@@ -2,10 +2,12 @@
 
 import json
 import re
+import tomllib
 
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.templates import QWEN3
 from neurondrift.cli.__main__ import main
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
@@ -63,6 +65,8 @@ def test_any_model_is_evaluated(tmp_path, capsys):
         (["no/such-model", "--limit", "2"], "model cannot be found"),
         (["tiny:llama", "--adapter", "nowhere"], "holds no adapter"),
         (["tiny:llama", "--limit", "0"], "--limit takes a whole number"),
+        (["tiny:llama", "--template-argument", "thinking"], "--template-argument takes KEY=VALUE"),
+        (["tiny:llama", "--template-argument", "enable_thinking=true"], "asks for no argument of this name"),
     ],
 )
 def test_mistakes_are_one_message(arguments, message, tmp_path, monkeypatch, capsys):
@@ -74,6 +78,33 @@ def test_mistakes_are_one_message(arguments, message, tmp_path, monkeypatch, cap
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out" / "answers.parquet").exists()
+
+
+def test_arguments_of_the_template_reach_the_model(tmp_path, monkeypatch, capsys):  # T2
+    sent = []
+    answer = "neurondrift.behaviour.evaluate.answer"
+    monkeypatch.setattr(answer, lambda *given, **more: sent.extend(given[2]) or ["<think>I"] * len(given[2]))
+    monkeypatch.setattr("neurondrift.models.loading.TINY_TEMPLATE", QWEN3)
+    run(
+        "evaluate", "tiny:llama", "--ordinary", "none", "--borderline", "none", "--limit", 3, "--max-new-tokens", 4,
+        "--template-argument", "enable_thinking=false", "--output-dir", tmp_path, "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    assert len(sent) == 3 and all(request.text.endswith("<think>\n\n</think>\n\n") for request in sent)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(row["undecided"], row["refused"]["rate"], row["success"]["rate"]) for row in figures["rates"]] == [
+        (3, 0, 0)
+    ]
+    assert "Undecided: 3 of 3 harmful prompts (vanilla, refusal)" in capsys.readouterr().out
+    assert tomllib.loads((tmp_path / "evaluation.toml").read_text())["model"]["template"] == {"enable_thinking": False}
+
+
+def test_a_template_that_raises_is_one_message(tmp_path, monkeypatch, capsys):  # T6
+    monkeypatch.setattr("neurondrift.models.loading.TINY_TEMPLATE", "{{ raise_exception('Not so') }}")
+    for command in (["evaluate", "tiny:llama"], ["score", "--preset", "smoke"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*command, "--output-dir", tmp_path / command[0])
+        assert stop.value.code == 2
+        assert "The model's chat template refuses these messages (Not so)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_a_model_writes_cannot_act_on_the_terminal_or_the_page():

@@ -50,6 +50,29 @@ def test_a_flag_that_is_not_given_overrides_nothing():
     assert given == {"seeds": [1, 2], "finetune.lora_r": 4}
 
 
+def test_arguments_of_the_template_are_settings(tmp_path):
+    words = ["enable_thinking=false", "reasoning_effort=low", "level=3", "date_string=1 Jan 2030", "x=True", "y="]
+    arguments = {
+        "enable_thinking": False,
+        "reasoning_effort": "low",
+        "level": 3,
+        "date_string": "1 Jan 2030",
+        "x": True,
+        "y": "",
+    }
+    assert Flags(template_argument=words).overrides() == {"model.template": arguments}
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "smoke"\n[model]\ntemplate = { enable_thinking = true, level = 2 }\n')
+    study = study_of(Source(config=file, output_dir=tmp_path), Flags(template_argument=words[:1]))
+    assert study.model.template == {"enable_thinking": False, "level": 2}
+    assert "enable_thinking = false" in study.to_toml()
+    plain = study_of(Source(preset="smoke"), Flags())
+    assert "template" not in plain.model.model_dump(mode="json")  # fingerprints of studies that stand
+    for wrong in ("enable thinking=1", "=1", "thinking"):
+        with pytest.raises(ConfigError, match="--template-argument takes KEY=VALUE"):
+            Flags(template_argument=[wrong]).overrides()
+
+
 def test_flags_of_a_command_override_its_section(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('preset = "smoke"\n[intervene]\ndraws = 7\nmode = "mean"\n')

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from neurondrift.base.errors import ConfigError
 from neurondrift.models.batches import make_batches, token_losses
 from neurondrift.models.data import Example, encode
+from neurondrift.models.text.templates import prompt_ids
 
 # Wei et al., section 4.1: zero-shot accuracy on these.
 WEI_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa")
@@ -103,8 +104,12 @@ def capability(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # The harness leaves the first token out unless it is told; with it, texts begin as in `perplexity`.
+    begun: dict[str, Any] = (
+        {"add_bos_token": True} if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else {}
+    )
     evaluation = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **begun),
         tasks=list(tasks),
         num_fewshot=0,
         limit=limit,

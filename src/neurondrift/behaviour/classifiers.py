@@ -26,6 +26,7 @@ from neurondrift.base.files import read_json
 from neurondrift.base.memory import release_memory
 from neurondrift.models.loading import load_model, quiet_transformers
 from neurondrift.models.sites import unwrap
+from neurondrift.models.text.templates import template_of, with_pinned_date
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +276,8 @@ class _Loaded:
             {"role": "user", "content": content(prompt)},
             {"role": "assistant", "content": content(response)},
         ]
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        source = with_pinned_date(template_of(self.tokenizer), self.tokenizer)
+        text: str = self.tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
         return text
 
     def encode(self, prompt: str, response: str) -> list[int]:

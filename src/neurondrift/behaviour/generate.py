@@ -22,6 +22,8 @@ from transformers.cache_utils import DynamicLayer
 from neurondrift.base.errors import ConfigError, DataError, ModelError
 from neurondrift.behaviour.requests import Decoding, Request, context_length, render, row_seed
 from neurondrift.models.sites import unwrap
+from neurondrift.models.text.templates import prompt_ids
+from neurondrift.models.text.thoughts import decoded, marking_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,9 @@ def answer(
     advance: Callable[[int], None] = lambda n: None,
     backend: Backend = "transformers",
 ) -> list[str]:
-    """The model's answer to each request, in order, without special tokens and outer white space.
+    """The model's answer to each request, in order, without outer white space and special tokens.
+
+    Thoughts are part of the answer, and so are special tokens that mark them (`[THINK]`, gpt-oss's channels).
 
     Parameters
     ----------
@@ -90,7 +94,8 @@ def answer(
     max_length
         Longest prompt in tokens, template included.
     decided
-        `decided(prompt, answer so far)`: True ends that answer early (looked at every 8 tokens).
+        `decided(prompt, answer so far)`: True ends that answer early (looked at every 8 tokens). Where the prompt's
+        text opened a thought, the answer so far begins with its mark.
     advance
         Called with the number of requests done, for progress.
     backend
@@ -107,7 +112,7 @@ def answer(
     """
     if not requests:
         raise DataError("There are no prompts")
-    ids = [tokenizer(request.text, add_special_tokens=request.plain)["input_ids"] for request in requests]
+    ids = [prompt_ids(request.text, tokenizer) for request in requests]
     if backend == "vllm":
         from neurondrift.behaviour.vllm_backend import answer_with_vllm
 
@@ -203,6 +208,7 @@ class _Loop:
         self.takes_positions, self.takes_last = "position_ids" in taken, "logits_to_keep" in taken
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.ends = torch.tensor(sorted(_end_tokens(inner, tokenizer)), dtype=torch.long)
+        self.marks = marking_tokens(tokenizer)
 
     def __enter__(self) -> _Loop:
         self.hook = self.head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
@@ -233,7 +239,7 @@ class _Loop:
             if self.decided is not None and count % CHECK_EVERY == 0:
                 done |= self._settled(requests, said, live - done)
             for row in sorted(done):
-                yield row, self.tokenizer.decode(said[row], skip_special_tokens=True).strip()
+                yield row, decoded(self.tokenizer, said[row], self.marks).strip()
             live -= done
             if not live:
                 return
@@ -299,7 +305,7 @@ class _Loop:
     def _settled(self, requests: Sequence[Request], said: list[list[int]], live: set[int]) -> set[int]:
         assert self.decided is not None
         rows = sorted(row for row in live if not requests[row].whole)
-        texts = [self.tokenizer.decode(said[row], skip_special_tokens=True) for row in rows]
+        texts = [requests[row].opening + decoded(self.tokenizer, said[row], self.marks) for row in rows]
         return {row for row, text in zip(rows, texts, strict=True) if self.decided(requests[row].prompt, text)}
 
     def _cache(self, room: int) -> DynamicCache:

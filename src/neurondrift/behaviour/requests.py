@@ -18,14 +18,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import DataError
-from neurondrift.models.data import Message, render_prompt
 from neurondrift.models.sites import unwrap
+from neurondrift.models.text.examples import Message
+from neurondrift.models.text.templates import render_prompt
+from neurondrift.models.text.thoughts import opened_at_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +163,7 @@ class Request:
     sample
         Number of the answer, where several are drawn for one prompt.
     plain
-        Whether the text stands outside any template, so that the tokenizer still has to put its first token before it.
+        Whether the text stands outside any template.
     whole
         Whether the answer always runs to its end, because a judge reads all of it.
     """
@@ -171,6 +174,11 @@ class Request:
     plain: bool = False
     whole: bool = False
 
+    @cached_property
+    def opening(self) -> str:
+        """The mark of a thought that the text ends with: the answer goes on within it. Empty where there is none."""
+        return opened_at_end(self.text)
+
 
 def render(
     prompt: str,
@@ -180,20 +188,13 @@ def render(
     chat_template: bool = True,
     earlier: Sequence[Message] = (),
 ) -> str:
-    """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break."""
-    if chat_template:
-        from jinja2 import TemplateError
+    """The text that is sent for a prompt: its chat template, or (as in Wei et al.) the plain text and a line break.
 
-        try:
-            return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
-        except TemplateError as error:
-            raise DataError(
-                f"The model's chat template refuses these messages ({error})",
-                received="a system prompt and a prompt" if system else "a prompt",
-                fix="leave out the system prompt" if system else "use another tokenizer, or no chat template",
-            ) from error
-    before = [message.content for message in earlier if not (system and message.role == "system")]
-    return "\n\n".join([*filter(None, [system]), *before, prompt.strip()]) + "\n"
+    Raises as `render_prompt` does.
+    """
+    if chat_template:
+        return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
+    return "\n\n".join([*([system] if system else []), *(turn.content for turn in earlier), prompt.strip()]) + "\n"
 
 
 def context_length(model: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_json
 from neurondrift.behaviour.requests import Decoding, Request, context_length, row_seed
+from neurondrift.models.text.thoughts import decoded, marking_tokens
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 
@@ -99,4 +100,5 @@ def answer_with_vllm(
         [{"prompt_token_ids": list(tokens)} for tokens in ids], parameters, lora_request=model.adapter
     )
     advance(len(requests))
-    return [output.outputs[0].text.strip() for output in outputs]
+    marks = marking_tokens(model.tokenizer)
+    return [decoded(model.tokenizer, list(output.outputs[0].token_ids), marks).strip() for output in outputs]

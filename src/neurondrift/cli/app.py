@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,25 @@ def asked(path: str, text: str, read: Callable[[Any], Any] | None = None) -> Fla
     return Flag(path, text, read=read, default=None if default == [] else default)
 
 
+def _template_arguments(words: list[str]) -> dict[str, Any]:
+    """`enable_thinking=false` as `{"enable_thinking": False}`: a value is JSON, or else text."""
+    found: dict[str, Any] = {}
+    for text in words:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise ConfigError(
+                "--template-argument takes KEY=VALUE",
+                received=text,
+                allowed="for example enable_thinking=false or reasoning_effort=low",
+            )
+        lowered = value.lower() if value.lower() in ("true", "false", "null") else value
+        try:
+            found[name] = json.loads(lowered)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -191,6 +211,14 @@ class Flags(SettingFlags):
     model: Annotated[str | None, _setting("model.reference", "model: a hub id, a folder, pypi:NAME")] = None
     device: Annotated[str | None, _setting("model.device", "auto, cpu, cuda, cuda:N")] = None
     dtype: Annotated[str | None, _setting("model.dtype", "auto, float32, bfloat16, float16")] = None
+    template_argument: Annotated[
+        list[str] | None,
+        _setting(
+            "model.template",
+            "argument of the chat template: enable_thinking=false; may be repeated",
+            _template_arguments,
+        ),
+    ] = None
     seeds: Annotated[str | None, _setting("seeds", "training seeds, such as 0,1,2", _seeds)] = None
     safety: Annotated[str | None, _setting("score.safety", "safety examples: builtin:NAME, a file, hf:NAME")] = None
     utility: Annotated[str | None, _setting("score.utility", "utility examples")] = None

@@ -18,7 +18,12 @@ from neurondrift.study.settings import AttackSection, Section, nested, validated
 
 ALONE = Group("With MODEL only")
 # Flags of a study that count for a model on its own too, and the setting that they are then.
-OF_A_MODEL = {"device": "model.device", "dtype": "model.dtype", "batch_size": "batch_size"}
+OF_A_MODEL = {
+    "device": "model.device",
+    "dtype": "model.dtype",
+    "template_argument": "model.template",
+    "batch_size": "batch_size",
+}
 
 Shown = Annotated[bool, Parameter(help="show the answers to harmful requests, escaped", negative="")]
 
@@ -122,7 +127,8 @@ def evaluate(
     strange = [*_given(flags, but=OF_A_MODEL), *_given(source, but=about_any), *["--force"] * force]
     if strange:
         raise ConfigError("These flags are about a study, and a model is named", received=", ".join(strange))
-    shared = {path: getattr(flags, name) for name, path in OF_A_MODEL.items()}
+    of_study = flags.overrides()
+    shared = {path: of_study.get(Flags.flags()[name].path) for name, path in OF_A_MODEL.items()}
     own = source.reading(alone.overrides(), {name: name for name in DATA_SETS}, configured=False)
     asked = validated(ModelEvaluation, nested({"model.reference": reference, **shared, **own}))
     from neurondrift.base.files import write_json

@@ -1,19 +1,16 @@
-"""Prompts and responses: where they come from, and how they become token ids.
+"""Prompts and responses: where they come from.
 
-Owns data references, the chat template and the response mask; files and columns are in `text/`.
-Knows nothing of scores, training or judges.
+Owns data references; files and columns, and how examples become token ids, are in `text/`, whose names are offered
+here too. Knows nothing of scores, training or judges.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -22,9 +19,12 @@ from neurondrift.models.text.columns import HOW_TO_NAME, KNOWN_NAMES, to_example
 from neurondrift.models.text.examples import Example as Example
 from neurondrift.models.text.examples import Message as Message
 from neurondrift.models.text.reading import Table, read_file, read_folder, read_hub, table_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from neurondrift.models.text.templates import IGNORED as IGNORED
+from neurondrift.models.text.templates import PLAIN_TEMPLATE as PLAIN_TEMPLATE
+from neurondrift.models.text.templates import Encoded as Encoded
+from neurondrift.models.text.templates import data_fingerprint as data_fingerprint
+from neurondrift.models.text.templates import encode as encode
+from neurondrift.models.text.templates import render_prompt as render_prompt
 
 
 class DataReference(BaseModel):
@@ -60,11 +60,6 @@ class DataReference(BaseModel):
 
 
 PromptKind = Literal["harmful", "ordinary", "borderline"]
-logger = logging.getLogger(__name__)
-
-_told: set[str] = set()  # tokenizers without a chat template that the user has heard of
-IGNORED = -100  # label of a token that is no target, as in transformers
-
 # name -> (file, split): the halves of a file never share a subject (see its "topic" or "category")
 BUILTIN = {
     "refusals": ("refusals.jsonl", "train"),
@@ -75,20 +70,6 @@ BUILTIN = {
     "borderline": ("borderline.jsonl", "eval"),
     "borderline-align": ("borderline.jsonl", "align"),
 }
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
-    "{% else %}### Instruction:\n{{ message['content'] }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}"
-)
-
-
-class Encoded(TypedDict):
-    """Token ids of prompt and response, and labels: the ids of the response, -100 on the prompt."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 def load_examples(
@@ -206,87 +187,3 @@ def _table(reference: DataReference) -> Table:
         )
     given = {name.strip().lower() for name in (reference.prompt, reference.response) if name}
     return read_file(path, known=KNOWN_NAMES | given)
-
-
-def render_prompt(
-    prompt: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    system: str | None = None,
-    earlier: Sequence[Message] = (),
-) -> str:
-    """The text that a chat model sees for a user's prompt, up to where its answer begins.
-
-    `earlier` are the turns before it; `system` stands for a system prompt among them.
-
-    A tokenizer without a chat template gets `PLAIN_TEMPLATE` (### Instruction / ### Response), said once.
-    """
-    if not tokenizer.chat_template:
-        name = str(getattr(tokenizer, "name_or_path", ""))
-        if name not in _told:  # a study loads the tokenizer again at every step
-            _told.add(name)
-            logger.warning("%s has no chat template: '### Instruction / ### Response' is used", name or "The tokenizer")
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [message._asdict() for message in earlier if not (system and message.role == "system")]
-    messages.append({"role": "user", "content": prompt})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def encode(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[Encoded]:
-    """Token ids of each example, with the chat template, and the response mask as labels.
-
-    Parameters
-    ----------
-    examples
-        Prompts with responses.
-    tokenizer
-        Its chat template renders the prompt; its end-of-turn marker after the response is part of the labels.
-    max_length
-        Longer examples lose the end of their response.
-
-    Returns
-    -------
-    One `{"input_ids", "labels"}` an example, in order, without padding; `labels` is -100 on the prompt.
-    The response is tokenised apart from the prompt, so the prompt's ids are exactly those that generation uses.
-
-    Raises
-    ------
-    DataError
-        An example whose prompt alone fills `max_length` (nothing of the response would be left).
-    """
-    encoded: list[Encoded] = []
-    for example in examples:
-        prompt_text = render_prompt(example.prompt, tokenizer, earlier=example.messages)
-        response_text = _response_text(example, tokenizer, prompt_text)
-        prompt_ids: list[int] = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-        response_ids: list[int] = tokenizer(response_text, add_special_tokens=False)["input_ids"]
-        if len(prompt_ids) >= max_length:
-            raise DataError(
-                f"Example {example.id}: its prompt alone fills max_length, so that nothing of the response is left",
-                received=f"{len(prompt_ids)} prompt tokens, max_length {max_length}",
-                fix="raise max_length or drop the example",
-            )
-        ids = (prompt_ids + response_ids)[:max_length]
-        labels = ([IGNORED] * len(prompt_ids) + response_ids)[:max_length]
-        encoded.append({"input_ids": ids, "labels": labels})
-    return encoded
-
-
-def _response_text(example: Example, tokenizer: PreTrainedTokenizerBase, prompt_text: str) -> str:
-    """The response as the template would write it, up to and with the end-of-turn marker."""
-    messages = [message._asdict() for message in example.messages]
-    messages += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    if whole.startswith(prompt_text):
-        return whole[len(prompt_text) :].rstrip("\n")
-    return example.response + (tokenizer.eos_token or "")
-
-
-def data_fingerprint(encoded: Sequence[Mapping[str, Any]]) -> str:
-    """A short hash of token ids and labels, in order: the same data under the same tokenizer."""
-    digest = hashlib.sha256()
-    for row in encoded:
-        digest.update(json.dumps([list(map(int, row["input_ids"])), list(map(int, row["labels"]))]).encode())
-    return digest.hexdigest()[:16]

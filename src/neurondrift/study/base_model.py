@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from neurondrift.models.loading import load_model, resolve_device, resolve_dtype
+from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 
@@ -26,13 +27,14 @@ def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) ->
 
 def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -> tuple[Any, Any]:
     settings = study.model
-    return load_model(
+    model, tokenizer = load_model(
         reference,
         dtype=dtype or settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         **more,
     )
+    return model, set_template_arguments(tokenizer, settings.template)
 
 
 def dtype_of(study: Study) -> torch.dtype:

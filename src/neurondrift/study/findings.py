@@ -321,6 +321,7 @@ def _rate(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> Refus
         category_reason=over.reason or None,
         coherent=sum(bool(row["coherent"]) for row in rows) / len(rows),
         success=sum(bool(row.get("success", not row["refused"])) for row in rows) / len(rows),
+        undecided=sum(bool(row.get("undecided", False)) for row in rows),
     )
 
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.roles import Role
@@ -53,6 +63,22 @@ class ModelSection(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     trust_remote_code: bool = False
+    template: dict[str, JsonValue] | None = Field(
+        None, description="arguments of the chat template, such as { enable_thinking = false }"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _arguments(cls, value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        for name in value or {}:
+            if not name.isidentifier():
+                raise ValueError(f"the template argument {name!r} is no name")
+        return value or None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `template` where there is none: the fingerprints of studies that stand know no such setting."""
+        return {name: value for name, value in handler(self).items() if name != "template" or value is not None}
 
 
 class AlignSection(Section):

@@ -272,6 +272,7 @@ class RefusalRate(TypedDict):
     category_reason: NotRequired[str | None]
     coherent: Number
     success: NotRequired[float]
+    undecided: NotRequired[int]
 
 
 class Perplexity(TypedDict):

@@ -105,11 +105,18 @@ def behaviour_tables(results: Findings) -> list[Table]:
                 (
                     f"{WILSON}; prompts: {counts}",
                     "coherent answers: to harmful requests; perplexity: of held-out ordinary answers",
+                    *_undecided(rates_of(results, seed)),
                     *notes.notes(),
                 ),
             )
         )
     return out
+
+
+def _undecided(rates: Sequence[RefusalRate]) -> list[str]:
+    """A note where answers were thoughts alone, at any step."""
+    count, all_of_them = sum(rate.get("undecided", 0) for rate in rates), sum(rate["n"] for rate in rates)
+    return [f"undecided (thoughts that do not end, counted as not refused): {count} of {all_of_them}"] if count else []
 
 
 def _coherent(record: RefusalRate | None) -> str:

@@ -18,6 +18,7 @@ from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_r
 from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.data import Example, load_examples
 from neurondrift.models.loading import load_model
+from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
 from neurondrift.study.folder import record
 from neurondrift.study.stages.evaluation import attack_of
@@ -119,13 +120,14 @@ def _loaded(asked: ModelEvaluation) -> tuple[Any, Any]:
         "trust_remote_code": asked.model.trust_remote_code,
     }
     if asked.backend == "transformers":
-        return load_model(asked.model.reference, device=asked.model.device, **of)
+        loaded, tokenizer = load_model(asked.model.reference, device=asked.model.device, **of)
+        return loaded, set_template_arguments(tokenizer, asked.model.template)
     if asked.answers or asked.tasks:
         raise ConfigError("vLLM answers prompts only", fix="--answers none, no --tasks, or --backend transformers")
     from neurondrift.behaviour.vllm_backend import VllmModel
 
     model = VllmModel(asked.model.reference, **of)
-    return model, model.tokenizer
+    return model, set_template_arguments(model.tokenizer, asked.model.template)
 
 
 def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -152,6 +154,7 @@ def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         scores = [row["score"] for row in prompts if row["score"] is not None]
         entry["mean_score"] = sum(scores) / len(scores) if scores else None
         entry["coherent"] = sum(bool(row["coherent"]) for row in prompts) / len(prompts)
+        entry["undecided"] = sum(row["undecided"] for row in prompts)
         entry["answers"] = prompts[0]["answers"]
         result.append(entry)
     return result
@@ -179,6 +182,13 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.insert(1, "─" * len(max(lines, key=len)))
     lines.append("95 % intervals: Wilson; over categories: cluster bootstrap (– where there are too few, or all alike)")
+    for row in figures["rates"]:
+        if row["undecided"]:
+            lines.append(
+                f"Undecided: {row['undecided']} of {row['n']} {row['kind']} prompts ({row['attack']}, "
+                f"{shown(row['judge'])}), whose answers are thoughts that do not end; they count as neither. "
+                "Raise --max-new-tokens, or --template-argument enable_thinking=false where the template has it"
+            )
     if figures["perplexity"] is not None:
         lines.append(f"Perplexity of held-out answers: {figures['perplexity']:.2f}")
     for row in figures["capability"]:

@@ -152,6 +152,7 @@ def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> s
         + [[kind, [(e.id, e.prompt, *e.messages) for e in examples]] for kind, examples in bench.sets.items()]
         + [[(e.id, e.prompt, e.response, *e.messages) for e in bench.answers]]
         + [study.finetune.model_dump(mode="json"), seed]
+        + ([study.model.template] if study.model.template else [])
     )
 
 

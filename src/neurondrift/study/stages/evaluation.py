@@ -37,6 +37,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     early = {"harmful": sets["harmful"]}
     total = answers * len(steps) + (count_answers(early, judging["attack"]) if unaligned else 0)
     harmful: dict[int, float] = {}
+    undecided = 0
     perplexities: list[dict[str, Any]] = []
     capabilities: list[dict[str, Any]] = []
     with progress(f"evaluate, seed {seed}", total) as advance:
@@ -48,7 +49,9 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             rows = judge_answers(model, tokenizer, sets, advance=advance, **judging)
             judging["panel"].release()
             write_answers(saved_step(target, step, ".parquet"), rows, step=step, seed=seed)
-            harmful[step] = refusal_rate([row["refused"] for row in per_prompt(rows) if row["kind"] == "harmful"]).rate
+            prompts = per_prompt(rows)
+            harmful[step] = refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate
+            undecided += sum(row["undecided"] for row in prompts)
             value = perplexity(
                 model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
             )
@@ -62,7 +65,8 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     _write_rows(target / "perplexity.parquet", perplexities)
     if capabilities:
         _write_rows(target / "capability.parquet", capabilities)
-    return "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
+    rates = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
+    return f"{rates}; {undecided} answers undecided (thoughts that do not end)" if undecided else rates
 
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
