@@ -194,7 +194,8 @@ def render(
     """
     if chat_template:
         return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
-    return "\n\n".join([*([system] if system else []), *(turn.content for turn in earlier), prompt.strip()]) + "\n"
+    before = [turn.content for turn in earlier if not (system and turn.role == "system")]
+    return "\n\n".join([*([system] if system else []), *before, prompt.strip()]) + "\n"
 
 
 def context_length(model: Any) -> int:

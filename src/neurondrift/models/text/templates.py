@@ -59,8 +59,8 @@ def render_prompt(
     """The text that a chat model sees for a user's prompt, up to where its answer begins.
 
     A tokenizer without a chat template gets `PLAIN_TEMPLATE` (### Instruction / ### Response), said once. `earlier` are
-    the turns before the prompt, whose own system prompt goes before `system`; `template` holds further arguments of the
-    template, such as `{"enable_thinking": False}`.
+    the turns before the prompt; `system` stands for a system prompt among them. `template` holds further arguments of
+    the template, such as `{"enable_thinking": False}`.
 
     Raises
     ------
@@ -69,9 +69,8 @@ def render_prompt(
     ModelError
         The tokenizer has several templates, none of which is the default.
     """
-    messages = [*earlier, Message("user", prompt)]
-    if system and all(message.role != "system" for message in earlier):
-        messages.insert(0, Message("system", system))
+    before = [Message("system", system), *(m for m in earlier if m.role != "system")] if system else earlier
+    messages = [*before, Message("user", prompt)]
     return chat_text(messages, tokenizer, add_generation_prompt=True, template=template)
 
 
