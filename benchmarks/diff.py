@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from neurondrift.base.memory import tune_allocator
 from neurondrift.drift.difference import diff
 from neurondrift.models.disk.checkpoints import Checkpoint
-from neurondrift.models.disk.references import folder_of
+from neurondrift.models.loading import folder_of
 
 WIDTH, HIDDEN = 1024, 2816
 

@@ -271,3 +271,22 @@ def test_another_models_group_is_refused(tmp_path):
     )
     with pytest.raises(GroupError, match="made from another model"):
         trainer(lora(), tmp_path / "t", DriftCallback(tmp_path / "drift", every=6, groups=[group])).train()
+
+
+# A12
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_neurons_that_are_no_numbers_are_counted_and_said_once(value, tmp_path, caplog):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step >= 2:
+                linear_sites(model)[Q].wrapper.lora_B["default"].weight.data[:5] = value
+
+    callback = DriftCallback(tmp_path / "drift", every=1)
+    run = trainer(lora(), tmp_path / "t", callback)
+    run.callback_handler.callbacks.insert(0, Diverge())
+    run.train()
+    counted = [entry.get("drift/all/not_finite") for entry in callback.history]
+    assert counted[:2] == [None, None] and all(count and count >= 5 for count in counted[2:])
+    assert np.isfinite(callback.history[2]["drift/all/relative"])
+    assert caplog.text.count("training has diverged") == 1
+    assert callback.log.not_finite()[2] == counted[2]

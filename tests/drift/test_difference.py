@@ -17,7 +17,7 @@ from neurondrift.drift.difference import diff
 from neurondrift.drift.meter import compare_models, measure_drift
 from neurondrift.models.disk.checkpoints import Checkpoint
 from neurondrift.models.disk.factors import AdapterFolder
-from neurondrift.models.disk.references import folder_of
+from neurondrift.models.loading import folder_of
 from neurondrift.models.sites import fingerprint, linear_sites
 
 

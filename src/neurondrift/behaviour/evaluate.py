@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import ConfigError, DataError
@@ -15,6 +16,7 @@ from neurondrift.behaviour.classifiers import THRESHOLD, Kind, ModelJudge
 from neurondrift.behaviour.generate import Backend, answer
 from neurondrift.behaviour.judges import decided, is_coherent, judge
 from neurondrift.behaviour.requests import VANILLA, Attack, Decoding, Request
+from neurondrift.models.checked.weights import check_finite
 from neurondrift.models.data import Example
 from neurondrift.models.text.thoughts import spoken
 
@@ -68,9 +70,13 @@ def judge_answers(
 
     Raises
     ------
+    ModelError
+        Weights that are NaN or infinite.
     DataError
         A set without prompts, and what `generate.answer` raises.
     """
+    if isinstance(model, nn.Module):
+        check_finite(model)
     chosen = panel or Panel([judge_name])
     pairs = [(kind, example) for kind, examples in sets.items() for example in examples]
     for kind, examples in sets.items():

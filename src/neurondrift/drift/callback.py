@@ -93,6 +93,7 @@ class DriftCallback(TrainerCallback):
         self._meter: DriftMeter | None = None
         self._weights: WeightMeter | None = None
         self._begun = False
+        self._diverged = False
         self._last: int | None = None
 
     def on_train_begin(
@@ -190,9 +191,26 @@ class DriftCallback(TrainerCallback):
         if stands or not state.is_world_process_zero:
             return  # this process has only helped to gather
         self._guard(step, lambda: self._write(step, drift, weights))
-        summary = summarise_groups(self.groups, drift, weights)
+        summary = summarise_groups(self.groups, drift, weights) | self._not_finite(step, drift)
         self.history.append({"step": float(step), **summary})
         _tell(summary, args, state, control)
+
+    def _not_finite(self, step: int, drift: Mapping[str, NeuronDrift]) -> dict[str, float]:
+        """How many neurons have moved to where there are no numbers, as it goes to the log; warned of once."""
+        counts = {site: int((~values.l2.isfinite()).sum()) for site, values in drift.items()}
+        bad = [site for site, count in counts.items() if count]
+        if not bad:
+            return {}
+        if not self._diverged:
+            logger.warning(
+                "%d neurons have a change that is NaN or infinite at step %d (%s, ...): training has diverged, and "
+                "their drift is in no mean",
+                sum(counts.values()),
+                step,
+                bad[0],
+            )
+            self._diverged = True
+        return {"drift/all/not_finite": float(sum(counts.values()))}
 
     def _write(self, step: int, drift: Mapping[str, NeuronDrift], weights: Sequence[WeightDrift]) -> None:
         self._begin(step)
@@ -245,8 +263,9 @@ def summarise_groups(
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> float:
-    """Mean of the defined values, in float64; NaN where there are none."""
-    return float(torch.cat(list(parts)).double().nanmean()) if parts else math.nan
+    """Mean of the defined and finite values, in float64; NaN where there are none."""
+    values = torch.cat(list(parts)).double() if parts else torch.empty(0)
+    return float(values[values.isfinite()].mean()) if values.isfinite().any() else math.nan
 
 
 def _tell(summary: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

@@ -33,9 +33,11 @@ from neurondrift.drift.exact import (
 from neurondrift.drift.log import METADATA, DriftLog, describe, initial_table
 from neurondrift.drift.threads import at_once, side_by_side, threads_for
 from neurondrift.models.adapters import Rescaled
+from neurondrift.models.disk.adapter_files import CONFIG, check_is_adapter, inner_adapters
 from neurondrift.models.disk.checkpoints import BLOCK, Checkpoint, DiskSite, check_same_sites, sample_positions
-from neurondrift.models.disk.factors import CONFIG, AdapterFolder, Factors
-from neurondrift.models.disk.references import folder_of, refuse_other_formats
+from neurondrift.models.disk.factors import AdapterFolder
+from neurondrift.models.disk.references import refuse_other_formats
+from neurondrift.models.loading import folder_of
 from neurondrift.models.sites import row_norms
 
 logger = logging.getLogger(__name__)
@@ -72,14 +74,16 @@ class Snapshot(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of the summary: over all neurons of a part, the mean of ‖Δ‖/‖w₀‖ (NaN where no neuron has a norm), the
-    share with Δ = 0 exactly, and how many have ‖w₀‖ = 0."""
+    """A line of the summary: over all neurons of a part, the mean of ‖Δ‖/‖w₀‖ (NaN where it is defined for none), the
+    share with Δ = 0 exactly, how many have ‖w₀‖ = 0, and how many a w₀ or Δ with NaN or infinity, which are in no
+    mean."""
 
     part: str
     neurons: int
     relative: float
     unmoved: float
     zero_norm: int
+    not_finite: int = 0
 
 
 class Difference(NamedTuple):
@@ -155,8 +159,31 @@ def diff(
                 log.begin(about, initial_table(norms, kinds, layers), step=-1)
             log.write(entry.step, {name: one.drift for name, one in found.items()})
             summaries[entry.step] = summarise(sites, found)
+            notes += _notes(entry, found)
         references = {entry.step: entry.reference for entry in snapshots}
         return Difference(log, model, references, summaries, len(untrained), notes)
+
+
+def _notes(snapshot: Snapshot, found: Mapping[str, Measured]) -> Iterator[str]:
+    """What the figures of a snapshot do not show: neurons that are no numbers, and what is trained outside of sites."""
+    counts = {
+        name: int((~(one.norm.isfinite() & torch.as_tensor(one.drift.l2).isfinite())).sum())
+        for name, one in found.items()
+    }
+    bad = [name for name, count in counts.items() if count]
+    if bad:
+        total = sum(len(one.norm) for one in found.values())
+        yield (
+            f"{sum(counts.values())} of {total} neurons of {snapshot.reference} have weights or changes that are NaN "
+            f"or infinite, first in {bad[0]}: they are in no mean, and the model cannot be evaluated"
+        )
+    outside = snapshot.model.outside if isinstance(snapshot.model, AdapterFolder) else []
+    if outside:
+        named = ", ".join(outside[:3]) + (", ..." if len(outside) > 3 else "")
+        yield (
+            f"{snapshot.reference} also trains {named}, which are no linear weights of the decoder blocks: that change "
+            "is not measured"
+        )
 
 
 def _open_base(folder: Path, reference: str) -> Checkpoint:
@@ -171,6 +198,8 @@ def _open_base(folder: Path, reference: str) -> Checkpoint:
 
 def _open(folder: Path, reference: str, base: Checkpoint | None) -> Checkpoint:
     if not (folder / "config.json").exists():
+        if inner_adapters(folder):
+            check_is_adapter(folder, reference)
         refuse_other_formats(folder, reference)
         raise ModelError(
             "This folder holds no model: it has no config.json",
@@ -277,7 +306,7 @@ def _apply(base: DiskSite, adapter: AdapterFolder, room: Room) -> Sums:
     if isinstance(change, DiskSite):
         return _compare(base, change, room)
     blocks = base.blocks(ADAPTER_BLOCK)
-    if not isinstance(change, Factors):
+    if change is None:
         norm = torch.cat([row_norms(block) for _, block in blocks])
         none = torch.zeros_like(norm)
         return Sums(norm, Moments(none, none, none))
@@ -323,6 +352,8 @@ def _line(part: str, measured: Sequence[Measured]) -> Line:
     norm = np.concatenate([one.norm.numpy() for one in measured])
     l2 = np.concatenate([one.drift.l2.numpy() for one in measured])
     relative = np.concatenate([one.drift.relative.numpy() for one in measured]).astype(np.float64)
-    defined = relative[~np.isnan(relative)]
+    finite = np.isfinite(norm) & np.isfinite(l2)
+    defined = relative[finite & ~np.isnan(relative)]
     mean = float(defined.mean()) if len(defined) else float("nan")
-    return Line(part, len(norm), mean, float((l2 == 0).mean()), int((norm == 0).sum()))
+    unmoved = float((l2 == 0).mean())
+    return Line(part, len(norm), mean, unmoved, int((norm == 0).sum()), int((~finite).sum()))

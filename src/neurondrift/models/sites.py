@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from neurondrift.base.errors import ModelError
+from neurondrift.base.names import WRAPPERS, plain
 from neurondrift.groups.group import Granularity
 
 # Elements of a weight that are converted to float32 or float64 at a time.
@@ -132,14 +133,26 @@ def _dequantise(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The transformers model within PEFT's and data-parallel wrappers."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
+    """The transformers model within PEFT's, data-parallel and compiling wrappers."""
+    model = _without_parallel(model)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
     elif type(model).__name__ == "PeftMixedModel":  # has no get_base_model
         model = model.base_model.model  # type: ignore[union-attr, assignment]
+    return _without_parallel(model)
+
+
+def _without_parallel(model: nn.Module) -> nn.Module:
+    while (inner := _within(model)) is not model or isinstance(getattr(model, "module", None), nn.Module):
+        model = inner if inner is not model else model.module  # type: ignore[assignment]
     return model
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """What a module wraps whose name `plain` leaves out, however often; the module itself where it wraps nothing."""
+    while (inner := next((module._modules[key] for key in WRAPPERS if key in module._modules), None)) is not None:
+        module = inner
+    return module
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -153,7 +166,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in lists:
         if len(module) == depth and not re.search(r"vision|audio|encoder\.", name):
-            return name, module
+            return plain(name), module
     raise ModelError(
         "The decoder blocks of this model were not found",
         received=type(model).__name__,
@@ -252,6 +265,7 @@ def _sites_at(name: str, layer: int, module: nn.Module) -> Iterator[Site]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    module = _within(module)
     if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
         yield from _sites_of_copied(name, layer, module)
     elif isinstance(module, BaseTunerLayer):

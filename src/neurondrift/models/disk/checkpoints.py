@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ import torch
 
 from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import read_json
-from neurondrift.models.disk.names import SiteName, find_sites
+from neurondrift.models.disk.keys import Names, plain_names
+from neurondrift.models.disk.names import SiteName, find_sites, loaded_names
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
 from neurondrift.models.disk.tensors import DTYPES, TensorFile, read_header, read_into
 
@@ -133,14 +135,18 @@ class Checkpoint:
                 allowed="float32, bfloat16, float16 or float64 weights",
                 fix="save it de-quantised, or load both models and call nd.compare_models(before, after)",
             )
-        self.tensors: dict[str, TensorFile] = {}
-        for file in _weight_files(folder, reference):
-            self.tensors |= read_header(file)
+        self.tensors = read_tensors(folder, reference)
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self._structure = shapes, config
         known = like is not None and like._structure == self._structure
         self._names: list[SiteName] = like._names if like is not None and known else find_sites(shapes, config)
         self.sites = {name.name: self._locate(name) for name in self._names}
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of the model, for what is laid on top of it."""
+        holders = {name.rpartition(".")[0] for name in loaded_names(self._structure[0], self._structure[1])}
+        return Names({name: site.shape for name, site in self.sites.items()}, holders, self._structure[1])
 
     def _locate(self, site: SiteName) -> DiskSite:
         slabs = []
@@ -195,16 +201,46 @@ def _pick(site: DiskSite) -> torch.Tensor:
     return torch.cat(values)
 
 
-def _weight_files(folder: Path, reference: str) -> list[Path]:
-    """The safetensors of a full model, by its index where it is sharded."""
+def read_tensors(folder: Path, reference: str) -> dict[str, TensorFile]:
+    """Where every tensor of a full model lies, by its name without wrappers, with the errors of `stored_tensors`."""
+    found = stored_tensors(folder, reference)
+    return {own: found[name] for name, own in plain_names(found).items()}
+
+
+def stored_tensors(folder: Path, reference: str) -> dict[str, TensorFile]:
+    """Where every tensor of a full model lies, by its name on disk; nothing but headers is read.
+
+    Raises
+    ------
+    ModelError
+        No weights, or only pickled ones.
+    ArtifactError
+        A file that is missing, truncated or no safetensors file; an index that names a tensor that is in no file.
+    """
+    files, indexed = weight_files(folder, reference)
+    found: dict[str, TensorFile] = {}
+    for file in files:
+        found |= read_header(file)
+    lost = [name for name in indexed if name not in found]
+    if lost:
+        raise ArtifactError(
+            f"The files of {reference} lack {lost[0]}, which their index names",
+            received=f"{len(lost)} of {len(indexed)} tensors are missing",
+            fix="copy or download the folder again",
+        )
+    return found
+
+
+def weight_files(folder: Path, reference: str) -> tuple[list[Path], list[str]]:
+    """The safetensors of a full model, and the tensors that its index names where it is sharded."""
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         try:
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+            return [folder / name for name in sorted(set(index["weight_map"].values()))], list(index["weight_map"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError("The index of the shards is not readable", received=str(folder / INDEX)) from error
     if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        return [folder / "model.safetensors"], []
     refuse_other_formats(folder, reference)
     raise ModelError("This folder holds no model.safetensors", received=reference)
 

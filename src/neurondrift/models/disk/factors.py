@@ -1,46 +1,39 @@
 """A LoRA adapter in a folder, read as its factors: neither PEFT's layers nor the model are built.
 
-Owns the names, shapes and scaling of adapter_model.safetensors and adapter_config.json. The maths is `exact`'s.
+Owns what an adapter does to each site of a checkpoint. What lies in its files is the business of `adapter_files.py`,
+the maths is `exact`'s.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from neurondrift.base.errors import ModelError
-from neurondrift.base.files import read_json
 from neurondrift.groups.group import load_group
 from neurondrift.models.adapters import REBASING, Adapter
+from neurondrift.models.disk.adapter_files import FROZEN, AdapterFile, Factors, Stack
 from neurondrift.models.disk.checkpoints import Checkpoint, DiskSite, Slab
-from neurondrift.models.disk.references import refuse_other_formats
-from neurondrift.models.disk.tensors import TensorFile, read_header
+from neurondrift.models.disk.tensors import TensorFile
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, FROZEN = "adapter_config.json", "adapter_model.safetensors", "frozen_group.parquet"
 # Settings of LoRA under which Δ is not s·B A of the two stored factors.
 UNREADABLE = ("layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
-FACTOR = re.compile(r"(.+?)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$")
 
 
-class Factors(NamedTuple):
-    """Where a site's factors lie. `expert` of `experts` picks from stacked factors: A `[experts·r, in]`, whose rows
-    run expert by expert, and B `[out, r·experts]`, whose columns run rank by rank."""
+class OfSite(NamedTuple):
+    """The factors that change a site, and which of the experts that they are for it is."""
 
-    a: TensorFile
-    b: TensorFile
-    magnitude: TensorFile | None
-    scaling: float
-    rank: int
-    expert: int
-    experts: int
+    factors: Factors | Stack
+    expert: int = 0
+
+
+SiteChange = OfSite | DiskSite
 
 
 class AdapterFolder:
@@ -49,8 +42,10 @@ class AdapterFolder:
     Attributes
     ----------
     changes
-        Site name -> `Factors`, or a `DiskSite` where the adapter keeps a whole weight (`modules_to_save`). Sites
+        Site name -> its factors, or a `DiskSite` where the adapter keeps a whole weight (`modules_to_save`). Sites
         that are not in it have not moved.
+    outside
+        What else the adapter changes: modules that hold no site, such as the LM head, embeddings and norms.
     held
         Site name -> flat indices of single weights that were frozen: the change is zero there, whatever the factors
         say (`masked_lora`).
@@ -64,26 +59,29 @@ class AdapterFolder:
 
     def __init__(self, folder: Path, reference: str, base: Checkpoint) -> None:
         self.folder, self.reference, self.base = folder, reference, base
-        self.config: dict[str, Any] = read_json(folder / CONFIG)
+        self._file = AdapterFile(folder, reference)
+        self.config: dict[str, Any] = self._file.config
         self._check_method()
         self._check_base()
-        if not (folder / WEIGHTS).exists():
-            refuse_other_formats(folder, reference)
-            raise ModelError(f"This adapter folder holds no {WEIGHTS}", received=reference)
-        self.changes: dict[str, Factors | DiskSite] = {}
+        self.changes: dict[str, SiteChange] = {}
+        self.outside: list[str] = []
         self.held = self._read_mask()
-        self._read_keys(read_header(folder / WEIGHTS))
+        self._read_changes()
 
     def factors(self, site: str) -> Adapter:
         """A `[r, in]`, B `[out, r]` float64 with the scaling, and DoRA's magnitude `[out]`, of an adapted site."""
-        found = self.changes[site]
-        assert isinstance(found, Factors)
-        a, b = found.a.mapped(), found.b.mapped()
-        if found.experts > 1:
-            a = a.reshape(found.experts, found.rank, -1)[found.expert]
-            b = b.reshape(b.shape[0], found.rank, found.experts)[:, :, found.expert]
-        magnitude = None if found.magnitude is None else found.magnitude.mapped().flatten()
-        return Adapter(a, b.double() * found.scaling, magnitude)
+        change = self.changes[site]
+        assert isinstance(change, OfSite)
+        factors, expert = change.factors, change.expert
+        if isinstance(factors, Stack):
+            a, b = factors.of_expert(expert, *self.base.sites[site].shape)
+            return Adapter(a, b.double() * factors.scaling)
+        a, b = factors.found["A"].mapped(), factors.found["B"].mapped()
+        if factors.experts > 1:
+            a = a.reshape(factors.experts, factors.rank, -1)[expert]
+            b = b.reshape(b.shape[0], factors.rank, factors.experts)[:, :, expert]
+        magnitude = factors.found.get("magnitude_vector")
+        return Adapter(a, b.double() * factors.scaling, None if magnitude is None else magnitude.mapped().flatten())
 
     def _read_mask(self) -> dict[str, torch.Tensor]:
         file = self.folder / FROZEN
@@ -125,75 +123,30 @@ class AdapterFolder:
                 self.base.reference,
             )
 
-    def _read_keys(self, tensors: Mapping[str, TensorFile]) -> None:
-        modules: dict[str, dict[str, TensorFile]] = {}
-        for key, tensor in tensors.items():
-            name = key.removeprefix("base_model.model.")
-            match = FACTOR.match(name)
-            if match is not None:
-                modules.setdefault(match[1], {})[match[2]] = tensor
-            elif not self._read_whole(name, tensor) and not self._lies_elsewhere(name):
-                raise self._fits_nothing(key)
-        for module, found in modules.items():
-            if "A" not in found or "B" not in found:
-                raise ModelError(
-                    f"The adapter {self.reference} has only one factor of {module}", received=sorted(found)
-                )
-            if not self._read_factors(module, found) and not self._lies_elsewhere(f"{module}.weight"):
-                raise self._fits_nothing(module)
+    def _read_changes(self) -> None:
+        placed = self._file.place(self.base.names, self.base.reference)
+        for name, tensor in placed.others.items():
+            if not self._read_whole(name, tensor):
+                self._note_outside(name)
+        for module, factors in placed.loras.items():
+            if factors.target in self.base.names.experts:
+                for expert in range(factors.experts):
+                    self.changes[f"{factors.target}.{expert}"] = OfSite(factors, expert)
+            elif factors.target in self.base.sites:
+                self.changes[factors.target] = OfSite(factors)
+            else:
+                self._note_outside(f"{module}.weight")
+        for name, stack in placed.stacks.items():
+            for expert in range(stack.experts):
+                self.changes[f"{name}.{expert}"] = OfSite(stack, expert)
         if not self.changes:
             logger.warning("the adapter %s changes no site: all drift is zero", self.reference)
 
-    def _fits_nothing(self, key: str) -> ModelError:
-        return ModelError(
-            f"{key} of the adapter {self.reference} fits nothing in {self.base.reference}",
-            received=f"trained on {self.config.get('base_model_name_or_path')}",
-            fix="give the model that the adapter was trained on as BASE",
-        )
-
-    def _read_factors(self, module: str, found: Mapping[str, TensorFile]) -> bool:
-        from peft.utils.other import get_pattern_key
-
-        a, b = found["A"], found["B"]
-        if module in self.base.sites:
-            names, target = [module], module
-        else:  # PEFT's wrapper of a 3-D parameter is named after the module that holds it, nested for a second one
-            holder = re.sub(r"(\.base_layer)+$", "", module)
-            groups: dict[str, list[str]] = {}
-            for name in self.base.sites:
-                if name.startswith(f"{holder}.") and re.fullmatch(r"\w+\.\d+", name[len(holder) + 1 :]):
-                    groups.setdefault(name.rpartition(".")[0], []).append(name)
-            fitting = {
-                parameter: members
-                for parameter, members in groups.items()
-                if self.base.sites[members[0]].shape == (b.shape[0], a.shape[1])
-            }
-            if not groups:
-                return False
-            if len(fitting) != 1:
-                raise self._shapes_differ(module, next(iter(groups.values()))[0], a, b)
-            target, names = next(iter(fitting.items()))
-        ranks, alphas = self.config.get("rank_pattern") or {}, self.config.get("alpha_pattern") or {}
-        rank = int(ranks.get(get_pattern_key(list(ranks), target), self.config["r"]))
-        alpha = float(alphas.get(get_pattern_key(list(alphas), target), self.config["lora_alpha"]))
-        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        experts = len(names)
-        for index, name in enumerate(names):
-            rows, columns = self.base.sites[name].shape
-            if a.shape != (rank * experts, columns) or b.shape != (rows, rank * experts):
-                raise self._shapes_differ(module, name, a, b, rank)
-            self.changes[name] = Factors(a, b, found.get("magnitude_vector"), scaling, rank, index, experts)
-        return True
-
-    def _shapes_differ(
-        self, module: str, site: str, a: TensorFile, b: TensorFile, rank: int | None = None
-    ) -> ModelError:
-        return ModelError(
-            f"The factors of {module} in the adapter {self.reference} do not fit {self.base.reference}",
-            received=f"A {list(a.shape)}, B {list(b.shape)}" + (f", rank {rank}" if rank else ""),
-            allowed=f"factors of {site} {list(self.base.sites[site].shape)}",
-            fix="give the model that the adapter was trained on as BASE",
-        )
+    def _note_outside(self, name: str) -> None:
+        """Keep the name of a module that is no site; a site's bias is left out."""
+        module = re.sub(r"(\.(weight|bias|base_layer|lora_.*|token_adapter.*|trainable_tokens.*))+$", "", name)
+        if module not in self.base.sites and module not in self.outside:
+            self.outside.append(module)
 
     def _read_whole(self, name: str, tensor: TensorFile) -> bool:
         """Take in a weight that was trained whole, where it is one of a site; its shape must be that of the base."""
@@ -215,13 +168,3 @@ class AdapterFolder:
                 )
             self.changes[target] = site._replace(slabs=(slab,))
         return bool(targets)
-
-    def _lies_elsewhere(self, name: str) -> bool:
-        """Whether a key belongs to what is no site: biases, norms, embeddings, the LM head."""
-        module = re.sub(r"\.(weight|bias|lora_.*|token_adapter.*|trainable_tokens.*)$", "", name)
-        known = {tensor.rpartition(".")[0] for tensor in self.base.tensors}
-        return (
-            module in self.base.sites
-            or any(entry == module or entry.endswith(f".{module}") or module.endswith(f".{entry}") for entry in known)
-            or module.rpartition(".")[2] in ("lm_head", "embed_out", "embed_tokens", "wte")
-        )

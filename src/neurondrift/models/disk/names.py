@@ -110,6 +110,11 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
     return _in_module_order(found, renamed, source)
 
 
+def loaded_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
+    """The names that the tensors of a checkpoint have once they are loaded, but for the base model's own prefix."""
+    return list(_as_loaded(shapes, config))
+
+
 class Loaded(NamedTuple):
     """A parameter of the loaded model: its shape, and the tensors on disk that make it.
 
@@ -133,7 +138,7 @@ def _as_loaded(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
     """The parameters of the loaded model, by transformers' own renamings and conversions."""
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
-    transforms = [] if "auto_map" in config else _conversions(config)
+    transforms = [] if "auto_map" in config else conversions(config)
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in transforms if not isinstance(entry, WeightConverter)]
     plain: dict[str, Loaded] = {}
@@ -151,7 +156,7 @@ def _as_loaded(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
     return plain
 
 
-def _conversions(config: Mapping[str, Any]) -> list[Any]:
+def conversions(config: Mapping[str, Any]) -> list[Any]:
     """transformers' conversions for the causal language model of this config, and for the models nested in it."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -1,11 +1,8 @@
-"""A reference to a model on disk or on the hub -> a folder."""
+"""Folders of weights on disk and on the hub: what is refused, and how one is fetched."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from neurondrift.base.errors import ModelError
@@ -33,43 +30,11 @@ def refuse_other_formats(folder: Path, reference: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def folder_of(reference: str | Path) -> Iterator[Path]:
-    """The folder with the files of a reference, for the time of the block.
+def download(reference: str) -> Path:
+    """The folder of a hub id (`name@revision`) in the hub's cache, fetched where it is not there.
 
-    A folder is itself. A hub id (`name` or `owner/name`, with `@revision` where wanted) is downloaded into the hub's
-    cache, safetensors, configuration and index only. `pypi:NAME` is the de-quantised model that `load_model` keeps;
-    `tiny:NAME` is written to a temporary folder.
-
-    Raises `ModelError` where there is no such thing, or no network to get it.
+    Safetensors, configuration and index only. Raises `ModelError` where there is no such thing, or no network.
     """
-    text = str(reference)
-    if text.startswith(("pypi:", "tiny:")):
-        from neurondrift.models.loading import load_model
-
-        model, _ = load_model(text, dtype="float32", device="cpu")
-        kept = Path(str(model.config._name_or_path))
-        if text.startswith("pypi:") and (kept / "config.json").exists():
-            del model
-            yield kept
-            return
-        with tempfile.TemporaryDirectory(prefix="neurondrift-") as temporary:
-            model.save_pretrained(temporary)
-            del model
-            yield Path(temporary)
-        return
-    path = Path(text)
-    if path.is_dir():
-        yield path
-        return
-    if path.exists():
-        raise ModelError(
-            "This is a file, not a model", received=text, allowed="the folder that holds config.json and safetensors"
-        )
-    yield _download(text)
-
-
-def _download(reference: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

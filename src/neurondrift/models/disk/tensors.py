@@ -22,6 +22,7 @@ from neurondrift.base.files import atomic_path
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Longer headers are a fault of the file: the largest models have some 100 kB.
 MAX_HEADER = 100_000_000
+POINTER = b"version https://git-lfs"
 
 
 class TensorFile(NamedTuple):
@@ -102,8 +103,20 @@ def read_header(path: Path) -> dict[str, TensorFile]:
         raise ArtifactError("A checkpoint's file is missing", received=str(path)) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path} is truncated or no safetensors file ({str(error)[:100]})", fix="copy or download it again"
+            f"{path} is truncated or no safetensors file ({str(error)[:100]})",
+            fix="it is a Git LFS pointer: fetch the file itself with git lfs pull, or download it again"
+            if _is_pointer(path)
+            else "copy or download it again",
         ) from error
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is what git keeps in the place of a large file."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def read_into(descriptor: int, view: memoryview, offset: int, path: str) -> None:
