@@ -200,9 +200,15 @@ def _rows(reference: str, *, split: str, subset: str | None, revision: str | Non
             allowed="builtin:NAME, a path to CSV, JSON, JSONL or Parquet, or hf:NAME",
         )
     try:
-        return _file_rows(path)
-    except (ValueError, KeyError, OSError, csv.Error) as error:
+        rows = _file_rows(path)
+    except (ValueError, KeyError, OSError, csv.Error, RecursionError) as error:
         raise DataError(f"The data file cannot be read ({error})", received=reference) from error
+    wrong = next((number for number, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise DataError(
+            f"Row {wrong} of the data file is no object", received=reference, allowed='rows such as {"prompt": "..."}'
+        )
+    return rows
 
 
 def _file_rows(path: Path) -> list[Mapping[str, Any]]:

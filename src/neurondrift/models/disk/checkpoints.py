@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neurondrift.base.errors import ArtifactError, ModelError
-from neurondrift.base.files import read_json
+from neurondrift.base.files import inside, read_json
 from neurondrift.models.disk.names import SiteName, find_sites
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
 from neurondrift.models.disk.tensors import DTYPES, TensorFile, read_header, read_into
@@ -200,7 +200,7 @@ def _weight_files(folder: Path, reference: str) -> list[Path]:
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         try:
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+            return [inside(folder, name) for name in sorted(set(index["weight_map"].values()))]
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError("The index of the shards is not readable", received=str(folder / INDEX)) from error
     if (folder / "model.safetensors").exists():
