@@ -12,17 +12,61 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurondrift.base.errors import ArtifactError, ResourceError
+from neurondrift.base.errors import ArtifactError, ResourceError, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHARED_MEMORY = Path("/dev/shm")
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+#: What torch says of a file that it could not write; it names no reason.
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "cannot be opened.")
+
+
+def storage_error(error: BaseException, path: Path | str | None = None) -> ResourceError | None:
+    """What a disk's refusal is to the user; None for any other error.
+
+    Knows the numbers of `OSError`, and the words of libraries that raise kinds of their own (safetensors, torch).
+    """
+    place = str(path or getattr(error, "filename", None) or "a file")
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := re.search(r"\b(?:os error|errno:?) (\d+)", str(error))):
+        number = int(match[1])
+    if number in NO_SPACE or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_CANNOT_WRITE)
+    ):
+        return ResourceError(
+            f"No space is left while writing {place}",
+            fix="free some space or choose another --output-dir, then run the command again: it resumes",
+        )
+    if number in NOT_WRITABLE:
+        return ResourceError(
+            f"{place} may not be written or read ({os.strerror(number)})",
+            fix="give yourself the right to it or choose another --output-dir, then run the command again: it resumes",
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(
+            f"Too many files are open, at {place}",
+            fix="raise the limit (ulimit -n 1024), then run the command again: it resumes",
+        )
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+        return ResourceError("There is no home folder", fix="set HOME (and XDG_CACHE_HOME), or write paths without ~")
+    if number == errno.EIO:
+        return ResourceError(
+            f"The disk does not read or write {place} (Input/output error)", fix="check the disk, or use another"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -30,31 +74,52 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` only when the block ends without an exception.
 
     Works for a file and for a folder. What stood at `path` is replaced in one rename (a folder: removed
-    just before it). A full disk raises `ResourceError`; nothing partial is left under either name.
+    just before it). A disk that refuses (full, read-only, over quota) raises `ResourceError`; nothing partial is left
+    under either name.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ArtifactError("A file stands where a folder is needed", received=str(path.parent)) from error
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         if partial.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"No space is left while writing {path}",
-                fix="free some space or choose another --output-dir, then run the command again: it resumes",
-            ) from error
+    except Exception as error:
+        refused = None if isinstance(error, UserError) else storage_error(error, path)
+        if refused is not None:
+            raise refused from error
         raise
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder as far as the disk lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what writes that were killed have left below a folder, under their temporary names."""
+    for left in list(Path(folder).rglob(".*.partial")):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", left.name):
+            _remove(left)
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder and those above it where they are not there. `ArtifactError` where a file stands in the way."""
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ArtifactError("A file stands where a folder is needed", received=str(folder)) from error
+    except OSError as error:
+        if (refused := storage_error(error, folder)) is not None:
+            raise refused from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,8 +139,29 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError("A file is missing", received=str(path)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # no JSON, no UTF-8, nested without end, a folder
         raise ArtifactError(f"{path} is no readable JSON ({error})", fix="delete it and make it again") from error
+
+
+def read_parquet(path: Path, **how: Any) -> pa.Table:
+    """A Parquet file as an Arrow table, its pages checked against their checksums and every value against its kind.
+
+    `how` goes to `pyarrow.parquet.read_table`. Raises `ArtifactError` where the file is missing, damaged or something
+    else.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, **{"partitioning": None, **how})
+        table.validate(full=True)
+    except FileNotFoundError as error:
+        raise ArtifactError("A file is missing", received=str(path)) from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or no Parquet file ({type(error).__name__})", fix="make it again, or copy it again"
+        ) from error
+    return table
 
 
 def sha256_of_file(path: Path) -> str:
@@ -99,16 +185,28 @@ def files_below(paths: Sequence[Path]) -> list[Path]:
 
 
 def write_manifest(
-    path: Path, *, root: Path, stage: str, inputs: str, outputs: Sequence[Path], details: Mapping[str, Any]
+    path: Path,
+    *,
+    root: Path,
+    stage: str,
+    inputs: str,
+    outputs: Sequence[Path],
+    details: Mapping[str, Any],
+    known: dict[tuple[str, int, int], str] | None = None,
 ) -> None:
     """Mark a stage as done: written last, with the checksum and size of everything that the stage made.
 
-    `inputs` is the fingerprint of all that the stage depends on; paths are stored relative to `root`.
+    `inputs` is the fingerprint of all that the stage depends on; paths are stored relative to `root`. `known` keeps
+    checksums from one call to the next (of files that are written once: by name, size and time).
     """
-    files = {
-        str(file.relative_to(root)): {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}
-        for file in files_below(outputs)
-    }
+    kept = {} if known is None else known
+    files = {}
+    for file in files_below(outputs):
+        about = file.stat()
+        of = (str(file), about.st_size, about.st_mtime_ns)
+        if of not in kept:
+            kept[of] = sha256_of_file(file)
+        files[str(file.relative_to(root))] = {"sha256": kept[of], "bytes": about.st_size}
     write_json(path, {"format": 1, "stage": stage, "inputs": inputs, "details": dict(details), "files": files})
 
 
@@ -122,29 +220,61 @@ def standing_inputs(path: Path, *, root: Path, only: str | None = None) -> str |
 
     With `only`, inputs other than these are None too, without a look at the files.
     """
-    if not path.exists():
-        return None
     try:
         manifest = read_json(path)
         inputs: str = manifest["inputs"]
         if only is not None and inputs != only:
             return None
-        for name, entry in manifest["files"].items():
-            file = root / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                return None
-            if sha256_of_file(file) != entry["sha256"]:
-                return None
-    except (ArtifactError, KeyError, TypeError):
+        return inputs if _first_change(manifest, root) is None else None
+    except UNREADABLE_MANIFEST:
         return None
-    return inputs
+
+
+UNREADABLE_MANIFEST = (ArtifactError, KeyError, TypeError, AttributeError, OSError)
+
+
+def changed_file(path: Path, *, root: Path, inputs: str) -> str | None:
+    """The first file that is not as a manifest for these inputs says, or the manifest itself where it is damaged.
+
+    None where all stands, there is no manifest, or it is for other inputs.
+    """
+    if not path.exists():
+        return None
+    try:
+        manifest = read_json(path)
+        return _first_change(manifest, root) if manifest["inputs"] == inputs else None
+    except UNREADABLE_MANIFEST:
+        return path.name
+
+
+def _first_change(manifest: Mapping[str, Any], root: Path) -> str | None:
+    for name, entry in manifest["files"].items():
+        file = inside(root, name, links=False)
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of_file(file) != entry["sha256"]:
+            return str(name)
+    return None
+
+
+def inside(folder: Path, name: str, *, links: bool = True) -> Path:
+    """The path of a file that an artifact names, within the artifact's folder.
+
+    Raises `ArtifactError` for a name that leads out of it: absolute or with `..`; without `links` (which the hub's
+    cache is made of) also a link to a file elsewhere. Folders that the user has linked elsewhere are followed.
+    """
+    path = Path(folder) / name
+    out = not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
+    if out or (not links and path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())):
+        raise ArtifactError(
+            "An artifact names a file outside of its folder", received=name, allowed=f"files below {folder}"
+        )
+    return path
 
 
 def free_bytes(path: Path) -> int:
     """Free space of the file system that holds `path` or its nearest existing parent."""
     path = Path(path).absolute()
     while not path.exists():
-        path = path.parent
+        path = path.parent  # ends at the root, which is there
     return shutil.disk_usage(path).free
 
 
@@ -164,9 +294,17 @@ def _scratch_candidates(output_dir: Path) -> tuple[Path, Path]:
     return SHARED_MEMORY / f"neurondrift-{tag}", Path(output_dir) / "scratch"
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is one that we made: in shared memory anybody can make one of that name, or a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    about = folder.stat()
+    return not folder.is_relative_to(SHARED_MEMORY) or (about.st_uid == os.getuid() and not about.st_mode & 0o022)
+
+
 def find_scratch(output_dir: Path) -> Path | None:
     """The study's scratch folder, if there is one."""
-    return next((folder for folder in _scratch_candidates(output_dir) if folder.is_dir()), None)
+    return next((folder for folder in _scratch_candidates(output_dir) if _is_ours(folder)), None)
 
 
 def scratch_directory(output_dir: Path, *, needed: int) -> Path:
@@ -179,14 +317,17 @@ def scratch_directory(output_dir: Path, *, needed: int) -> Path:
         return existing
     in_memory, beside = _scratch_candidates(output_dir)
     roomy = os.access(SHARED_MEMORY, os.W_OK) and free_bytes(SHARED_MEMORY) > 2 * needed
-    chosen = in_memory if roomy else beside
-    chosen.mkdir(mode=0o700, parents=True)
-    return chosen
+    if roomy and not (in_memory.exists() or in_memory.is_symlink()):
+        with contextlib.suppress(OSError):  # absent, foreign or without inodes: beside the study then
+            in_memory.mkdir(mode=0o700)
+            return in_memory
+    make_folder(beside, mode=0o700)
+    return beside
 
 
 def remove_scratch(output_dir: Path) -> list[Path]:
     """Delete the study's scratch folders, whichever exist; returns what was deleted."""
-    removed = [folder for folder in _scratch_candidates(output_dir) if folder.is_dir()]
+    removed = [folder for folder in _scratch_candidates(output_dir) if _is_ours(folder)]
     for folder in removed:
         shutil.rmtree(folder)
     return removed

@@ -173,7 +173,7 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], *, step: int | 
         if index >= 0:
             table = table.set_column(index, name, table[name].cast(kind))
     with atomic_path(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 STAND_IN = "refusal"  # judges what a model judge cannot: answers to prompts that are not harmful

@@ -10,10 +10,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cyclopts import CycloptsError
 
 from neurondrift.base.errors import UserError
+from neurondrift.base.files import storage_error
+from neurondrift.base.terminal import PlainFormatter, give_up_output, open_streams, plain
 from neurondrift.cli.app import app
 
 from neurondrift.cli import study, behaviour, groups, interventions, subspaces, drift  # noqa: F401  # isort: skip
@@ -22,23 +25,45 @@ from neurondrift.cli import study, behaviour, groups, interventions, subspaces, 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and turns mistakes of the user's into one message and exit code 2.
 
-    `arguments` default to those of the process.
+    A disk that refuses is one of them. `arguments` default to those of the process.
     """
-    logging.basicConfig(
-        level=os.environ.get("NEURONDRIFT_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    open_streams()
+    told = logging.StreamHandler()
+    told.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=_log_level(), handlers=[told])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # theirs to settle
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+        sys.stdout.flush()
     except (UserError, CycloptsError) as error:
-        print(f"neurondrift: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end_with(error)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
     except KeyboardInterrupt:
         print("neurondrift: stopped; run the command again to go on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        place = None
+        try:
+            sys.stdout.flush()
+        except OSError:
+            give_up_output()
+            place = "standard output"
+        refused = storage_error(error, place)
+        if refused is None:
+            raise
+        _end_with(refused)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    print(f"neurondrift: {plain(str(error))}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _log_level() -> str:
+    level = os.environ.get("NEURONDRIFT_LOG", "WARNING").upper()
+    return level if level in logging.getLevelNamesMapping() else "WARNING"
 
 
 if __name__ == "__main__":

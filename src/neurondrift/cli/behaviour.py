@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from cyclopts import Group, Parameter
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.locks import only_one
 from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import DATA_FLAGS, NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
 from neurondrift.cli.study import Again, run_stages, say
@@ -135,7 +136,8 @@ def evaluate(
     from neurondrift.study.experiments.evaluate_model import evaluate_model
 
     tune_allocator()
-    figures = evaluate_model(asked, source.output_dir, show_responses=show_responses, say=say)
+    with only_one(source.output_dir):
+        figures = evaluate_model(asked, source.output_dir, show_responses=show_responses, say=say)
     if alone.json is not None:
         write_json(alone.json, figures)
 
@@ -165,5 +167,7 @@ def _with_responses(source: Source, flags: Flags) -> None:
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.reporting import report_with_responses
 
-    for path in report_with_responses(study, StudyFolder(source.output_dir, study)):
-        print(path)
+    with only_one(source.output_dir):
+        written = report_with_responses(study, StudyFolder(source.output_dir, study))
+    for path in written:
+        say(str(path))

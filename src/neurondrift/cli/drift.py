@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.locks import only_one
 from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import app
 
@@ -37,9 +38,10 @@ def diff(
     from neurondrift.drift.difference import diff as measure
 
     tune_allocator()
-    result = measure(base, tuned, output_dir, threads=threads)
+    with only_one(output_dir):
+        result = measure(base, tuned, output_dir, threads=threads)
     for note in result.notes:
-        print(f"Note: {note}.")
+        print(f"Note: {_shown(note)}.")
     steps = list(result.references)
     last = steps[-1]
     if len(steps) > 1:

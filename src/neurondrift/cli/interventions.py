@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.locks import only_one
 from neurondrift.base.memory import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, SettingFlags, Source, app, asked, study_of
 from neurondrift.cli.study import run_experiment, say
@@ -108,7 +109,8 @@ def intervene(
         run_experiment("intervene", study, source.output_dir, lambda: show(folder, say=say))
     else:  # of no study: nothing has to stand, and no report takes it up
         tune_allocator()
-        act(study, folder, study.intervene, say=say)
+        with only_one(source.output_dir):
+            act(study, folder, study.intervene, say=say)
         show(folder, say=say)
     if json is not None:
         write_json(json, read_json(results_file(folder)))

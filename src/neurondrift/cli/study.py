@@ -9,7 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.locks import only_one
 from neurondrift.base.memory import tune_allocator
+from neurondrift.base.terminal import plain
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
 from neurondrift.study.settings import Study
 
@@ -42,8 +44,8 @@ def run_experiment(name: str, study: Study, output_dir: Path, show: Callable[[],
 
 
 def say(line: str) -> None:
-    """A line on the screen at once."""
-    print(line, flush=True)
+    """A line on the screen at once, without what a terminal would act on."""
+    print(plain(line), flush=True)
 
 
 Keep = Annotated[bool, Parameter(help="keep the scores after the groups are formed", negative="")]
@@ -117,8 +119,9 @@ def analyze(
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.analysis import analyze_files
 
-    findings = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
-    print(findings["analysis"]["conclusion"])
+    with only_one(source.output_dir):
+        findings = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
+    say(findings["analysis"]["conclusion"])
     print(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
 
 
@@ -142,5 +145,9 @@ def clean(
     """Delete the scratch files of a study (scores)."""
     from neurondrift.study.folder import clean as delete
 
-    removed = delete(output_dir, everything=everything)
-    print("\n".join(f"deleted {path}" for path in removed) or "nothing to delete")
+    if not output_dir.is_dir():
+        say("nothing to delete")
+        return
+    with only_one(output_dir):
+        removed = delete(output_dir, everything=everything)
+    say("\n".join(f"deleted {path}" for path in removed) or "nothing to delete")

@@ -221,8 +221,8 @@ class DriftCallback(TrainerCallback):
         try:
             write()
         except (ResourceError, OSError) as error:
-            full = isinstance(error, ResourceError) or error.errno in FULL_DISK
-            if not full:
+            cause = error.__cause__ if isinstance(error, ResourceError) else error
+            if isinstance(cause, OSError) and cause.errno not in FULL_DISK:  # read-only, broken: not to be waited for
                 raise
             if self.on_full_disk == "stop":
                 raise ResourceError(

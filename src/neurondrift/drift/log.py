@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.base.files import atomic_path, read_json, write_json
+from neurondrift.base.files import atomic_path, read_json, read_parquet, write_json
 from neurondrift.groups.group import Group, load_group
 
 if TYPE_CHECKING:
@@ -56,20 +56,24 @@ class DriftLog:
 
     def steps(self) -> list[int]:
         """Steps that have a snapshot, ascending."""
-        matches = (re.fullmatch(r"step=(\d+)", entry.name) for entry in self.directory.glob("step=*"))
+        matches = (re.fullmatch(r"step=([0-9]{1,9})", entry.name) for entry in self.directory.glob("step=*"))
         return sorted(int(match[1]) for match in matches if match)
 
     def metadata(self) -> dict[str, Any]:
         """What holds for all snapshots: model fingerprint, sites with their shapes, untrained sites."""
         content: dict[str, Any] = read_json(self.directory / METADATA)
+        if not _is_metadata(content):
+            raise ArtifactError(f"{self.directory / METADATA} is not the metadata of a drift log")
         return content
 
     def initial(self) -> pd.DataFrame:
         """The neurons before training: columns site, row, norm (‖w₀‖), module_type, layer."""
-        try:
-            return pq.read_table(self.directory / INITIAL).to_pandas()
-        except FileNotFoundError as error:
-            raise ArtifactError("The folder holds no drift log", received=str(self.directory)) from error
+        file = self.directory / INITIAL
+        if not file.exists():
+            raise ArtifactError("The folder holds no drift log", received=str(self.directory))
+        table = read_parquet(file)
+        _require_columns(table, file, ("site", "row", "norm", "module_type", "layer"))
+        return table.to_pandas()
 
     def not_finite(self) -> dict[int, int]:
         """Step -> how many neurons have a change that is NaN or infinite; steps without any are left out."""
@@ -247,14 +251,41 @@ class DriftLog:
                     "This snapshot follows no single weights", received=str(file.parent), fix="pass groups of weights"
                 )
             try:
-                part = convert(pq.read_table(file, columns=columns, filters=filters, partitioning=None))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ArtifactError(f"{file} cannot be read as a drift snapshot ({type(error).__name__})") from error
+                part = read_parquet(file, columns=columns, filters=filters)
+                if columns is None:
+                    _require_columns(part, file, ("site", "row", *METRICS) if name == NEURONS else WORDS)
+                part = convert(part)
+            except (pa.ArrowException, ArtifactError, LookupError) as error:
+                reason = type(error.__cause__ or error).__name__
+                raise ArtifactError(f"{file} cannot be read as a drift snapshot ({reason})") from error
             parts.append(part.add_column(0, "step", pa.array(np.full(part.num_rows, step, dtype=np.int32))))
-        return pa.concat_tables(parts, promote_options="default")
+        try:
+            return pa.concat_tables(parts, promote_options="default")
+        except pa.ArrowException as error:
+            raise ArtifactError("The drift snapshots have different columns", received=str(self.directory)) from error
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step={step:06d}"
+
+
+def _is_metadata(content: Any) -> bool:
+    """Whether a JSON value is what `describe` makes, as far as a log is read by it."""
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("model"), str)
+        and isinstance(content.get("untrained"), list)
+        and all(isinstance(site, str) for site in content["untrained"])
+        and isinstance(content.get("sites"), dict)
+        and all(
+            isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape)
+            for shape in content["sites"].values()
+        )
+    )
+
+
+def _require_columns(table: pa.Table, file: Path, names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in table.column_names]:
+        raise ArtifactError(f"{file} has no column {missing[0]}, as a drift log has")
 
 
 def _write(
@@ -268,6 +299,7 @@ def _write(
         compression_level=1 if compression == "zstd" else None,
         use_dictionary=words,
         write_statistics=words,
+        write_page_checksum=True,
         column_encoding=encoding,
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.base.files import atomic_path
+from neurondrift.base.files import atomic_path, read_parquet
 from neurondrift.groups.group import Group
 
 Importance: TypeAlias = Mapping[str, npt.NDArray[np.float32]]  # site -> importance of each of its members, in order
@@ -97,32 +97,30 @@ def write_importance(path: Path, group: Group, importance: Importance) -> None:
         }
     )
     with atomic_path(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def read_importance(path: Path, group: Group) -> dict[str, npt.NDArray[np.float32]]:
     """Read what `write_importance` wrote. Raises `ArtifactError` where it is missing or of another group."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-        names, rows, values = (table[name].to_numpy() for name in ("site", "row", "importance"))
-    except FileNotFoundError as error:
+    if not Path(path).exists():
         raise ArtifactError(
             "The importance of this group's members was not kept, so that no dose can be taken from it",
             received=str(path),
             fix="make the groups again (neurondrift score --force, then neurondrift groups --force), pass --scores, "
             "or ask for --doses 1 only",
-        ) from error
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        )
+    try:
+        table = read_parquet(path)
+        names, rows, values = (table[name].to_numpy() for name in ("site", "row", "importance"))
+        values = values.astype(np.float32)
+    except (ArtifactError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} holds no importance of members ({type(error).__name__})") from error
     result = {}
     for site, own in group.members.items():
         here = names == site
         if not np.array_equal(rows[here], own):
             raise ArtifactError("The importances are of another group", received=f"{path}, {site}")
-        result[site] = values[here].astype(np.float32)
+        result[site] = values[here]
     return result
 
 

@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.base.files import atomic_path, read_json, write_json
+from neurondrift.base.files import atomic_path, read_json, read_parquet, write_json
 from neurondrift.base.roles import ROLES, Role, role_of_name
 
 Granularity = Literal["neuron", "weight", "unit"]
@@ -213,6 +213,7 @@ def write_parquet(path: Path, group: Group) -> None:
             partial,
             compression="zstd",
             compression_level=19,
+            write_page_checksum=True,
             use_dictionary=["site"],
             write_statistics=["site", "row"],
             column_encoding={
@@ -243,11 +244,8 @@ def load_group(path: str | Path) -> Group:
     path = Path(path)
     if path.suffix == ".json":
         return _from_json(path)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         header = json.loads(table.schema.metadata[b"neurondrift.group"])
         shapes = {site: (int(rows), int(columns)) for site, (rows, columns) in header["shapes"].items()}
         granularity: Granularity = header["granularity"]
@@ -258,18 +256,34 @@ def load_group(path: str | Path) -> Group:
         if granularity == "weight":
             widths = np.array([shapes[name][1] for name in names], dtype=np.int64)
             flat = flat * (widths[codes] if len(names) else 1) + table["col"].to_numpy().astype(np.int64)
-    except FileNotFoundError as error:
-        raise ArtifactError("The group file is missing", received=str(path)) from error
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is no group file of neurondrift ({type(error).__name__})") from error
-    members = {name: np.sort(flat[codes == code]) for code, name in enumerate(names)}
-    return Group(granularity=granularity, members=members, shapes=shapes, provenance=header["provenance"])
+        members = {name: np.sort(flat[codes == code]) for code, name in enumerate(names)}
+        group = Group(granularity=granularity, members=members, shapes=shapes, provenance=dict(header["provenance"]))
+        _check_read(group)
+    except ArtifactError as error:
+        if not path.exists():
+            raise ArtifactError("The group file is missing", received=str(path)) from error
+        raise ArtifactError(f"{path} is no group file of neurondrift ({error})") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, GroupError) as error:
+        raise ArtifactError(f"{path} is no group file of neurondrift ({type(error).__name__}: {error})") from error
+    return group
+
+
+def _check_read(group: Group) -> None:
+    """Raise for what no group can be: an unknown granularity, members outside of its sites or twice."""
+    if group.granularity not in get_args(Granularity):
+        raise ValueError(f"there is no granularity {group.granularity!r}")
+    if group.shapes:  # a group that came from plain JSON has none
+        group.check_members(group.shapes)
+    for site, indices in group.members.items():
+        if len(indices) and (indices[0] < 0 or (np.diff(indices) == 0).any()):
+            raise ValueError(f"the members of {site} are no rows, or come twice")
 
 
 def _from_json(path: Path) -> Group:
     content = read_json(path)
     if not isinstance(content, dict) or not all(
-        isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows) for rows in content.values()
+        isinstance(rows, list) and all(type(row) is int and 0 <= row < 2**31 for row in rows)
+        for rows in content.values()
     ):
         raise ArtifactError(f"{path} is no group of neurons", allowed="a JSON object of site name -> list of rows")
     members = {site: np.unique(np.array(rows, dtype=np.int64)) for site, rows in content.items()}

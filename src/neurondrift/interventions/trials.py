@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from neurondrift.base.errors import ConfigError, GroupError
-from neurondrift.base.files import atomic_path, sha256_of_value
+from neurondrift.base.errors import ArtifactError, ConfigError, GroupError
+from neurondrift.base.files import atomic_path, read_parquet, sha256_of_value
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.groups.controls import matched
 from neurondrift.groups.doses import Importance, digest, dose_of
@@ -324,12 +324,16 @@ class RunLog:
     )
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
         self.path = Path(path)
         self.runs: dict[str, Rows] = {}
         if self.path.exists():
-            for row in pq.read_table(self.path, partitioning=None).to_pylist():
+            try:
+                table = read_parquet(self.path)
+                rows: Rows = table.select([name for name, _ in self.COLUMNS]).to_pylist()
+            except (ArtifactError, KeyError) as error:
+                logger.warning("%s cannot be gone on from, its runs are made again (%s)", self.path, error)
+                rows = []
+            for row in rows:
                 self.runs.setdefault(row["key"], []).append(row)
 
     def add(self, key: str, rows: Rows) -> None:
@@ -357,7 +361,9 @@ class RunLog:
         schema = pa.schema([(name, kinds[kind]) for name, kind in self.COLUMNS])
         rows = [row for run in self.runs.values() for row in run]
         with atomic_path(self.path) as partial:
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd", write_page_checksum=True
+            )
 
 
 def key_of(trial: Trial, inputs: str, mode: PruneMode) -> str:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
+from neurondrift.base.terminal import plain
 from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
 from neurondrift.report.findings.statistical import Findings
@@ -48,7 +49,7 @@ def render_text(results: Findings, answers: Sequence[Record] = ()) -> str:
     lines += _body(document.answer)
     for section in document.sections:
         lines += ["", "═" * WIDTH, *_wrap(section.title.upper()), "", *_body(section)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return plain("\n".join(line.rstrip() for line in lines)) + "\n"
 
 
 def render_section(section: Section) -> list[str]:

@@ -116,11 +116,11 @@ def clean(output_dir: Path, *, everything: bool = False) -> list[Path]:
         if not (output_dir / StudyFolder.CONFIGURATION).exists():
             raise ArtifactError("There is no study in this folder", received=str(output_dir))
         for path in (output_dir / name for name in StudyFolder.MADE):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
                 removed.append(path)
-            elif path.exists():
-                path.unlink()
+            elif path.exists() or path.is_symlink():
+                path.unlink()  # of a link the link: what it leads to lies outside of the study
                 removed.append(path)
     return removed
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from neurondrift.base.errors import ArtifactError, GroupError
+from neurondrift.base.files import read_parquet
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.group import Group
@@ -109,8 +109,8 @@ def behaviour_series(
 
 
 def read_table(path: Path) -> Rows:
-    """The rows of a Parquet file."""
-    rows: Rows = pq.read_table(path, partitioning=None).to_pylist()
+    """The rows of a Parquet file. `ArtifactError` where it cannot be read."""
+    rows: Rows = read_parquet(path).to_pylist()
     return rows
 
 
@@ -127,8 +127,7 @@ def read_perplexities(folder: Path) -> dict[int, float]:
     file = folder / "perplexity.parquet"
     if not file.exists():
         return {}
-    table = pq.read_table(file, partitioning=None)
-    return {int(row["step"]): float(row["perplexity"]) for row in table.to_pylist()}
+    return {int(row["step"]): float(row["perplexity"]) for row in read_table(file)}
 
 
 def read_capability(folder: Path) -> Rows:

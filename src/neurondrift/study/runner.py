@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import tomli_w
 
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import (
+    changed_file,
     manifest_stands,
+    remove_partial,
     remove_scratch,
     require_space,
     sha256_of_value,
@@ -25,6 +28,7 @@ from neurondrift.base.files import (
     write_manifest,
     write_text,
 )
+from neurondrift.base.locks import only_one
 from neurondrift.base.memory import release_memory
 from neurondrift.base.processes import is_first_process, process_count
 from neurondrift.study.experiments.table import OPTIONAL
@@ -101,7 +105,7 @@ class StudyRun:
         By default all that are part of the study: optional ones where their section says `enabled`. `force` names
         stages that are done again even where they stand, and by default asks for them. A stage asked for on its own
         needs the stages above it to stand (`ArtifactError` otherwise). Scratch is deleted once it is no longer needed,
-        unless `keep_scores`.
+        unless `keep_scores`. `ResourceError` where another command is at work in the folder.
         """
         for name in force:
             if name not in TABLE:
@@ -115,8 +119,15 @@ class StudyRun:
                 received=f"{', '.join(asked)} in {process_count()} processes",
                 fix=f"torchrun ... -m neurondrift.cli {together[0]}, then neurondrift run in one process",
             )
+        with only_one(self.folder.root) if is_first_process() else nullcontext():
+            self._run(asked, force, keep_scores)
+
+    def _run(self, asked: Sequence[str], force: Sequence[str], keep_scores: bool) -> None:
         if is_first_process():
             self._write_study_file()
+            for name in StudyFolder.MADE:
+                remove_partial(self.folder.root / name)
+            remove_partial(self.folder.scratch)
         for name in asked:
             for step in self.steps(name):
                 self._require(name, asked)
@@ -133,6 +144,9 @@ class StudyRun:
         if not force and (self._stands(step) or self._no_longer_needed(step)):
             self.say(f"{step.title:<20} stands")
             return
+        root = stage.root(self.folder)
+        if not force and (changed := changed_file(manifest, root=root, inputs=step.inputs)) is not None:
+            self.say(f"{step.title:<20} is done again: {changed} is not as it was made")
         if is_first_process():
             manifest.unlink(missing_ok=True)
         of: tuple[Any, ...] = (self.study, self.folder, *([] if step.seed is None else [step.seed]))
@@ -228,7 +242,8 @@ class StudyRun:
 
 def _check_same_study(study: Study, standing: dict[str, Any], root: Path) -> None:
     """Refuse a folder that belongs to another study: another name or another model."""
-    old = (standing.get("name"), standing.get("model", {}).get("reference"))
+    model = standing.get("model")
+    old = (standing.get("name"), model.get("reference") if isinstance(model, dict) else model)
     new = (study.name, study.model.reference)
     if old != new:
         raise ConfigError(
@@ -247,7 +262,7 @@ def _with_what_was_asked(study: Study, standing: dict[str, Any]) -> Study:
     asked = {
         name: validated(type(getattr(study, name)), standing[name] | {"enabled": False})
         for name in sections
-        if name in standing and name not in study.model_fields_set
+        if isinstance(standing.get(name), dict) and name not in study.model_fields_set
     }
     return study.model_copy(update=asked)
 

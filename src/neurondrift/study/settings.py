@@ -49,7 +49,7 @@ PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
 class Section(BaseModel):
     """A table of the configuration: unknown keys are errors, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -287,7 +287,7 @@ class Study(Section):
     """Everything that determines a study's result."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = "study"
-    seeds: Annotated[list[int], Field(min_length=1)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
         [0], description="training seeds; the first also draws groups"
     )
     model: ModelSection
@@ -335,12 +335,12 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_file(path: Path) -> dict[str, Any]:
     """A configuration file as a plain nested dict. Raises `ConfigError` if it is missing or no TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError("The configuration file does not exist", received=str(path)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file cannot be read ({error})", received=str(path)) from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, tables nested without end
         raise ConfigError(f"{path} is no valid TOML ({error})") from error
 
 

@@ -7,6 +7,7 @@ Owns how transformers' Trainer and PEFT are set up; the loss is that of the resp
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from neurondrift.base.errors import ModelError
-from neurondrift.base.files import atomic_path
+from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
 from neurondrift.models.batches import Batch, make_batches, token_losses
@@ -28,6 +29,9 @@ from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
 logger = logging.getLogger(__name__)
+
+#: The manifest of a checkpoint, written last.
+SEAL = "neurondrift.json"
 
 Advance = Callable[[int], None]
 Encoded = Sequence[Mapping[str, Any]]
@@ -105,6 +109,38 @@ class _SaveAdapters(TrainerCallback):
                     self.tokenizer.save_pretrained(str(partial))
 
 
+class _SealCheckpoint(TrainerCallback):
+    """Marks a checkpoint as whole, with the checksums of its files and of those that a resumed run goes on from; then
+    deletes the ones before it, whatever the clock says of their age."""
+
+    def __init__(self, folder: Path, beside: Sequence[Path]) -> None:
+        self.folder, self.beside = folder, beside
+        self.known: dict[tuple[str, int, int], str] = {}
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        kept = [path for folder in self.beside if folder.is_dir() for path in sorted(folder.iterdir())]
+        (checkpoint / SEAL).unlink(missing_ok=True)
+        write_manifest(
+            checkpoint / SEAL,
+            root=_root(self.folder, self.beside),
+            stage="checkpoint",
+            inputs=str(state.global_step),
+            outputs=[checkpoint, *(path for path in kept if path != self.folder and not path.name.startswith("."))],
+            details={},
+            known=self.known,
+        )
+        for other in self.folder.glob("checkpoint-*"):
+            if other != checkpoint:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _root(folder: Path, beside: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([folder, *beside]))
+
+
 def total_steps(examples: int, settings: FinetuneSection) -> int:
     """Optimizer steps that the Trainer will take."""
     if settings.max_steps > 0:
@@ -173,6 +209,7 @@ def finetune(
     advance: Advance = lambda n: None,
     freeze: Group | None = None,
     resumable: bool = True,
+    beside: Sequence[Path] = (),
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -203,10 +240,18 @@ def finetune(
         as a `FreezeCallback` among the callbacks, which also reports.
     resumable
         Whether checkpoints are written at all.
+    beside
+        Further folders that a resumed run goes on from (drift snapshots): a checkpoint is whole while what lay there
+        is as it was.
 
     Returns
     -------
     The trained (wrapped) model, and the Trainer's log. `detach_adapter` takes LoRA off again.
+
+    Raises
+    ------
+    ArtifactError
+        A checkpoint that holds more than numbers: nothing is unpickled.
     """
     set_seed(seed)
     if settings.method == "lora":
@@ -227,25 +272,34 @@ def finetune(
         bf16=autocast,
         save_strategy="steps" if resumable else "no",
         save_steps=interval,
-        save_total_limit=1,
     )
     added = [
         *([FreezeCallback(freeze)] if freeze is not None else []),
         *callbacks,
         _SaveAdapters(folder, save_at, tokenizer if settings.method == "full" else None),
+        _SealCheckpoint(folder / "trainer", (folder, *beside)),
         _Advance(advance),
     ]
-    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=last_checkpoint(folder / "trainer"))
+    resume = last_checkpoint(folder / "trainer", (folder, *beside))
+    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume)
     return model, log
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint below a Trainer's folder; a torn one (killed while saving) is passed over."""
+def last_checkpoint(folder: Path, beside: Sequence[Path] = ()) -> Path | None:
+    """The last whole checkpoint below a Trainer's folder.
+
+    One without its seal (killed while saving) is passed over; so is one of which a file has changed, or a file of
+    `beside` that was there when it was saved, and that is said.
+    """
     found = []
     for entry in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
-        if match and (entry / "trainer_state.json").exists() and (entry / "rng_state.pth").exists():
+        match = re.fullmatch(r"checkpoint-([0-9]+)", entry.name)
+        if not match or not (entry / SEAL).exists():
+            continue
+        if manifest_stands(entry / SEAL, root=_root(folder, beside), inputs=match[1]):
             found.append((int(match[1]), entry))
+        else:
+            logger.warning("%s is not as it was saved, or what belongs to it is not: not gone on from", entry)
     return max(found)[1] if found else None
 
 
@@ -335,6 +389,14 @@ def _train(
             for kind in _printing_callbacks():
                 trainer.remove_callback(kind)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except Exception as error:
+        if resume is not None and type(error).__name__ == "UnpicklingError":  # torch reads numbers only
+            raise ArtifactError(
+                "The checkpoint holds something other than numbers, and nothing is ever unpickled",
+                received=str(resume),
+                fix="find out who put it there, then delete the folder: training begins again",
+            ) from error
+        raise
     finally:
         for callback in callbacks:
             if isinstance(callback, FreezeCallback):

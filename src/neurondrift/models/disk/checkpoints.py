@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neurondrift.base.errors import ArtifactError, ModelError
-from neurondrift.base.files import read_json
+from neurondrift.base.files import inside, read_json
 from neurondrift.models.disk.keys import Names, plain_names
 from neurondrift.models.disk.names import SiteName, find_sites, loaded_names
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
@@ -236,7 +236,9 @@ def weight_files(folder: Path, reference: str) -> tuple[list[Path], list[str]]:
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         try:
-            return [folder / name for name in sorted(set(index["weight_map"].values()))], list(index["weight_map"])
+            return [inside(folder, name) for name in sorted(set(index["weight_map"].values()))], list(
+                index["weight_map"]
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError("The index of the shards is not readable", received=str(folder / INDEX)) from error
     if (folder / "model.safetensors").exists():

@@ -122,7 +122,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     with atomic_path(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows), partial)
+        pq.write_table(pa.Table.from_pylist(rows), partial, write_page_checksum=True)
 
 
 def attack_of(section: AttackSection) -> Attack:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from neurondrift.base.errors import ConfigError
+from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.drift.callback import DriftCallback
@@ -24,7 +24,7 @@ from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
-from neurondrift.study.training import evaluated_steps, total_steps
+from neurondrift.study.training import evaluated_steps, last_checkpoint, total_steps
 from neurondrift.study.training import finetune as finetune_model
 
 
@@ -62,6 +62,7 @@ def finetune_study(
     *,
     freeze: Group | None = None,
     keep_in: Path | None = None,
+    beside: Sequence[Path] = (),
     save_at: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[[int], None] = lambda steps: None,
@@ -77,6 +78,8 @@ def finetune_study(
     keep_in
         The folder of checkpoints, which are resumed from, and of the adapters (models) of the steps `save_at`.
         Default: nothing is kept.
+    beside
+        Further folders that a resumed run goes on from.
     callbacks, advance
         As in `training.finetune`.
     """
@@ -94,6 +97,7 @@ def finetune_study(
             callbacks=callbacks if hold is None else [hold, *callbacks],
             advance=advance,
             resumable=keep_in is not None,
+            beside=beside,
         )
     return Finetuned(trained, log, None if hold is None else hold.report)
 
@@ -131,6 +135,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             seed,
             freeze=freeze,
             keep_in=target,
+            beside=(folder.drift(seed),),
             save_at=evaluated_steps(total, settings.drift_interval, settings.evaluated_steps),
             callbacks=[drift],
             advance=advance,
@@ -150,9 +155,16 @@ def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
 def _start_over_if_changed(target: Path, drift: Path, key: str) -> None:
     """Keep what an interrupted run with the same inputs has left, so that it resumes; delete anything else."""
     marker = target / "in_progress.json"
-    if (target / "trainer").is_dir() and marker.exists() and read_json(marker) == key:
+    if marker.exists() and _read_or_none(marker) == key and last_checkpoint(target / "trainer", (target, drift)):
         return
     for path in (target, drift):
         if path.is_dir():
             shutil.rmtree(path)
     write_json(marker, key)
+
+
+def _read_or_none(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except ArtifactError:  # damaged: as if it were not there
+        return None

@@ -6,7 +6,8 @@ import collections
 from collections.abc import Callable
 from pathlib import Path
 
-from neurondrift.base.files import require_space, scratch_directory
+from neurondrift.base.errors import ResourceError
+from neurondrift.base.files import remove_scratch, require_space, scratch_directory
 from neurondrift.base.processes import is_first_process, joined_processes, process_count
 from neurondrift.base.progress import progress
 from neurondrift.importance.scores import iterate_scores, score_header, score_shapes, write_scores
@@ -49,7 +50,11 @@ def score(study: Study, folder: StudyFolder) -> str:
                     continue
                 header = score_header(sites, encoded, method=settings.method, purpose=purpose, source=reference.source)
                 shapes = score_shapes(settings.method, sites)
-                write_scores(folder.score_file(purpose), scores, header=header, shapes=shapes)
+                try:
+                    write_scores(folder.score_file(purpose), scores, header=header, shapes=shapes)
+                except ResourceError:  # shared memory that has filled: the next run finds another place
+                    remove_scratch(folder.root)
+                    raise
     return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites"
 
 
