@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from neurondrift import load_examples, load_model
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.behaviour.evaluate import Panel, judge_answers
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.study.settings import load_file

@@ -14,7 +14,7 @@ import time
 import torch
 
 from neurondrift import load_examples, load_model
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.behaviour.evaluate import judge_answers
 
 SETS = {

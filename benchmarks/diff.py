@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.drift.difference import diff
 from neurondrift.models.disk.checkpoints import Checkpoint
 from neurondrift.models.loading import folder_of

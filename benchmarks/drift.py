@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.drift.log import DriftLog
 from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.models.batches import make_batches, token_losses

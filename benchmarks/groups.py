@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import gammaln
 
 import neurondrift as nd
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.importance.scores import ScoreFile, score_header, write_scores
 from neurondrift.models.sites import magnitudes_of
 

@@ -19,7 +19,7 @@ from typing import get_args
 
 import torch
 
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.interventions.trials import RunLog, StopEarly
 from neurondrift.report.tables.causes import section
 from neurondrift.report.text import render_tables

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
-from neurondrift.base.memory import release_memory, tune_allocator
+from neurondrift.base.processes import release_memory, tune_allocator
 from neurondrift.models.batches import make_batches, token_losses
 
 

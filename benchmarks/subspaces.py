@@ -20,7 +20,7 @@ import time
 import torch
 
 import neurondrift as nd
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.importance.capture import run
 from neurondrift.importance.directions import bases, moment_bytes
 from neurondrift.models.batches import make_batches

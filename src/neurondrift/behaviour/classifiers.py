@@ -23,7 +23,7 @@ import torch
 
 from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
 from neurondrift.base.files import read_json
-from neurondrift.base.memory import release_memory
+from neurondrift.base.processes import release_memory
 from neurondrift.models.loading import load_model, quiet_transformers
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import template_of, with_pinned_date

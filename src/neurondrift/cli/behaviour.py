@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.cli.app import DATA_FLAGS, NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
 from neurondrift.cli.study import Again, run_stages, say
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, SettingFlags, Source, app, asked, study_of
 from neurondrift.cli.study import run_experiment, say
 

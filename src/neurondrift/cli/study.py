@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
-from neurondrift.base.memory import tune_allocator
+from neurondrift.base.processes import tune_allocator
 from neurondrift.base.terminal import plain
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, study_of
 from neurondrift.study.settings import Study

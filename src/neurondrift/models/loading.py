@@ -30,8 +30,7 @@ from transformers import (
 
 from neurondrift.base.errors import ModelError, UserError
 from neurondrift.base.files import atomic_path
-from neurondrift.base.memory import release_memory
-from neurondrift.base.processes import local_rank, process_count
+from neurondrift.base.processes import local_rank, process_count, release_memory
 from neurondrift.models.checked.weights import as_errors, check_complete, first_line, load_weights
 from neurondrift.models.disk.references import download
 from neurondrift.models.sites import unwrap

@@ -29,8 +29,7 @@ from neurondrift.base.files import (
     write_text,
 )
 from neurondrift.base.locks import only_one
-from neurondrift.base.memory import release_memory
-from neurondrift.base.processes import is_first_process, process_count
+from neurondrift.base.processes import is_first_process, process_count, release_memory
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.settings import Study, load_file, validated
