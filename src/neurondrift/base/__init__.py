@@ -1,1 +1,1 @@
-"""What stands on nothing: no torch, no model, nothing of a study. Errors, files, locks, names, progress, processes, roles, the terminal."""
+"""What stands on nothing: no torch, no model, nothing of a study; errors, files, names, locks, processes, roles."""
