@@ -190,7 +190,7 @@ def _tokenizer(study: Study) -> Any:
             return AutoTokenizer.from_pretrained(
                 reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code
             )
-    except (OSError, ValueError, UserError):
+    except (OSError, ValueError, KeyError, ImportError, UserError):
         return None
 
 
