@@ -100,7 +100,7 @@ def test_arguments_of_the_template_reach_the_model(tmp_path, monkeypatch, capsys
 
 def test_a_template_that_raises_is_one_message(tmp_path, monkeypatch, capsys):  # T6
     monkeypatch.setattr("neurondrift.models.loading.TINY_TEMPLATE", "{{ raise_exception('Not so') }}")
-    for command in (["evaluate", "tiny:llama"], ["score", "--preset", "smoke"]):
+    for command in (["evaluate", "tiny:llama"], ["align", "--preset", "smoke"]):
         with pytest.raises(SystemExit) as stop:
             run(*command, "--output-dir", tmp_path / command[0])
         assert stop.value.code == 2
