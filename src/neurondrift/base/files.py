@@ -86,12 +86,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(partial, path)
     except Exception as error:
-        refused = None if isinstance(error, UserError) else storage_error(error, path)
-        if refused is not None:
-            raise refused from error
+        if not isinstance(error, UserError):
+            _raise_refusal(error, path)
         raise
     finally:
         _remove(partial)
+
+
+def _raise_refusal(error: Exception, path: Path) -> None:
+    """Raise what a disk's refusal is to the user. No name is left to it: its traceback would keep files open."""
+    refused = storage_error(error, path)
+    try:
+        if refused is not None:
+            raise refused from error
+    finally:
+        del refused, error
 
 
 def _remove(path: Path) -> None:

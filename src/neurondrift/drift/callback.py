@@ -221,8 +221,7 @@ class DriftCallback(TrainerCallback):
         try:
             write()
         except (ResourceError, OSError) as error:
-            cause = error.__cause__ if isinstance(error, ResourceError) else error
-            if isinstance(cause, OSError) and cause.errno not in FULL_DISK:  # read-only, broken: not to be waited for
+            if not _is_full(error):
                 raise
             if self.on_full_disk == "stop":
                 raise ResourceError(
@@ -239,6 +238,12 @@ class DriftCallback(TrainerCallback):
                 )
             if step not in self.missed:
                 self.missed.append(step)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk has no space, for which training can wait; not that it is read-only or broken."""
+    cause = error.__cause__ if isinstance(error, ResourceError) else error
+    return not isinstance(cause, OSError) or cause.errno in FULL_DISK
 
 
 def summarise_groups(
