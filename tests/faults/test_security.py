@@ -17,7 +17,7 @@ from neurondrift.base import files
 from neurondrift.base.errors import ArtifactError
 from neurondrift.base.terminal import plain
 from neurondrift.cli.study import say
-from neurondrift.models.disk.checkpoints import _weight_files
+from neurondrift.models.disk.checkpoints import weight_files
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
 from neurondrift.study.folder import StudyFolder, clean
@@ -157,7 +157,7 @@ def test_a_folder_that_the_user_has_linked_elsewhere_is_followed(tmp_path):
 def test_an_index_of_shards_leads_nowhere_else(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ArtifactError, match=f"names a file outside of its folder.*{name}"):
-        _weight_files(tmp_path, "here")
+        weight_files(tmp_path, "here")
 
 
 def test_clean_deletes_a_link_and_not_what_it_leads_to(tmp_path):

@@ -73,6 +73,9 @@ class DriftLog:
             raise ArtifactError("The folder holds no drift log", received=str(self.directory))
         table = read_parquet(file)
         _require_columns(table, file, ("site", "row", "norm", "module_type", "layer"))
+        numbers = pa.types.is_integer(table["row"].type) and pa.types.is_integer(table["layer"].type)
+        if not numbers or any(column.null_count for column in table.columns):
+            raise ArtifactError(f"{file} lacks values of some neurons, or has them of another kind")
         return table.to_pandas()
 
     def not_finite(self) -> dict[int, int]:
