@@ -24,6 +24,8 @@ from neurondrift.models.sites import unwrap
 
 # Elements of the logits that are in float32 at a time: as many as stay in a core's cache, or keep another device busy.
 LOGITS_AT_ONCE_CPU, LOGITS_AT_ONCE = 1 << 19, 1 << 22
+# Types whose attention mask is for show.
+IGNORES_MASK = ("cpmant",)
 SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
@@ -142,6 +144,11 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     finally:
         handle.remove()
     logits_NV = output.logits.squeeze(0)  # not [0], whose backward would fill a second matrix
+    if logits_NV.ndim != 2 or len(logits_NV) != int(predicts_BT.sum()):
+        raise ModelError(
+            "This model does not give one prediction for each token: it is no causal language model",
+            received=type(unwrap(model)).__name__,
+        )
     losses_N = _CrossEntropy.apply(logits_NV, targets_BT[predicts_BT].to(logits_NV.device))
     return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
 
@@ -163,7 +170,10 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 def takes_mask(model: nn.Module) -> bool:
     """Whether a model can be told of padding."""
-    return "attention_mask" in inspect.signature(unwrap(model).forward).parameters
+    inner: Any = unwrap(model)
+    if getattr(inner.config, "model_type", "") in IGNORES_MASK:
+        return False
+    return "attention_mask" in inspect.signature(inner.forward).parameters
 
 
 def taken_by(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

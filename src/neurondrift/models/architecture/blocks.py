@@ -41,7 +41,7 @@ def decoder_blocks(model: nn.Module) -> Blocks:
     for candidates in (within, outside):
         of_depth = [block for block in candidates if len(block.modules) in depths]
         if of_depth:
-            return max(of_depth, key=lambda block: _common(block.name, near))  # the first of equals
+            return max(of_depth, key=lambda block: _nearness(block.name, near))  # the first of equals
     for candidates in (within, outside):  # the depth is told otherwise: the list that holds the most weights
         holding = [block for block in candidates if _size(block.modules)]
         if holding and depths:
@@ -102,14 +102,14 @@ def _is_within(name: str, outer: str) -> bool:
     return name.startswith(f"{outer}.")
 
 
-def _common(name: str, near: str) -> int:
-    """How many parts of two names are the same from the beginning."""
+def _nearness(name: str, near: str) -> tuple[int, int]:
+    """How many parts of two names are the same from the beginning, and how few come after those."""
     count = 0
     for one, other in zip(name.split("."), near.split("."), strict=False):
         if one != other:
             break
         count += 1
-    return count
+    return count, -len(name.split("."))
 
 
 def _size(modules: nn.ModuleList) -> int:

@@ -2,7 +2,7 @@
 
 transformers' own declarations come first (`is_transposed`, `is_concatenated` of its experts interface). Where a
 module declares nothing, the shapes tell: what goes into the experts and what comes out of them is of one width, and
-what is between has twice the width in a fused weight into them. Unfused ones do not tell: both ways fit the same shapes.
+what is between has twice the width in a fused weight into them. Unfused ones do not tell: both ways fit their shapes.
 """
 
 from __future__ import annotations

@@ -282,7 +282,8 @@ def modelling_source(model_type: str) -> Source:
     module = model_type_to_module_name(model_type) if model_type else ""
     folder = Path(transformers.__file__).parent / "models" / module.replace(".", "/")
     files = sorted(folder.glob("modeling_*.py")) if module else []
-    chosen = [file for file in files if file.stem == f"modeling_{module.rpartition('.')[2]}"]
+    stems = (f"modeling_{module.rpartition('.')[2]}", f"modeling_{model_type.replace('-', '_')}")
+    chosen = [file for stem in stems for file in files if file.stem == stem]
     if not chosen:
         return Source({}, "", False)
     classes = [node for node in ast.parse(chosen[0].read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
