@@ -19,7 +19,7 @@ HEAD = """<!-- made by docs/make_models.py: do not edit -->
 
 # Models
 
-What holds on a tiny model with random weights of every class that transformers {version} maps to causal language modelling or to image-text-to-text, found by enumeration. {built} classes of {all} were built from their configuration with small sizes and answer to text alone; of these, **{whole} pass every check**, and each other check ends in the error that the table shows.
+What holds on a tiny model with random weights of every class that transformers {version} maps to causal language modelling or to image-text-to-text, found by enumeration. {built} classes of {all} were built from their configuration with small sizes and answer to text alone; of these, **{whole} pass every check**, and each other check ends in the error that the table shows; `WRONG` and `FAULT` mark what is still open.
 
 - **scores**: SNIP of every site against plain autograd, one example at a time, to 1e-5.
 - **drift**: LoRA on every linear site against PEFT's own merge, and the same names with and without PEFT.
