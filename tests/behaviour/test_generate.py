@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import every_class
 from helpers.families import FAMILIES, build
 from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.behaviour import generate as module
@@ -199,3 +200,37 @@ def test_vllm_that_is_not_installed_is_a_clear_error(tmp_path, capsys):
 
     with pytest.raises(ConfigError, match=r"needs vLLM.*neurondrift\[vllm\]"):
         VllmModel("a/model")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("kind", "name"), [("mamba2", "Mamba2ForCausalLM"), ("rwkv", "RwkvForCausalLM")])
+def test_a_state_that_is_no_cache_of_keys_and_values(kind, name, batch_size):
+    """F2, F8: answers as transformers gives them, one prompt at a time."""
+    model = every_class.build(kind, name)
+    prompts = [[5, 9, 13], [7, 8, 9, 10, 11, 12], [6, 20, 30]]
+    requests = [Request(prompt="", text=" ".join(map(str, ids))) for ids in prompts]
+    found = answer(model, Numbers(), requests, decoding=Decoding(max_new_tokens=6), batch_size=batch_size)
+    ends = model.generation_config.eos_token_id
+    for ids, text in zip(prompts, found, strict=True):
+        alone = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=ends, pad_token_id=0
+        )
+        assert text == " ".join(map(str, alone[0, len(ids) :].tolist()))
+    drawn = Decoding(max_new_tokens=6, temperature=1.0, seed=3)
+    texts = {size: answer(model, Numbers(), requests, decoding=drawn, batch_size=size) for size in (1, 3)}
+    assert texts[1] == texts[3]
+
+
+def test_a_cache_that_a_model_leaves_empty_is_not_used(monkeypatch):
+    model = build("llama")
+    requests = [Request(prompt="", text=text) for text in ("5 6 7", "8 9 10 11 12")]
+    expected = answer(model, Numbers(), requests, decoding=Decoding(max_new_tokens=6))
+    forward = type(model).forward
+
+    def swallowing(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **more):
+        return forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+
+    monkeypatch.setattr(type(model), "forward", swallowing)
+    assert answer(model, Numbers(), requests, decoding=Decoding(max_new_tokens=6)) == expected

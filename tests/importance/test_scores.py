@@ -183,8 +183,9 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(DataError, match="loss of example . is nan"):
         score(broken, rows)
     strange = build("llama")
-    strange.model.layers[0].mlp = torch.nn.Bilinear(2, 2, 2)
-    with pytest.raises(ModelError, match=r"model.layers.0.mlp has a weight of unknown structure"):
+    for layer in strange.model.layers:
+        layer.self_attn, layer.mlp = torch.nn.Bilinear(2, 2, 2), torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(ModelError, match=r"no linear weights in its decoder blocks"):
         linear_sites(strange)
 
 

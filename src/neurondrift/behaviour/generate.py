@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicLayer
 
 from neurondrift.base.errors import ConfigError, DataError, ModelError
 from neurondrift.behaviour.requests import Decoding, Request, context_length, render, row_seed
+from neurondrift.models.architecture.saying import say_once
+from neurondrift.models.batches import taken_by, takes_mask
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
 from neurondrift.models.text.thoughts import decoded, marking_tokens
@@ -106,7 +108,7 @@ def answer(
     DataError
         No requests, an empty prompt, or a prompt longer than `max_length` or than the model's context allows.
     ModelError
-        The model cannot be run with a cache that grows.
+        The model has no LM head.
     ConfigError
         An unknown backend, or one that is not installed.
     """
@@ -198,13 +200,15 @@ class _Loop:
     ) -> None:
         self.model, self.tokenizer, self.decoding, self.decided = model, tokenizer, decoding, decided
         inner = unwrap(model)
-        if not getattr(inner, "_supports_default_dynamic_cache", lambda: True)():
-            raise ModelError(
-                "This model cannot be run with a cache that grows", received=type(inner).__name__, fix="use vLLM"
-            )
         self.config, self.head = inner.config, inner.get_output_embeddings()
+        if self.head is None:
+            raise ModelError("This model has no LM head", received=type(inner).__name__)
         self.device = model.get_input_embeddings().weight.device
         taken = inspect.signature(inner.forward).parameters
+        supports = getattr(inner, "_supports_default_dynamic_cache", lambda: True)
+        self.takes_mask = takes_mask(model)
+        # Others keep a state of their own kind.
+        self.takes_cache = "past_key_values" in taken and supports() and self.takes_mask
         self.takes_positions, self.takes_last = "position_ids" in taken, "logits_to_keep" in taken
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.ends = torch.tensor(sorted(_end_tokens(inner, tokenizer)), dtype=torch.long)
@@ -219,13 +223,30 @@ class _Loop:
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
-        """Each row's answer, as (row, text), when it is done; `requests` and `ids` are one batch."""
+        """Each row's answer, as (row, text), when it is done; `requests` and `ids` are one batch.
+
+        A model that is told no positions counts padding among them: only prompts of one length go through it together.
+        """
+        if self.takes_positions and self.takes_mask:
+            yield from self._run(requests, ids)
+            return
+        for length in sorted(set(map(len, ids))):
+            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
+            for at, text in self._run([requests[row] for row in rows], [ids[row] for row in rows]):
+                yield rows[at], text
+
+    def _run(self, requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+        filled = self._prefill(requests, ids) if self.takes_cache else None
+        self.takes_cache = filled is not None
+        if filled is None:
+            yield from self._run_without_cache(requests, ids)
+            return
         limit = self.decoding.max_new_tokens
         draws = _Draws(requests, self.decoding)
         said: list[list[int]] = [[] for _ in requests]
         rows = list(range(len(requests)))  # of the batch, in the cache's order
         live = set(rows)
-        logits_BV, mask_BT, cache = self._prefill(requests, ids)
+        logits_BV, mask_BT, cache = filled
         longest = mask_BT.shape[1] - limit
         positions_B1 = mask_BT[:, :longest].sum(1, keepdim=True) - 1
         for count in range(1, limit + 1):
@@ -253,10 +274,42 @@ class _Loop:
             positions_B1 = positions_B1 + 1
             logits_BV = self._step(next_B[:, None], mask_BT[:, : longest + count], positions_B1, cache)
 
+    def _run_without_cache(
+        self, requests: Sequence[Request], ids: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, str]]:
+        """As `run`, where a model keeps no keys and values: all tokens are computed again for each new one.
+
+        Only prompts of one length are computed together, as such models may not know of padding.
+        """
+        say_once(f"{type(unwrap(self.model)).__name__} has no cache of keys and values: answers take longer")
+        draws = _Draws(requests, self.decoding)
+        for length in sorted(set(map(len, ids))):
+            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
+            said: list[list[int]] = [[] for _ in requests]
+            for count in range(1, self.decoding.max_new_tokens + 1):
+                input_BT = torch.tensor([[*ids[row], *said[row]] for row in rows], device=self.device)
+                extra = {"logits_to_keep": 1} if self.takes_last else {}
+                given = {"attention_mask": torch.ones_like(input_BT), "use_cache": False, **extra}
+                logits_BV = self.model(input_ids=input_BT, **taken_by(self.model, given)).logits[:, -1]
+                next_B = draws.pick(logits_BV, rows, count - 1)
+                for row, token in zip(rows, next_B.tolist(), strict=True):
+                    said[row].append(token)
+                ended = {row for row, end in zip(rows, torch.isin(next_B, self.ends).tolist(), strict=True) if end}
+                live = {row for row in rows if row not in ended and count < self.decoding.max_new_tokens}
+                if self.decided is not None and count % CHECK_EVERY == 0:
+                    live -= self._settled(requests, said, live)
+                for row in rows:
+                    if row not in live:
+                        yield row, self.tokenizer.decode(said[row], skip_special_tokens=True).strip()
+                rows = [row for row in rows if row in live]
+                if not rows:
+                    break
+
     def _prefill(
         self, requests: Sequence[Request], ids: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Logits after each prompt [B, V], the mask with room for the answer [B, T], and the filled cache.
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache] | None:
+        """Logits after each prompt [B, V], the mask with room for the answer [B, T], and the filled cache; None where
+        the model has left the cache empty.
 
         What prompts have in common is computed once: equal texts, and the tokens that all of them begin with (the
         head of a chat template). Padding stands between that beginning and the rest.
@@ -282,6 +335,8 @@ class _Loop:
             self._step(input_BT[:1, :shared], mask_BT[:1, :shared], positions_BT[:1, :shared], cache)
             cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
         logits_BV = self._step(input_BT[:, shared:], mask_BT[:, :longest], positions_BT[:, shared:], cache)
+        if not _is_filled(cache):
+            return None
         if len(distinct) < len(ids):
             places = torch.tensor(owners, device=self.device)
             cache.batch_select_indices(places)
@@ -321,9 +376,24 @@ class _Loop:
         extra: dict[str, Any] = {"position_ids": positions_BT} if self.takes_positions else {}
         if self.takes_last:
             extra["logits_to_keep"] = 1
-        output = self.model(input_ids=input_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra)
+        extra |= {"attention_mask": mask_BT} if self.takes_mask else {}
+        output = self.model(input_ids=input_BT, past_key_values=cache, use_cache=True, **extra)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+
+def _is_filled(cache: DynamicCache) -> bool:
+    """Whether a model has written anything into the cache."""
+    flags = ("is_conv_states_initialized", "is_recurrent_states_initialized")
+    return any(
+        (getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None)
+        or any(any(_values(getattr(layer, flag, ()))) for flag in flags)
+        for layer in cache.layers
+    )
+
+
+def _values(flags: Any) -> Iterable[Any]:
+    return flags.values() if isinstance(flags, dict) else flags if isinstance(flags, list | tuple) else (flags,)
 
 
 def _selects(cache: DynamicCache) -> bool:

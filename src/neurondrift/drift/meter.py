@@ -37,12 +37,14 @@ from neurondrift.models.adapters import (
     Dense,
     LowRank,
     Rescaled,
+    adapted_elsewhere,
     change_of,
     check_methods,
     dense_delta,
     effective_weight,
     is_trained,
 )
+from neurondrift.models.architecture.saying import kinds_of, say_once
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.loading import load_model
 from neurondrift.models.parts import as_weights
@@ -72,6 +74,9 @@ class DriftMeter:
         Those that training can move: the adapted ones, or all.
     untrained
         The other sites; their drift is exactly zero.
+    elsewhere
+        Modules that an adapter changes and that are no sites, such as the LM head, an embedding, or a layer outside of
+        the decoder blocks: they are not measured, and a warning names them.
 
     Raises
     ------
@@ -97,6 +102,9 @@ class DriftMeter:
         is_plain = unwrap(outer) is outer and not trained
         self.sites: Mapping[str, Site] = self.every_site if is_plain else trained
         self.untrained: list[str] = [name for name in self.every_site if name not in self.sites]
+        self.elsewhere: list[str] = adapted_elsewhere(self.every_site)
+        if self.elsewhere:
+            say_once(f"the adapter also changes what is no site, and is not measured: {kinds_of(self.elsewhere)}")
         self._norms: dict[str, torch.Tensor] = {}
 
     def norms(self, site: str) -> torch.Tensor:

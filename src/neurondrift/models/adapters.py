@@ -16,7 +16,7 @@ from torch import nn
 
 from neurondrift.base.errors import ModelError
 from neurondrift.models.merged import adapted_change
-from neurondrift.models.sites import Site, gathered, row_blocks, row_norms, rows_at_once
+from neurondrift.models.sites import Site, Sites, gathered, row_blocks, row_norms, rows_at_once, unwrap
 
 # Ways to initialise LoRA that subtract sB₀A₀ from the base weight (or quantise or truncate it), so that the stored
 # base is no longer the weight of the original model. PEFT keeps neither the original nor A₀ and B₀.
@@ -163,6 +163,19 @@ def _blocks_of(change: Change, base_OI: torch.Tensor) -> Iterator[torch.Tensor]:
 def is_trained(site: Site) -> bool:
     """Whether an adapter that is active, be it switched on at the moment or not, changes a site's weight."""
     return bool(_active(_layers(site)))
+
+
+def adapted_elsewhere(sites: Sites) -> list[str]:
+    """The modules with an active adapter that are no sites, by the names of the model without PEFT."""
+    peft = _peft()
+    wrappers = {id(site.wrapper): site.wrapper for site in sites.values()}
+    known = {id(module) for wrapper in wrappers.values() for module in wrapper.modules()}
+    names: list[str] = []
+    for name, module in unwrap(sites.model).named_modules(remove_duplicate=False):
+        wraps = isinstance(module, peft.layer | peft.copy) and id(module) not in known
+        if wraps and _active([module]) and not any(name.startswith(f"{outer}.") for outer in names):
+            names.append(name)
+    return names
 
 
 def check_methods(model: nn.Module, *, initial_given: bool) -> None:

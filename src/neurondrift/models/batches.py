@@ -8,6 +8,7 @@ N = predicted response tokens of a batch, V = vocabulary.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from neurondrift.models.sites import unwrap
 
 # Elements of the logits that are in float32 at a time: as many as stay in a core's cache, or keep another device busy.
 LOGITS_AT_ONCE_CPU, LOGITS_AT_ONCE = 1 << 19, 1 << 22
+# Types whose attention mask is for show.
+IGNORES_MASK = ("cpmant",)
 SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
@@ -137,17 +140,47 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     # A recomputation in the backward pass must find the attention that the forward pass had.
     try:
         with contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch):
-            output = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
+            output = model(input_ids=batch.input_ids, **_arguments(model, batch))
     finally:
         handle.remove()
     logits_NV = output.logits.squeeze(0)  # not [0], whose backward would fill a second matrix
+    if logits_NV.ndim != 2 or len(logits_NV) != int(predicts_BT.sum()):
+        raise ModelError(
+            "This model does not give one prediction for each token: it is no causal language model",
+            received=type(unwrap(model)).__name__,
+        )
     losses_N = _CrossEntropy.apply(logits_NV, targets_BT[predicts_BT].to(logits_NV.device))
     return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
+
+
+def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model is given beside the tokens of a batch."""
+    given: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
+    if not any(hasattr(module, "create_position_ids_from_input_ids") for module in unwrap(model).modules()):
+        given["position_ids"] = batch.position_ids  # RoBERTa's count from elsewhere: it makes its own from the tokens
+    taken = taken_by(model, given)
+    if not takes_mask(model) and not bool(batch.attention_mask.all()):
+        raise ModelError(
+            "This model takes no attention mask: examples of different lengths cannot go through it together",
+            received=type(unwrap(model)).__name__,
+            fix="use a batch size of 1",
+        )
+    return taken
+
+
+def takes_mask(model: nn.Module) -> bool:
+    """Whether a model can be told of padding."""
+    inner: Any = unwrap(model)
+    if getattr(inner.config, "model_type", "") in IGNORES_MASK:
+        return False
+    return "attention_mask" in inspect.signature(inner.forward).parameters
+
+
+def taken_by(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the `forward` of a model takes; models of other kinds know no positions or cache."""
+    taken = inspect.signature(unwrap(model).forward).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    return {key: value for key, value in given.items() if takes_all or key in taken}
 
 
 class _CrossEntropy(torch.autograd.Function):

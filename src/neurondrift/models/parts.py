@@ -165,7 +165,7 @@ def _parts_of_units(group: Group, units: Mapping[str, Units], shapes: Mapping[st
                 allowed=f"below {unit.count}",
             )
         for up, offset in unit.ups:
-            rows.setdefault(up, []).append(members + offset)
+            rows.setdefault(up, []).append(unit.step * members + offset)
         columns[unit.down] = members
     return {
         name: Part(
@@ -228,7 +228,7 @@ def unit_scores(scores: Mapping[str, Any], units: Mapping[str, Units]) -> dict[s
             raise GroupError(f"The scores of {unit.down} are of neurons: a unit needs those of weights")
         total = down.sum(axis=0, dtype=np.float64)
         for site, offset in unit.ups:
-            total += np.asarray(scores[site])[offset : offset + unit.count].sum(axis=1, dtype=np.float64)
+            total += np.asarray(scores[site])[unit.rows(offset)].sum(axis=1, dtype=np.float64)
         result[name] = total.astype(np.float32)
     return result
 

@@ -19,8 +19,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from neurondrift.base.errors import ModelError
-from neurondrift.base.names import WRAPPERS, plain
+from neurondrift.base.names import plain
 from neurondrift.groups.group import Granularity
+from neurondrift.models.architecture.blocks import decoder_blocks, within_wrappers
+from neurondrift.models.architecture.experts import is_experts, is_interleaved, is_router, is_transposed
+from neurondrift.models.architecture.saying import kinds_of, say_once
 
 # Elements of a weight that are converted to float32 or float64 at a time.
 BLOCK = 1 << 21
@@ -51,6 +54,8 @@ class Site:
         The module that `named_modules()` gives under this name: `owner` itself or PEFT's layer around it.
     inner
         Where `wrapper` is PEFT's `ModulesToSaveWrapper`: the path of `owner` within the module that it keeps.
+    also
+        The same weight at other places of the model, where layers share it: it counts once, under the first name.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Site:
     expert: int | None = None
     wrapper: nn.Module
     inner: str = ""
+    also: tuple[Site, ...] = ()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -143,35 +149,9 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def _without_parallel(model: nn.Module) -> nn.Module:
-    while (inner := _within(model)) is not model or isinstance(getattr(model, "module", None), nn.Module):
+    while (inner := within_wrappers(model)) is not model or isinstance(getattr(model, "module", None), nn.Module):
         model = inner if inner is not model else model.module  # type: ignore[assignment]
     return model
-
-
-def _within(module: nn.Module) -> nn.Module:
-    """What a module wraps whose name `plain` leaves out, however often; the module itself where it wraps nothing."""
-    while (inner := next((module._modules[key] for key in WRAPPERS if key in module._modules), None)) is not None:
-        module = inner
-    return module
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks of an (unwrapped) causal language model.
-
-    Raises `ModelError` where no list of `config.num_hidden_layers` modules is found.
-    """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    depth = getattr(text_config, "num_hidden_layers", None)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for name, module in lists:
-        if len(module) == depth and not re.search(r"vision|audio|encoder\.", name):
-            return plain(name), module
-    raise ModelError(
-        "The decoder blocks of this model were not found",
-        received=type(model).__name__,
-        allowed="a causal language model of transformers whose blocks are one list of num_hidden_layers modules",
-    )
 
 
 class Sites(Mapping[str, Site]):
@@ -179,17 +159,22 @@ class Sites(Mapping[str, Site]):
 
     Every linear weight of the decoder blocks is a site, in the order of `named_modules()`; embeddings, norms, biases
     and the LM head are none. The names are those of the unwrapped model, also under PEFT, so that groups, scores and
-    drift of the same model always match.
+    drift of the same model always match. A weight that several layers share counts once, under its first name.
 
     Attributes
     ----------
     model
         The model as it was given, with the wrappers around it.
+    left_out
+        Parameters of the blocks that are no matrix of a linear map (a state's decay, a convolution, an embedding):
+        they are not measured, and a warning names them once.
+    shared
+        Other places of the weights that are shared: name -> the name of its site. A warning names them once.
 
     Raises
     ------
     ModelError
-        A module within the blocks has a weight of a structure that is not known; it is named.
+        No decoder blocks, or no linear weights in them.
 
     Notes
     -----
@@ -202,11 +187,33 @@ class Sites(Mapping[str, Site]):
         self.model = model
         prefix, blocks = decoder_blocks(unwrap(model))
         self._sites: dict[str, Site] = {}
+        self.left_out: list[str] = []
+        self.shared: dict[str, str] = {}
+        first: dict[tuple[int, int | None], str] = {}  # the model keeps the parameters alive: an id is of one only
         for layer, block in enumerate(blocks):
-            self._sites |= {site.name: site for site in _sites_at(f"{prefix}.{layer}", layer, block)}
+            for site in _sites_at(f"{plain(prefix)}.{layer}", layer, block, self.left_out):
+                tensor = site.tensor
+                known = first.setdefault((id(tensor), site.expert), site.name) if _is_own(tensor) else site.name
+                if known == site.name:
+                    self._sites[known] = site
+                else:
+                    self._share(known, site)
         if not self._sites:
             received = type(unwrap(model)).__name__
             raise ModelError("This model has no linear weights in its decoder blocks", received=received)
+        self._say()
+
+    def _share(self, known: str, site: Site) -> None:
+        self.shared[site.name] = known
+        before = self._sites[known]
+        if all(site.wrapper is not other.wrapper for other in (before, *before.also)):
+            self._sites[known] = replace(before, also=(*before.also, site))
+
+    def _say(self) -> None:
+        if self.left_out:
+            say_once(f"left out, as they are no matrix of a linear layer: {kinds_of(self.left_out)}")
+        if self.shared:
+            say_once(f"layers share weights, which count once, under their first name: also {kinds_of(self.shared)}")
 
     def __getitem__(self, name: str) -> Site:
         return self._sites[name]
@@ -260,52 +267,69 @@ def fingerprint(model: nn.Module | Sites) -> str:
     return sites_of(model).fingerprint
 
 
-def _sites_at(name: str, layer: int, module: nn.Module) -> Iterator[Site]:
-    """The sites of a module of a decoder block, and of all below it."""
+def _is_own(tensor: torch.Tensor) -> bool:
+    """Whether a weight is a parameter, rather than something that is computed anew whenever it is asked for."""
+    return isinstance(tensor, nn.Parameter)
+
+
+def _sites_at(name: str, layer: int, module: nn.Module, left_out: list[str]) -> Iterator[Site]:
+    """The sites of a module of a decoder block, and of all below it; what is none is added to `left_out`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    module = _within(module)
+    module = within_wrappers(module)
     if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
-        yield from _sites_of_copied(name, layer, module)
+        yield from _sites_of_copied(name, layer, module, left_out)
     elif isinstance(module, BaseTunerLayer):
-        yield from _sites_of_owner(name.removesuffix(".base_layer"), layer, module, module.get_base_layer())
+        yield from _sites_of_owner(name.removesuffix(".base_layer"), layer, module, module.get_base_layer(), left_out)
     else:
-        yield from _sites_of_owner(name, layer, module, module)
+        yield from _sites_of_owner(name, layer, module, module, left_out)
 
 
-def _sites_of_copied(name: str, layer: int, wrapper: Any) -> Iterator[Site]:
+def _sites_of_copied(name: str, layer: int, wrapper: Any, left_out: list[str]) -> Iterator[Site]:
     """Those of a module that PEFT trains a copy of (`modules_to_save`): of the original, with the way to the copy."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for site in _sites_at(name, layer, wrapper.original_module):
+    for site in _sites_at(name, layer, wrapper.original_module, left_out):
         path = site.name if site.expert is None else site.name.rsplit(".", 2)[0]
         is_copied = isinstance(site.wrapper, AuxiliaryTrainingWrapper)  # by one further in
         inner = path.removeprefix(name).removeprefix(".")
         yield site if is_copied else replace(site, wrapper=wrapper, inner=inner)
 
 
-def _sites_of_owner(name: str, layer: int, wrapper: nn.Module, owner: nn.Module) -> Iterator[Site]:
+def _sites_of_owner(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, left_out: list[str]) -> Iterator[Site]:
     """Those of a module, `wrapper` being the module itself or PEFT's layer around it."""
     if isinstance(owner, nn.Linear | Conv1D):
         yield _site(name, layer, wrapper, owner, transposed=isinstance(owner, Conv1D))
     elif is_experts(owner):
-        yield from _sites_of_experts(name, layer, wrapper, owner)
+        yield from _sites_of_experts(name, layer, wrapper, owner, left_out)
     elif is_router(owner):
         yield _site(name, layer, wrapper, owner)
     else:
-        _require_no_weight(name, owner)
+        left_out += [f"{name}.{key}" for key, value in owner.named_parameters(recurse=False) if _is_matrix(value)]
         for child_name, child in wrapper.named_children():
-            yield from _sites_at(f"{name}.{child_name}", layer, child)
+            yield from _sites_at(f"{name}.{child_name}", layer, child, left_out)
 
 
-def _sites_of_experts(name: str, layer: int, wrapper: nn.Module, owner: nn.Module) -> Iterator[Site]:
-    """One for each expert in each 3-D parameter."""
-    transposed = bool(getattr(owner, "is_transposed", False))
+def _sites_of_experts(
+    name: str, layer: int, wrapper: nn.Module, owner: nn.Module, left_out: list[str]
+) -> Iterator[Site]:
+    """One for each expert in each 3-D parameter, where it is known which way round they lie."""
+    transposed = is_transposed(owner)
     for key, value in owner.named_parameters(recurse=False):
-        for expert in range(value.shape[0] if value.ndim == 3 else 0):
+        if value.ndim != 3:
+            continue
+        if transposed is None:
+            left_out.append(f"{name}.{key}")
+            continue
+        for expert in range(value.shape[0]):
             where = {"parameter": key, "transposed": transposed, "expert": expert}
             yield _site(f"{name}.{key}.{expert}", layer, wrapper, owner, **where)
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has more than one dimension to it; a vector may be stored as `[1, 1, size]`."""
+    return sum(size > 1 for size in parameter.shape) > 1
 
 
 def _site(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **where: Any) -> Site:
@@ -313,48 +337,25 @@ def _site(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **where: 
     return Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **where)
 
 
-def _require_no_weight(name: str, owner: nn.Module) -> None:
-    """Raise `ModelError` where a module that is no linear one holds a matrix of its own."""
-    for key, value in owner.named_parameters(recurse=False):
-        if value.ndim > 1 and min(value.shape) > 1:
-            raise ModelError(
-                f"The module {name} has a weight of unknown structure",
-                received=f"{type(owner).__name__}.{key}, shape {tuple(value.shape)}",
-                allowed="nn.Linear, Conv1D, experts stored as one 3-D parameter, and their router",
-                fix="open an issue with the model's name: support is one entry in neurondrift/models/sites.py",
-            )
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module stores the experts of a layer as 3-D parameters, in transformers' way."""
-    return hasattr(module, "num_experts") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether a module is a mixture's router: a bare `weight` `[experts, hidden]`, no nn.Linear."""
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, nn.Parameter)
-        and weight.ndim == 2
-        and hasattr(module, "num_experts")
-        and weight.shape[0] == module.num_experts
-    )
-
-
-DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
-UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
+DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "w2")
+UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h", "fc_in", "w1", "w3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """The hidden units of one MLP (or of one expert).
 
-    Unit u is row `u + offset` of each of `ups` (site name, offset) and column u of the site `down`.
+    Unit u is row `step * u + offset` of each of `ups` (site name, offset) and column u of the site `down`.
     """
 
     count: int
     ups: tuple[tuple[str, int], ...]
     down: str
+    step: int = 1
+
+    def rows(self, offset: int) -> slice:
+        """The rows of all units in a site of `ups`, unit after unit."""
+        return slice(offset, offset + self.step * self.count, self.step)
 
     @property
     def sites(self) -> set[str]:
@@ -365,7 +366,8 @@ class Units:
 def mlp_units(sites: Mapping[str, Site]) -> dict[str, Units]:
     """Name of an MLP -> its hidden units: the module that holds its sites, or the expert `...experts.3`.
 
-    A fused gate-and-up projection holds the gate's rows first. Raises `ModelError` where an MLP's sites do not fit
+    A fused gate-and-up projection holds the gate's rows first, or gate and up in turn where transformers says so
+    (`is_concatenated`). Raises `ModelError` where an MLP's sites do not fit
     together, or there is none.
     """
     downs = {site.name: site for site in sites.values() if site.module_type in DOWN and "attn" not in site.name}
@@ -374,16 +376,19 @@ def mlp_units(sites: Mapping[str, Site]) -> dict[str, Units]:
         holder = _holder(down)
         hidden = down.shape[1]
         ups: list[tuple[str, int]] = []
+        step = 1
         for other in sites.values():
             if other.module_type in UP and other.expert == down.expert and _holder(other) == holder:
                 if other.shape[0] not in (hidden, 2 * hidden):
                     raise ModelError(
                         f"{other.name} and {name} do not form one MLP", received=f"{other.shape}, {down.shape}"
                     )
-                ups += [(other.name, start) for start in range(0, other.shape[0], hidden)]
+                fused = other.shape[0] // hidden
+                step = fused if is_interleaved(other.owner) else 1
+                ups += [(other.name, number * (1 if step > 1 else hidden)) for number in range(fused)]
         if not ups:
             raise ModelError(f"No projection into the hidden units of {name} was found")
-        units[holder] = Units(count=hidden, ups=tuple(ups), down=name)
+        units[holder] = Units(count=hidden, ups=tuple(ups), down=name, step=step)
     if not units:
         raise ModelError("No MLP was found among the sites", allowed=f"sites named {', '.join(DOWN)}")
     return units
@@ -411,7 +416,7 @@ def magnitudes_of(sites: Sites, granularity: Granularity) -> Mapping[str, Any]:
     for name, unit in sites.units.items():
         square = row_norms(sites[unit.down].weight.T).square()
         for site, offset in unit.ups:
-            square = square + row_norms(sites[site].weight[offset : offset + unit.count]).square()
+            square = square + row_norms(sites[site].weight[unit.rows(offset)]).square()
         result[name] = square.sqrt().cpu().numpy()
     return result
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neurondrift.base.errors import ModelError
+from neurondrift.models.architecture.experts import INTO, told_by_shapes
+from neurondrift.models.architecture.saying import kinds_of, say_once
 
 # Types whose linear layers are transformers' Conv1D, stored [in, out].
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -63,14 +65,16 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
     Raises
     ------
     ModelError
-        The decoder blocks are not found; a weight of unknown structure; a conversion that cannot be read site by site.
+        The decoder blocks are not found; a conversion that cannot be read site by site.
     """
     text = config.get("text_config") or config
     model_type = str(text.get("model_type") or config.get("model_type") or "")
     source = modelling_source(str(config.get("model_type") or model_type))
     if "text_config" in config and model_type != config.get("model_type"):
         nested = modelling_source(model_type)
-        source = Source({**nested.children, **source.children}, source.prefix, source.transposed | nested.transposed)
+        children = {**nested.children, **source.children}
+        declares = source.declares_experts | nested.declares_experts
+        source = Source(children, source.prefix, source.transposed | nested.transposed, declares)
     loaded = _as_loaded(shapes, config)
     depth = _depth(text)
     prefix = _blocks_prefix(loaded, depth, config)
@@ -85,6 +89,7 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
         if len(tensor.shape) == 3 and name.endswith("down_proj")
     }
     found: list[SiteName] = []
+    left_out: list[str] = []
     for name, tensor in loaded.items():
         match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
         if match is None or (depth is not None and int(match[1]) >= depth):
@@ -96,15 +101,17 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
             parts = tuple(part._replace(transposed=conv1d) for part in tensor.parts(None))
             found.append(SiteName(parent, layer, parent.rpartition(".")[2], parts))
         elif len(shape) == 3 and name.rpartition(".")[0] in parents_of_experts and not leaf.endswith("bias"):
+            transposed = _is_transposed(name.rpartition(".")[0], loaded, source)
+            if transposed is None:
+                left_out.append(full)
+                continue
             for expert in range(shape[0]):
-                parts = tuple(part._replace(transposed=source.transposed) for part in tensor.parts(expert))
+                parts = tuple(part._replace(transposed=transposed) for part in tensor.parts(expert))
                 found.append(SiteName(f"{full}.{expert}", layer, leaf, parts))
-        elif len(shape) > 1 and min(shape) > 1 and not leaf.endswith("bias"):
-            raise ModelError(
-                f"The tensor {name} has a weight of unknown structure",
-                received=f"shape {tuple(shape)}",
-                allowed="linear weights [out, in], and experts stored as 3-D tensors with a down_proj among them",
-            )
+        elif sum(size > 1 for size in shape) > 1 and not leaf.endswith("bias"):
+            left_out.append(full)
+    if left_out:
+        say_once(f"left out, as they are no matrix of a linear layer: {kinds_of(left_out)}")
     if not found:
         raise ModelError("The checkpoint has no linear weights in its decoder blocks", received=model_type)
     return _in_module_order(found, renamed, source)
@@ -113,6 +120,15 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
 def loaded_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
     """The names that the tensors of a checkpoint have once they are loaded, but for the base model's own prefix."""
     return list(_as_loaded(shapes, config))
+
+
+def _is_transposed(experts: str, loaded: Mapping[str, Loaded], source: Source) -> bool | None:
+    """Whether experts are stored `[in, out]`, as `architecture.experts.is_transposed` says of the loaded module."""
+    if source.transposed:
+        return True
+    into = next((loaded[name] for key in INTO if (name := f"{experts}.{key}") in loaded), None)
+    told = None if into is None else told_by_shapes(into.shape, loaded[f"{experts}.down_proj"].shape)
+    return False if told is None and source.declares_experts else told
 
 
 class Loaded(NamedTuple):
@@ -234,12 +250,17 @@ def _blocks_prefix(names: Iterable[str], depth: int | None, config: Mapping[str,
         match = re.match(r"(.*?[^.\d])\.(\d+)\.", name)
         if match is not None:
             lists.setdefault(match[1], set()).add(int(match[2]))
-    text = {name: found for name, found in lists.items() if not re.search(r"vision|visual|audio|encoder\.", name)}
-    if depth is not None:
-        for exact in (True, False):
+    for other in (
+        r"vision|visual|audio|image|encoder\.",
+        r"vision|visual|audio|image",
+    ):  # a decoder may be an `encoder`
+        text = {name: found for name, found in lists.items() if not re.search(other, name)}
+        for exact in (True, False) if depth is not None else ():
             for name, found in text.items():
-                if set(range(depth)) <= found and (len(found) == depth or not exact):
+                if set(range(depth or 0)) <= found and (len(found) == depth or not exact):
                     return name
+    if depth is not None and len(lists) == 1:  # the depth is told otherwise
+        return next(iter(lists))
     raise ModelError(
         "The decoder blocks of this checkpoint were not found",
         received=f"{config.get('model_type')}, num_hidden_layers {depth}, lists {sorted(lists)}",
@@ -249,11 +270,12 @@ def _blocks_prefix(names: Iterable[str], depth: int | None, config: Mapping[str,
 
 class Source(NamedTuple):
     """What the text of a modelling file says: class -> its attributes in order; the name of the base model in the
-    class with a head; whether experts are stored `[experts, in, out]`."""
+    class with a head; whether experts are stored `[experts, in, out]`; whether its experts declare how they are."""
 
     children: dict[str, tuple[str, ...]]
     prefix: str
     transposed: bool
+    declares_experts: bool = False
 
 
 @cache
@@ -265,20 +287,23 @@ def modelling_source(model_type: str) -> Source:
     module = model_type_to_module_name(model_type) if model_type else ""
     folder = Path(transformers.__file__).parent / "models" / module.replace(".", "/")
     files = sorted(folder.glob("modeling_*.py")) if module else []
-    chosen = [file for file in files if file.stem == f"modeling_{module.rpartition('.')[2]}"]
+    stems = (f"modeling_{module.rpartition('.')[2]}", f"modeling_{model_type.replace('-', '_')}")
+    chosen = [file for stem in stems for file in files if file.stem == stem]
     if not chosen:
         return Source({}, "", False)
     classes = [node for node in ast.parse(chosen[0].read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
     children: dict[str, tuple[str, ...]] = {}
-    prefix, transposed = "", False
+    prefix, transposed, declares = "", False, False
     for node in classes:
         own = _attributes(node)
         inherited = [name for base in node.bases for name in children.get(ast.unparse(base), ())]
         children[node.name] = tuple(dict.fromkeys([*inherited, *own]))
         if not prefix and "PreTrainedModel" in node.name and not re.search("Vision|Audio", node.name):
             prefix = _constant(node, "base_model_prefix")
-        transposed |= any("is_transposed=True" in ast.unparse(decorator) for decorator in node.decorator_list)
-    return Source(children, prefix, transposed)
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        transposed |= any("is_transposed=True" in decorator for decorator in decorators)
+        declares |= any("use_experts_implementation" in decorator for decorator in decorators)
+    return Source(children, prefix, transposed, declares)
 
 
 def _attributes(node: ast.ClassDef) -> list[str]:
@@ -321,8 +346,10 @@ def _ranks(names: frozenset[str], source: Source) -> dict[str, int]:
     """The rank of each sibling among `names`: numbers by value, else as in the class that sets them all."""
     if all(name.isdigit() for name in names):
         return {name: int(name) for name in names}
-    for attributes in source.children.values():
-        if names <= set(attributes):
-            return {name: attributes.index(name) for name in names}
+    known = [attributes for attributes in source.children.values() if names <= set(attributes)]
+    orders = [sorted(names, key=attributes.index) for attributes in known]
+    if known:  # where classes differ, the one that has the least beside
+        chosen = orders[0] if all(order == orders[0] for order in orders) else orders[known.index(min(known, key=len))]
+        return {name: rank for rank, name in enumerate(chosen)}
     usual = {name: rank for rank, name in enumerate(USUAL_ORDER)}
     return {name: usual.get(name, len(usual)) for name in names}

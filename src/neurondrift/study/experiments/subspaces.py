@@ -29,10 +29,11 @@ from neurondrift.importance.directions import (
     share_of_change,
 )
 from neurondrift.models.adapters import low_rank_delta
+from neurondrift.models.architecture.experts import is_router
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.loading import attach_adapter, load_model
-from neurondrift.models.sites import Site, Sites, is_router
+from neurondrift.models.sites import Site, Sites
 from neurondrift.statistics.descriptive import share
 from neurondrift.statistics.estimates import FloatArray
 from neurondrift.statistics.inference import Inference
