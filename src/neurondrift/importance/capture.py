@@ -93,7 +93,7 @@ def run(
             observer.finish()
             unseen = observer.unseen(sites)
             if unseen:
-                settings = {"narrow": narrow, "backward": True, "copied": observer.writes_in_place}
+                settings: dict[str, Any] = {"narrow": narrow, "backward": True, "copied": observer.writes_in_place}
                 with observer.looking_away():
                     record_unseen(unseen, batch, partial(_losses, model, **settings), record, backward)
             on_batch(batch)

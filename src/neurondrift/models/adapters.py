@@ -170,7 +170,7 @@ def adapted_elsewhere(sites: Sites) -> list[str]:
     peft = _peft()
     wrappers = {id(site.wrapper): site.wrapper for site in sites.values()}
     known = {id(module) for wrapper in wrappers.values() for module in wrapper.modules()}
-    names = []
+    names: list[str] = []
     for name, module in unwrap(sites.model).named_modules(remove_duplicate=False):
         wraps = isinstance(module, peft.layer | peft.copy) and id(module) not in known
         if wraps and _active([module]) and not any(name.startswith(f"{outer}.") for outer in names):
