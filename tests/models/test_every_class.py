@@ -25,7 +25,6 @@ KINDS = [
     "gptj",
     "lfm2",
     "longcat_flash",  # two attentions in a block
-    "qwen3_next",
 ]
 
 
@@ -49,6 +48,17 @@ OPEN = {
     "minicpmv4_6",
     "minicpmv4_7",
     "nemotron_h",
+    "paligemma",
+    "qwen2_5_omni_thinker",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen3_omni_moe_thinker",
+    "unlimited_ocr",
+    "xlm",
 }
 
 
