@@ -155,8 +155,9 @@ def _configuration(reference: str, **settings: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(reference, **settings)
     except Exception as error:  # classes of configurations check their fields each in its own way
+        where = "" if Path(reference).exists() else ", or the hub cannot be reached"
         raise ModelError(
-            f"The model cannot be found or read ({first_line(error)})",
+            f"The model cannot be found or read{where} ({first_line(error)})",
             received=reference,
             allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
         ) from error
