@@ -21,7 +21,7 @@ def test_a_path_that_is_named_is_there(named):
     ("file", "names"),
     [
         ("importance/methods.py", ["METHODS"]),
-        ("importance/capture.py", ["_observed_experts"]),
+        ("importance/experts.py", ["observed_experts"]),
         ("models/adapters.py", ["NO_WEIGHT_CHANGE", "BY_TOKEN", "REBASING"]),
         ("behaviour/judges.py", ["JUDGES"]),
         ("behaviour/classifiers.py", ["FORMS", "_kind_of"]),
