@@ -36,9 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from neurondrift.statistics.design.matching import refine_bins
 from neurondrift.statistics.estimates import MatchedEffect, hedges_correction, matched_sums
 from neurondrift.statistics.inference import infer, permutation_p
-from neurondrift.statistics.matching import refine_bins
 from neurondrift.statistics.results import decide
 
 SITE_SIZES = (576, 192, 192, 576, 1536, 1536, 576)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from neurondrift.statistics.analysis import analyze
-from neurondrift.statistics.comparison import Population
+from neurondrift.statistics.design.population import Population
 
 METRICS = ("relative", "l2")
 

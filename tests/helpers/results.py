@@ -24,8 +24,8 @@ from neurondrift.report.findings.statistical import (
     findings_of,
 )
 from neurondrift.statistics.analysis import analyze
-from neurondrift.statistics.comparison import Population
 from neurondrift.statistics.descriptive import BehaviourSeries
+from neurondrift.statistics.design.population import Population
 
 METRICS = ("l2", "relative", "cosine_distance")
 

@@ -19,11 +19,21 @@ from neurondrift.report.findings.subspaces import Subspaces
 from neurondrift.report.reading import sentences_of, weaknesses_of
 from neurondrift.report.text import render_text
 from neurondrift.statistics.null import CauseVerdict, Direction
-from neurondrift.statistics.results import Verdict, WeaknessKind
+from neurondrift.statistics.results import Cluster, ComparisonName, Expected, Incomparable, Verdict
+from neurondrift.statistics.weaknesses import WeaknessKind
 
 EXAMPLE = REPOSITORY / "docs" / "example"
 #: What the types name without importing it.
-ENUMERATIONS = {"Verdict": Verdict, "WeaknessKind": WeaknessKind, "CauseVerdict": CauseVerdict, "Direction": Direction}
+ENUMERATIONS = {
+    "Verdict": Verdict,
+    "WeaknessKind": WeaknessKind,
+    "CauseVerdict": CauseVerdict,
+    "Direction": Direction,
+    "Cluster": Cluster,
+    "ComparisonName": ComparisonName,
+    "Expected": Expected,
+    "Incomparable": Incomparable,
+}
 
 
 def misfits(value: Any, form: Any, at: str = "") -> list[str]:
@@ -109,7 +119,7 @@ def test_findings_are_made_of_their_parts_in_the_order_of_the_file():
 
 
 def test_what_a_study_fills_in_is_of_the_types():
-    from neurondrift.statistics.comparison import Population
+    from neurondrift.statistics.design.population import Population
     from neurondrift.study.findings import behaviour, distributions
 
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 
 from neurondrift.interventions.outcomes import causes
 from neurondrift.report.conclusion import intervention_findings, intervention_sentences, weakness_clause
-from neurondrift.statistics.results import (
+from neurondrift.statistics.weaknesses import (
     FailedControl,
     FewSeeds,
     FewSites,

@@ -9,8 +9,8 @@ import pytest
 from helpers.populations import make_population, run
 from neurondrift.base.errors import ConfigError, DataError, GroupError, UserError
 from neurondrift.report.conclusion import conclusion
-from neurondrift.statistics.comparison import Population
-from neurondrift.statistics.matching import quantile_bins
+from neurondrift.statistics.design.matching import quantile_bins
+from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.results import decide, to_json
 
 

@@ -10,6 +10,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
 from helpers.populations import make_population, pick
+from neurondrift.statistics.design.matching import refine_bins
 from neurondrift.statistics.estimates import (
     Difference,
     MatchedEffect,
@@ -19,7 +20,6 @@ from neurondrift.statistics.estimates import (
     raw_sums,
 )
 from neurondrift.statistics.inference import Inference, Reference, holm, infer, infer_plain, permutation_p
-from neurondrift.statistics.matching import refine_bins
 from neurondrift.statistics.results import decide
 
 

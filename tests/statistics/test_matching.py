@@ -3,7 +3,7 @@
 import numpy as np
 
 from helpers.populations import make_population
-from neurondrift.statistics.matching import balance, quantile_bins, refine_bins
+from neurondrift.statistics.design.matching import balance, quantile_bins, refine_bins
 
 
 def test_quantile_bins_are_equal_sized_ordered_and_within_site():

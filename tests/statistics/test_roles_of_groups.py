@@ -8,7 +8,7 @@ import pytest
 
 from neurondrift.report.conclusion import analysis_findings, conclusion
 from neurondrift.statistics.analysis import analyze
-from neurondrift.statistics.comparison import Population
+from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.results import GroupEffect, MatchedCounts, RawFigures, to_json
 
 NAMES = ("first", "second", "third")

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Role = Literal["safety", "utility", "random", "control"]
+Role = Literal["safety", "utility", "random", "control", "negative", "positive"]
 ROLES: tuple[Role, ...] = get_args(Role)
-#: Groups that only chance chose: they are expected to drift as far as comparable neurons.
-NEGATIVE_CONTROLS: tuple[Role, ...] = ("random", "control")
+#: Groups that are expected to drift as far as comparable neurons: chance chose them (`random`, `control`), or a rule
+#: that has nothing to do with safety (`negative`).
+NEGATIVE_CONTROLS: tuple[Role, ...] = ("random", "control", "negative")
+#: Groups that are expected to drift further than comparable neurons, whatever becomes of safety.
+POSITIVE_CONTROLS: tuple[Role, ...] = ("positive",)
+#: Groups that judge nothing: controls of either kind.
+CONTROLS: tuple[Role, ...] = (*NEGATIVE_CONTROLS, *POSITIVE_CONTROLS)
+
+#: The groups that a study makes, and what each is to it. The first four are the published ones, made of neurons, of
+#: single weights and of hidden units; the others are of neurons only.
+GROUP_ROLES: dict[str, Role] = {
+    "safety_top": "safety",
+    "safety_set_difference": "safety",
+    "utility_top": "utility",
+    "random": "random",
+    "safety_residual": "safety",
+    "utility_set_difference": "negative",
+    "style_set_difference": "negative",
+    "gradient_top": "positive",
+}
+GROUP_NAMES = tuple(GROUP_ROLES)
+PUBLISHED_GROUPS = GROUP_NAMES[:4]
+#: The safety groups that judge: unlike `safety_top`, they share few members with the utility groups.
+JUDGING_GROUPS = ("safety_set_difference", "safety_residual")
 
 
 def role_of_name(name: str) -> Role | None:
@@ -18,8 +40,8 @@ def role_of_name(name: str) -> Role | None:
     """
     if name.endswith(".matched"):
         return "control"
+    if name in GROUP_ROLES:
+        return GROUP_ROLES[name]
     if "safety" in name:
         return "safety"
-    if name == "random":
-        return "random"
     return "utility" if "utility" in name else None

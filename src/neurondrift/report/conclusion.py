@@ -16,19 +16,19 @@ from neurondrift.report.findings.interventions import CauseFound, InterventionEf
 from neurondrift.report.findings.statistical import Analysis, WeaknessDetail
 from neurondrift.report.wording import is_safety
 from neurondrift.statistics.null import ALPHA
-from neurondrift.statistics.results import (
+from neurondrift.statistics.results import GroupEffect, StudyResult, Verdict, to_json
+from neurondrift.statistics.weaknesses import (
     FailedControl,
+    FailedPositive,
     FewSeeds,
     FewSites,
-    GroupEffect,
+    MissedInjection,
+    NotComparable,
     SharedNeurons,
-    StudyResult,
     Unbalanced,
     UndefinedDrift,
     Unmatched,
-    Verdict,
     Weakness,
-    to_json,
     weaknesses,
 )
 
@@ -101,6 +101,12 @@ def weakness_clause(weakness: Weakness) -> str:
             return f"{group} has matched members in {sites} sites only"
         case FailedControl(role=role, verdict=verdict):
             return f"the {role} group, a negative control, is found {verdict}"
+        case FailedPositive(group=group, verdict=verdict):
+            return f"{group}, a positive control, is found {verdict}: this outcome is unfit for this run"
+        case MissedInjection(group=group, factor=factor):
+            return f"the drift of {group}, multiplied by {factor:g}, was not found"
+        case NotComparable(group=group, because=because):
+            return f"{group} has no comparable neurons ({', '.join(because)})"
         case SharedNeurons(first=first, second=second, shared=shared, jaccard=jaccard):
             return f"{first} and {second} share {shared} neurons (Jaccard {jaccard:.2f})"
         case _:

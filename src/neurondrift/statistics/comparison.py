@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from neurondrift.base.errors import DataError
 from neurondrift.base.roles import Role
 from neurondrift.statistics import estimates, inference
+from neurondrift.statistics.design.matching import balance
+from neurondrift.statistics.design.plans import Designs
+from neurondrift.statistics.design.population import Population
+from neurondrift.statistics.design.ratios import (
+    Places,
+    RatioSums,
+    Rules,
+    called,
+    exponential,
+    infer_ratio,
+    injected_control,
+    limits,
+    ratio_effect,
+    ratio_sums,
+    to_estimate,
+)
 from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, MatchedEffect, MatchedSums
 from neurondrift.statistics.inference import Inference
-from neurondrift.statistics.matching import balance
 from neurondrift.statistics.results import (
     Estimate,
     GroupEffect,
@@ -26,83 +39,27 @@ from neurondrift.statistics.results import (
     RawFigures,
     SiteEffect,
     Subgroup,
-    Verdict,
-    decide,
 )
 
 THIRDS = ("first third", "middle third", "last third")
 UNDEFINED_DRIFT = "drift not finite in at least one seed (for example a weight vector of zero norm)"
 NO_INTERVAL = "descriptive figure: no interval"
+NO_COVARIATES = "no covariates beside |w| are known of these neurons"
 NAN = float("nan")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Population:
-    """All neurons of the adapted sites and their drift.
-
-    Attributes
-    ----------
-    site
-        Site code of each neuron, int [N]: an index into `site_names`.
-    site_names, module_type, layer
-        Per site: its name, its kind (such as ``q_proj``) and its decoder block, or None.
-    row
-        Output row of each neuron in its site, int [N].
-    norm
-        Row norm of w0, float64 [N]: the matching variable |w|.
-    drift
-        Metric name -> float64 [n_seeds, n]; NaN where undefined.
-    """
-
-    site: IntArray
-    site_names: tuple[str, ...]
-    module_type: tuple[str, ...]
-    layer: tuple[int | None, ...]
-    row: IntArray
-    norm: FloatArray
-    drift: dict[str, FloatArray]
-
-    def __post_init__(self) -> None:
-        n, sites = len(self.site), len(self.site_names)
-        if n == 0 or sites == 0:
-            raise DataError(
-                "There are no neurons to analyse",
-                received=(n, sites),
-                allowed="at least one site",
-                fix="check that the drift snapshots cover the adapted sites",
-            )
-        if len(self.module_type) != sites or len(self.layer) != sites:
-            raise DataError(
-                "Module types and layers do not fit the sites",
-                received=(len(self.module_type), len(self.layer)),
-                allowed=f"{sites} of each",
-            )
-        if np.min(self.site) < 0 or np.max(self.site) >= sites:
-            raise DataError(
-                "A site code lies outside the site names",
-                received=int(np.max(self.site)),
-                allowed=f"0 to {sites - 1}",
-            )
-        for name, values in {"row": self.row, "norm": self.norm}.items():
-            if np.shape(values) != (n,):
-                raise DataError(f"{name} does not fit the neurons", received=np.shape(values), allowed=f"({n},)")
-        if not self.drift:
-            raise DataError("There is no drift metric to analyse", allowed="at least one array [n_seeds, n]")
-        seeds = {np.shape(values)[0] if np.ndim(values) == 2 else 0 for values in self.drift.values()}
-        if len(seeds) != 1 or 0 in seeds or any(np.shape(v)[1] != n for v in self.drift.values()):
-            raise DataError(
-                "The drift arrays do not fit",
-                received={k: np.shape(v) for k, v in self.drift.items()},
-                allowed=f"one shape [n_seeds, {n}] for all metrics",
-            )
 
 
 class Settings(NamedTuple):
     """What every estimate of a study shares."""
 
-    sesoi: float
+    band: float
+    bins: int
     resamples: int
     rng_seed: int
+
+    @property
+    def rules(self) -> Rules:
+        """What an inference about a ratio needs of them."""
+        return Rules(self.band, self.resamples, self.rng_seed)
 
 
 class Chosen(NamedTuple):
@@ -170,56 +127,39 @@ def infer_matched(matched: MatchedSums, settings: Settings) -> Inference:
     return inference.infer(matched.sums, statistic, resamples=settings.resamples, rng_seed=settings.rng_seed)
 
 
-def to_estimate(inferred: Inference, n: int) -> Estimate:
-    """An inference as a record for the report; `n` counts neurons."""
-    return Estimate(
-        value=inferred.value,
-        se=inferred.se,
-        ci90=inferred.equivalence_interval(),
-        ci95=inferred.interval(0.95),
-        n=n,
-        sites=inferred.sites,
-        seeds=len(inferred.per_seed),
-        method=inferred.method,
-        reason=inferred.reason,
-    )
-
-
-class Tested(NamedTuple):
-    """A standardised effect with its tests and verdict, and why any of its p-values is undefined."""
-
-    estimate: Estimate
-    p: float
-    p_equivalence: float
-    verdict: Verdict
-    detectable: float
-    reasons: dict[str, str]
-
-
-def tested(inferred: Inference, n: int, sesoi: float) -> Tested:
-    """The tests and the verdict that an inference about a standardised effect allows; `n` counts neurons."""
-    estimate = to_estimate(inferred, n)
-    return Tested(
-        estimate,
-        inferred.p_value(),
-        inferred.p_equivalence(sesoi),
-        decide(estimate.ci90, estimate.ci95, sesoi),
-        inferred.detectable(),
-        {field: inferred.reason for field in ("p", "p_equivalence", "detectable") if inferred.reason},
-    )
-
-
 def group_effect(
-    population: Population, comparison: Comparison, p_permutation: float, settings: Settings
+    population: Population,
+    comparison: Comparison,
+    plan: Designs,
+    p_permutation: float,
+    settings: Settings,
+    *,
+    judging: bool,
 ) -> GroupEffect:
     """Everything about one group in one metric; Holm's adjustment is left to the caller."""
     group, matched = comparison.group, comparison.matched
-    effect = tested(infer_matched(matched, settings), matched.n_matched, settings.sesoi)
+    inferred = infer_matched(matched, settings)
+    places, rules, drift_SN = population.places(), settings.rules, population.drift[comparison.metric]
+    norm = ratio_effect(plan.norm, drift_SN, places, rules)
+    balanced = None if plan.matched is None else ratio_effect(plan.matched, drift_SN, places, rules)
+    primary = balanced or norm
+    sums = ratio_sums(plan.judging, drift_SN, places)
     n_members, n_measured = int(group.member_N.sum()), int(comparison.member_M.sum())
-    undefined = {"p_permutation": "no stratum holds both members and controls"} if np.isnan(p_permutation) else {}
+    reasons = {field: primary.log_ratio.reason for field in ("p", "p_equivalence") if primary.log_ratio.reason}
+    if inferred.reason:
+        reasons["detectable"] = inferred.reason
+    if np.isnan(p_permutation):
+        reasons["p_permutation"] = "no stratum holds both members and controls"
+    if balanced is None:
+        reasons["effect_matched"] = NO_COVARIATES
+
+    def parts(labels: list[str]) -> tuple[Subgroup, ...]:
+        return _subgroups(matched, sums, labels, places, settings, comparable=primary.comparable)
+
     return GroupEffect(
         group=group.name,
         role=group.role,
+        judging=judging,
         metric=comparison.metric,
         n_members=n_members,
         n_measured=n_measured,
@@ -232,19 +172,22 @@ def group_effect(
             strata_unmatched=matched.strata_unmatched,
         ),
         raw=_raw_figures(comparison),
-        g=effect.estimate,
-        p=effect.p,
+        effect_norm=norm,
+        effect_matched=balanced,
+        injected=injected_control(plan.judging, drift_SN, group.member_N, primary, places, rules),
+        g=to_estimate(inferred, matched.n_matched),
+        p=primary.p,
         p_holm=NAN,
         p_permutation=p_permutation,
-        p_equivalence=effect.p_equivalence,
-        verdict=effect.verdict,
-        detectable=effect.detectable,
+        p_equivalence=primary.p_equivalence,
+        verdict=primary.verdict,
+        detectable=inferred.detectable(),
         per_seed=_per_seed(matched, settings),
-        by_module=_subgroups(matched, list(population.module_type), settings),
-        by_layer_third=_subgroups(matched, _third_of_site(population), settings),
-        by_site=_sites(matched, population),
+        by_module=parts(list(population.module_type)),
+        by_layer_third=parts(_third_of_site(population)),
+        by_site=_sites(matched, sums, population),
         balance=balance(population.site, population.norm, group.member_N, group.stratum_N, len(population.site_names)),
-        reasons=effect.reasons | undefined,
+        reasons=reasons,
     )
 
 
@@ -352,26 +295,48 @@ def _third_of_site(population: Population) -> list[str]:
     return ["" if layer is None else THIRDS[rank[layer] * 3 // len(layers)] for layer in population.layer]
 
 
-def _subgroups(matched: MatchedSums, label_of_site: list[str], settings: Settings) -> tuple[Subgroup, ...]:
-    labels = np.array(label_of_site, dtype=object)[matched.sites]
+def _subgroups(
+    matched: MatchedSums,
+    sums: RatioSums,
+    label_of_site: list[str],
+    places: Places,
+    settings: Settings,
+    *,
+    comparable: bool,
+) -> tuple[Subgroup, ...]:
+    labels = np.array(label_of_site, dtype=object)
     out = []
     for name in dict.fromkeys(label for label in label_of_site if label):
-        keep = labels == name
+        keep = labels[sums.sites] == name
         if not keep.any():
             continue
-        part = matched.subset(keep)
-        effect = tested(infer_matched(part, settings), part.n_matched, settings.sesoi)
+        part = matched.subset(labels[matched.sites] == name)
+        found = infer_ratio(sums.subset(keep), places, settings.rules).inferred
+        estimate = to_estimate(found, int(sums.sums[keep, 0].sum()))
         out.append(
-            Subgroup(name=name, g=effect.estimate, p=effect.p, verdict=effect.verdict, reason=effect.estimate.reason)
+            Subgroup(
+                name=name,
+                g=to_estimate(infer_matched(part, settings), part.n_matched),
+                log_ratio=estimate,
+                ratio=exponential([estimate.value])[0],
+                ratio_ci95=limits(estimate.ci95),
+                p=found.p_value(),
+                verdict=called(estimate, settings.band) if comparable else "inconclusive",
+                reason=estimate.reason,
+            )
         )
     return tuple(out)
 
 
-def _sites(matched: MatchedSums, population: Population) -> tuple[SiteEffect, ...]:
+def _sites(matched: MatchedSums, sums: RatioSums, population: Population) -> tuple[SiteEffect, ...]:
+    ratios = dict(zip(sums.sites.tolist(), (sums.sums[:, 1:].mean(axis=1) / sums.sums[:, 0]).tolist(), strict=True))
     out = []
     for row, site in enumerate(matched.sites.tolist()):
         statistic = MatchedEffect(matched.seeds, estimates.hedges_correction(float(matched.freedom[row])))
         g = float(statistic(matched.sums[row]).mean())
+        reasons = {} if np.isfinite(g) else {"g": "no variation of drift within strata"}
+        if site not in ratios:
+            reasons["ratio"] = "no member of this site has a counterfactual"
         out.append(
             SiteEffect(
                 site=population.site_names[site],
@@ -379,7 +344,8 @@ def _sites(matched: MatchedSums, population: Population) -> tuple[SiteEffect, ..
                 layer=population.layer[site],
                 n=int(matched.sums[row, 0]),
                 g=g,
-                reason="" if np.isfinite(g) else "no variation of drift within strata",
+                ratio=exponential([ratios.get(site, NAN)])[0],
+                reason="; ".join(reasons.values()),
             )
         )
     return tuple(out)

@@ -124,6 +124,11 @@ class MatchedEffect(NamedTuple):
     seeds: int
     correction: float
 
+    @property
+    def width(self) -> int:
+        """Number of totals."""
+        return 2 + 2 * self.seeds
+
     def __call__(self, totals: FloatArray) -> FloatArray:
         seeds = self.seeds
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -148,18 +153,43 @@ class MatchedEffect(NamedTuple):
         return out
 
 
-class Difference(NamedTuple):
-    """One matched effect minus another, on totals laid side by side; the sites are shared."""
+class MeanPerMember(NamedTuple):
+    """D / M of every seed as a function of totals [M, D of each seed], with its gradient: a mean over members."""
 
-    first: MatchedEffect
-    second: MatchedEffect
+    seeds: int
+
+    @property
+    def width(self) -> int:
+        """Number of totals."""
+        return 1 + self.seeds
 
     def __call__(self, totals: FloatArray) -> FloatArray:
-        width = 2 + 2 * self.first.seeds
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean: FloatArray = totals[..., 1:] / totals[..., :1]
+        return mean
+
+    def gradient(self, totals: FloatArray) -> FloatArray:
+        """Derivatives, [..., Q, S]; column s belongs to seed s."""
+        out = np.zeros((*totals.shape, self.seeds))
+        diagonal = np.arange(self.seeds)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out[..., 0, :] = -self(totals) / totals[..., :1]
+            out[..., 1 + diagonal, diagonal] = 1 / totals[..., :1]
+        return out
+
+
+class Difference(NamedTuple):
+    """One effect minus another of the same kind, on totals laid side by side; the sites are shared."""
+
+    first: MatchedEffect | MeanPerMember
+    second: MatchedEffect | MeanPerMember
+
+    def __call__(self, totals: FloatArray) -> FloatArray:
+        width = self.first.width
         return self.first(totals[..., :width]) - self.second(totals[..., width:])
 
     def gradient(self, totals: FloatArray) -> FloatArray:
-        width = 2 + 2 * self.first.seeds
+        width = self.first.width
         return np.concatenate(
             [self.first.gradient(totals[..., :width]), -self.second.gradient(totals[..., width:])], axis=-2
         )

@@ -181,6 +181,33 @@ class Inference(NamedTuple):
     def _equivalence_references(self) -> list[Reference]:
         return [reference for reference in (self.reference, self.skewed) if reference is not None]
 
+    def smallest_more(self, band: float, power: float = 0.8) -> float:
+        """Smallest true effect whose verdict is "more" with this power (`results.decide` with `band`).
+
+        The estimate must exceed both what puts the 95 % interval above 0 and what puts the upper end of the 90 %
+        interval at the band; it does where the true effect lies that much and a quantile of the reference higher.
+        """
+        if self.reference is None:
+            return float("nan")
+        above_zero = self.se * self.reference.quantile(0.975)
+        reach = self.equivalence_interval()[1] - self.value
+        return max(above_zero, band - reach) - self.se * self.reference.quantile(1 - power)
+
+    def with_extra(self, variance: float, freedom: float) -> Inference:
+        """The same with more variance, from `freedom` units of another kind, beside that of the seeds.
+
+        Both parts are mixed into the reference as one Student's t, with degrees of freedom by Welch and Satterthwaite.
+        """
+        if self.reference is None or not variance > 0:
+            return self
+        own = self.reference.seed_share * self.se**2
+        total = self.se**2 + variance
+        extra = own + variance
+        within = (own**2 / self.reference.seed_df if own > 0 else 0.0) + variance**2 / freedom
+        mixed = {"seed_df": extra**2 / within, "seed_share": extra / total}
+        skewed = None if self.skewed is None else self.skewed._replace(**mixed)
+        return self._replace(se=float(np.sqrt(total)), reference=self.reference._replace(**mixed), skewed=skewed)
+
     def detectable(self, power: float = 0.8) -> float:
         """Smallest effect found with this power at two-sided 5 %: half the 95 % width + t_power * se."""
         if self.reference is None:
@@ -241,7 +268,9 @@ def undefined(per_seed: FloatArray, sites: int, reason: str) -> Inference:
     return Inference(float(per_seed.mean()), float("nan"), None, per_seed, sites, "no interval", reason)
 
 
-def infer(sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng_seed: int) -> Inference:
+def infer(
+    sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng_seed: int, units: str = "sites"
+) -> Inference:
     """Studentised cluster bootstrap of a smooth function of totals over sites.
 
     Parameters
@@ -254,6 +283,8 @@ def infer(sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng
         Bootstrap resamples; used from `FEWEST_SITES_FOR_BOOTSTRAP` sites on.
     rng_seed
         Seed of the resampling; the same seed gives the same interval.
+    units
+        What the rows of `sums_JQ` are, for the name of the method: any units that vary independently.
 
     Returns
     -------
@@ -281,7 +312,7 @@ def infer(sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng
         return undefined(per_seed_S, sites, "without one of the sites the effect is undefined")
     if sites < FEWEST_SITES_FOR_BOOTSTRAP:
         df = max(1.0, float(sums_JQ[:, 0].sum() ** 2 / (sums_JQ[:, 0] ** 2).sum()) - 1)
-        return _combine(per_seed_S, influence_JS, None, df, f"{sites} sites, jackknife, t with {df:.1f} effective df")
+        return _combine(per_seed_S, influence_JS, None, df, f"{sites} {units}, jackknife, t with {df:.1f} effective df")
     weights_BJ = bootstrap_weights(sites, resamples, rng_seed)
     resampled_BQ = weights_BJ @ sums_JQ  # [B, Q]
     slope_BQ = statistic.gradient(resampled_BQ).mean(axis=-1)  # [B, Q], of the mean over seeds
@@ -296,7 +327,7 @@ def infer(sums_JQ: FloatArray, statistic: Differentiable, *, resamples: int, rng
         influence_JS,
         np.sort(draws_B),
         sites - 1,
-        f"{sites} sites, symmetric studentised cluster bootstrap with {len(draws_B)} resamples",
+        f"{sites} {units}, symmetric studentised cluster bootstrap with {len(draws_B)} resamples",
     )
 
 

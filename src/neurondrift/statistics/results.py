@@ -1,4 +1,4 @@
-"""What an analysis hands back: frozen records, each number with its n and interval; verdicts and weaknesses."""
+"""What an analysis hands back: frozen records, each number with its n and interval, and the rule of verdicts."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.roles import NEGATIVE_CONTROLS, Role
+from neurondrift.base.roles import Role
 from neurondrift.statistics.descriptive import Association
-from neurondrift.statistics.matching import Balance
 
 SCHEMA_VERSION = 1
 
 Verdict = Literal["more", "similar", "protected", "inconclusive"]
-WeaknessKind = Literal[
-    "few_seeds", "unmatched", "undefined_drift", "unbalanced", "few_sites", "negative_control", "overlap"
-]
-
-#: Below this many training seeds, and sites, an interval rests on few clusters.
-FEW_SEEDS, FEW_SITES = 6, 20
-#: Standardised mean difference of |w| above which matching is incomplete (Stuart 2010).
-UNBALANCED = 0.1
-#: Share of members without a control, and Jaccard overlap of two groups, worth a warning.
-MANY_UNMATCHED, MUCH_OVERLAP = 0.05, 0.1
+Expected = Literal["more", "similar"]
+#: `norm`: strata of site and |w|, adjusted for what is left of it; `matched`: balanced on several covariates.
+ComparisonName = Literal["norm", "matched"]
+Cluster = Literal["site", "layer"]
+#: Why a group has no counterfactual: a covariate that differs after adjustment, too many members without a control,
+#: too many drifts of which there is no log, or no member compared at all.
+Incomparable = Literal["imbalance", "without_control", "undefined_drift", "nothing_compared"]
 
 #: Marks a field whose own fields stand among those of its record in the JSON.
 FLAT = {"flat": True}
@@ -53,11 +50,130 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Standardised mean differences of |w| between members and non-members.
+
+    Attributes
+    ----------
+    before, after
+        Over all sites, before matching and against the matched controls.
+    site_before, site_after
+        The same site by site, float64 [n_sites]; NaN where a site has no member, no non-member or no spread.
+    n_members, n_matched
+        Members, and those of them with at least one control in their stratum.
+    """
+
+    before: float
+    after: float
+    site_before: NDArray[np.float64]
+    site_after: NDArray[np.float64]
+    n_members: int
+    n_matched: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovariateBalance:
+    """Standardised mean difference of the log of a covariate within sites, members minus controls.
+
+    `before`: against all candidates of the same sites; `after`: under the weights of the comparison, for the members
+    compared. `gated`: whether the comparison claims to balance it, so that a large `after` stops its verdict.
+    """
+
+    name: str
+    before: float
+    after: float
+    gated: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioEffect:
+    """How far members moved, as a ratio to comparable neurons: one comparison of one group in one metric.
+
+    `log_ratio` is the mean over members of log drift minus that of their weighted controls, averaged over seeds;
+    `ratio` and its limits are the exponentials. `p` tests a ratio of 1, `p_equivalence` "outside 1/band .. band", both
+    whether or not the group is comparable; `verdict` is "inconclusive" where it is not, for the reasons in
+    `not_comparable_because`. `smallest_more` is the smallest true ratio that would be called "more" with 80 % power.
+    `below_band`: the 95 % interval excludes 1, yet the 90 % interval lies within the band (so the verdict is
+    "similar"): a difference that was found, and that is smaller than the band. `beyond_band`: the 95 % interval lies
+    outside the band. Counts: `n_members` = `n_compared` + `n_without_control` + `n_undefined` (no log of a drift that
+    is 0 or not finite in some seed). `effective_controls` is Kish's size of the controls' weights. `cluster` names
+    the clustering with the larger standard error; `row_share` is the part of the variance that comes from the same
+    coordinates of the residual stream in several layers, `seed_share` that from training seeds.
+    """
+
+    comparison: ComparisonName
+    log_ratio: Estimate
+    ratio: float
+    ratio_ci90: tuple[float, float]
+    ratio_ci95: tuple[float, float]
+    p: float
+    p_holm: float
+    p_equivalence: float
+    verdict: Verdict
+    comparable: bool
+    not_comparable_because: tuple[Incomparable, ...]
+    smallest_more: float
+    below_band: bool
+    beyond_band: bool
+    n_members: int
+    n_compared: int
+    n_without_control: int
+    n_undefined: int
+    sites: int
+    sites_left_out: int
+    effective_controls: float
+    balance: tuple[CovariateBalance, ...]
+    cluster: Cluster
+    row_share: float
+    seed_share: float
+    per_seed: tuple[Estimate, ...]
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectedControl:
+    """The judging comparison made again with the members' drift multiplied by `factor`.
+
+    `found`: the lower 95 % limit lies above the estimate without the injection. `verdict` is what the interval would
+    have been called.
+    """
+
+    factor: float
+    log_ratio: Estimate
+    verdict: Verdict
+    found: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlCheck:
+    """A group whose answer is known before: whether it came out. `passed` is None where it is inconclusive.
+
+    A negative control passes as "similar" and fails as "more" or "protected"; a positive one passes as "more" and
+    fails as anything that excludes it.
+    """
+
+    group: str
+    role: Role
+    comparison: ComparisonName
+    expected: Expected
+    verdict: Verdict
+    passed: bool | None
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subgroup:
-    """The matched effect within a module type or a layer third. Exploratory: not adjusted."""
+    """The effect within a module type or a layer third: the ratio of the judging comparison, and g.
+
+    `p` and `verdict` are of the ratio. Exploratory: not adjusted.
+    """
 
     name: str
     g: Estimate
+    log_ratio: Estimate
+    ratio: float
+    ratio_ci95: tuple[float, float]
     p: float
     verdict: Verdict
     reason: str = ""
@@ -65,13 +181,15 @@ class Subgroup:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteEffect:
-    """The matched effect within one site, in units of that site's own SD: a description, with no interval."""
+    """The effect within one site, a description with no interval: `g` in units of that site's own SD, `ratio` of the
+    judging comparison."""
 
     site: str
     module_type: str
     layer: int | None
     n: int
     g: float
+    ratio: float
     reason: str = ""
 
 
@@ -109,14 +227,19 @@ class RawFigures:
 class GroupEffect:
     """One group in one metric. In the JSON `matched` and `raw` lie flat among the other fields.
 
-    Counts: members = measured + undefined (no finite drift in some seed); measured = matched + unmatched. `p` tests
-    "the mean effect over sites (and seeds) is 0"; `p_permutation` the sharp null "membership changes no neuron's
-    drift"; `p_equivalence` "|g| >= sesoi". `detectable` is the smallest |g| found with 80 % power at two-sided 5 %.
-    `confounded` names the figures that are not matched.
+    `effect_norm` and `effect_matched` (None without covariates) are the ratios; `primary_effect` is the one that
+    judges, and `p`, `p_holm`, `p_equivalence` and `verdict` are its own. `judging`: whether the answer of the study
+    rests on this group. Secondary: `g`, the standardised mean difference within strata of |w|, with its `per_seed`;
+    `detectable` is the smallest |g| that would differ from 0 with 80 % power at two-sided 5 %.
+
+    Counts: members = measured + undefined (no finite drift in some seed); measured = matched + unmatched.
+    `p_permutation` tests the sharp null "membership changes no neuron's drift". `confounded` names the figures that
+    are not matched.
     """
 
     group: str
     role: Role | None
+    judging: bool
     metric: str
     n_members: int
     n_measured: int
@@ -124,6 +247,9 @@ class GroupEffect:
     undefined_reason: str
     matched: MatchedCounts = dataclasses.field(metadata=FLAT)
     raw: RawFigures = dataclasses.field(metadata=FLAT)
+    effect_norm: RatioEffect
+    effect_matched: RatioEffect | None
+    injected: InjectedControl
     g: Estimate
     p: float
     p_holm: float
@@ -139,14 +265,31 @@ class GroupEffect:
     confounded: tuple[str, ...] = ("ratio_unmatched", "d_random", "mean_others", "median_others")
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def primary_effect(self) -> RatioEffect:
+        """The comparison that judges: `effect_matched`, or `effect_norm` where there is none."""
+        return self.effect_matched or self.effect_norm
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """g of `first` minus g of `second`, each against its own controls, over the same sites and seeds."""
+    """The ratio of `first` over that of `second`, each against its own controls, over the same sites and seeds.
+
+    Only members that the groups do not share are compared (`shared` are left out), and no control is a member of
+    either. `p`, `p_equivalence` and `verdict` are of `log_ratio`, "inconclusive" where one of the two is not
+    `comparable`; `difference` is that of g, and `detectable` belongs to it.
+    """
 
     first: str
     second: str
     metric: str
+    comparison: ComparisonName
+    shared: int
+    log_ratio: Estimate
+    ratio: float
+    ratio_ci90: tuple[float, float]
+    ratio_ci95: tuple[float, float]
+    comparable: bool
     difference: Estimate
     p: float
     p_holm: float
@@ -168,12 +311,19 @@ class Overlap:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """Everything the report prints. `effects` holds group x metric in the order given to `analyze`."""
+    """Everything the report prints. `effects` holds group x metric in the order given to `analyze`.
+
+    `band` is the ratio within which groups count as moving alike; `sesoi` is the same for g, and judges nothing.
+    `controls` are of the primary metric.
+    """
 
     metrics: tuple[str, ...]
     groups: tuple[str, ...]
     seed_labels: tuple[str, ...]
     primary_metric: str
+    band: float
+    comparison_that_judges: ComparisonName
+    judging: tuple[str, ...]
     sesoi: float
     resamples: int
     bins: int
@@ -186,6 +336,7 @@ class StudyResult:
     contrasts: tuple[Contrast, ...]
     overlaps: tuple[Overlap, ...]
     associations: tuple[Association, ...]
+    controls: tuple[ControlCheck, ...] = ()
 
     def effect(self, group: str, metric: str) -> GroupEffect:
         """The effect of one group in one metric; KeyError where there is none."""
@@ -224,7 +375,7 @@ def _encode(record: Any) -> dict[str, Any]:
             out |= value
             continue
         out[field.name] = value
-        if missing:
+        if missing or (value is None and field.name in reasons):
             out[f"{field.name}_reason"] = reasons.get(field.name, fallback)
     return out
 
@@ -290,113 +441,3 @@ def decide(ci90: tuple[float, float], ci95: tuple[float, float], sesoi: float) -
     if ci95[1] < 0:
         return "protected"
     return "inconclusive"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewSeeds:
-    """Run-to-run variation is unknown, or rests on few seeds."""
-
-    kind: ClassVar[WeaknessKind] = "few_seeds"
-    seeds: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unmatched:
-    """Many members of a group have no control in their stratum."""
-
-    kind: ClassVar[WeaknessKind] = "unmatched"
-    group: str
-    members: int
-    of_members: int
-    strata: int
-    of_strata: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class UndefinedDrift:
-    """Members of a group without a finite drift."""
-
-    kind: ClassVar[WeaknessKind] = "undefined_drift"
-    group: str
-    members: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unbalanced:
-    """What matching left between members and controls: a standardised mean difference of |w|."""
-
-    kind: ClassVar[WeaknessKind] = "unbalanced"
-    group: str
-    difference: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewSites:
-    """A group whose matched members lie in few sites."""
-
-    kind: ClassVar[WeaknessKind] = "few_sites"
-    group: str
-    sites: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailedControl:
-    """The negative control was found to differ: it puts everything else in doubt."""
-
-    kind: ClassVar[WeaknessKind] = "negative_control"
-    group: str
-    role: Role
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedNeurons:
-    """Two groups that are largely the same neurons."""
-
-    kind: ClassVar[WeaknessKind] = "overlap"
-    first: str
-    second: str
-    shared: int
-    jaccard: float
-
-
-Weakness = FewSeeds | Unmatched | UndefinedDrift | Unbalanced | FewSites | FailedControl | SharedNeurons
-
-
-def weaknesses(result: StudyResult) -> tuple[Weakness, ...]:
-    """What a careful reader would hold against a result in its primary metric."""
-    seeds = len(result.seed_labels)
-    out: list[Weakness] = [FewSeeds(seeds=seeds)] if seeds < FEW_SEEDS else []
-    effects = {group: result.effect(group, result.primary_metric) for group in result.groups}
-    for effect in effects.values():
-        out += _weaknesses_of_group(effect)
-    out += [
-        SharedNeurons(first=o.first, second=o.second, shared=o.shared, jaccard=o.jaccard)
-        for o in result.overlaps
-        if o.jaccard > MUCH_OVERLAP and not {effects[o.first].role, effects[o.second].role} & {*NEGATIVE_CONTROLS}
-    ]
-    return tuple(out)
-
-
-def _weaknesses_of_group(effect: GroupEffect) -> list[Weakness]:
-    group = effect.group
-    out: list[Weakness] = []
-    if effect.matched.n_unmatched > MANY_UNMATCHED * effect.n_measured:
-        out.append(
-            Unmatched(
-                group=group,
-                members=effect.matched.n_unmatched,
-                of_members=effect.n_measured,
-                strata=effect.matched.strata_unmatched,
-                of_strata=effect.matched.strata,
-            )
-        )
-    if effect.n_undefined:
-        out.append(UndefinedDrift(group=group, members=effect.n_undefined))
-    if abs(effect.balance.after) > UNBALANCED:
-        out.append(Unbalanced(group=group, difference=effect.balance.after))
-    if effect.g.sites < FEW_SITES:
-        out.append(FewSites(group=group, sites=effect.g.sites))
-    if effect.role in NEGATIVE_CONTROLS and effect.verdict in ("more", "protected"):
-        out.append(FailedControl(group=group, role=effect.role, verdict=effect.verdict))
-    return out

@@ -32,8 +32,8 @@ from neurondrift.report.findings.statistical import (
 )
 from neurondrift.statistics import descriptive
 from neurondrift.statistics.analysis import analyze
-from neurondrift.statistics.comparison import Population
-from neurondrift.statistics.matching import refine_bins
+from neurondrift.statistics.design.matching import refine_bins
+from neurondrift.statistics.design.population import Population
 from neurondrift.study.population import MATCHED, Rows, behaviour_series, load_population, membership
 from neurondrift.study.settings import AnalyzeSection
 
@@ -96,6 +96,7 @@ def analysis(
         members,
         metrics=METRICS,
         seed_labels=[str(seed) for seed in logs],
+        band=settings.band,
         sesoi=settings.smallest_effect,
         resamples=settings.resamples,
         bins=bins,

@@ -14,8 +14,8 @@ from neurondrift.base.files import read_parquet
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.group import Group
-from neurondrift.statistics.comparison import Population
 from neurondrift.statistics.descriptive import BehaviourSeries
+from neurondrift.statistics.design.population import Population
 from neurondrift.study.folder import saved_step, saved_steps
 
 Rows = list[dict[str, Any]]

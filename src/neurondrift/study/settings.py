@@ -212,7 +212,8 @@ class EvaluateSection(Section):
 
 class AnalyzeSection(Section):
     primary_metric: Metric = "relative"
-    smallest_effect: Positive = Field(0.2, description="|g| below this counts as no difference that matters")
+    band: Annotated[float, Field(gt=1)] = Field(1.25, description="ratio of drift within which groups move alike")
+    smallest_effect: Positive = Field(0.2, description="the same for g, which is reported and judges nothing")
     resamples: Annotated[int, Field(ge=200)] = 2000
 
 

@@ -16,7 +16,8 @@ from neurondrift.report.findings.numbers import Limits, Number
 from neurondrift.report.findings.subspaces import Subspaces
 
 if TYPE_CHECKING:  # reading a file needs nothing that computes
-    from neurondrift.statistics.results import Verdict, WeaknessKind
+    from neurondrift.statistics.results import Cluster, ComparisonName, Expected, Incomparable, Verdict
+    from neurondrift.statistics.weaknesses import WeaknessKind
 
 SCHEMA_VERSION = 1
 
@@ -35,24 +36,89 @@ class Estimate(TypedDict):
     reason: str
 
 
+class CovariateBalance(TypedDict):
+    """Standardised mean difference of the log of a covariate within sites, before and under the weights."""
+
+    name: str
+    before: Number
+    after: Number
+    gated: bool
+    reason: str
+
+
+class RatioEffect(TypedDict):
+    """How far members moved, as a ratio to comparable neurons; `log_ratio` is on the natural-log scale."""
+
+    comparison: ComparisonName
+    log_ratio: Estimate
+    ratio: Number
+    ratio_ci90: Limits
+    ratio_ci95: Limits
+    p: Number
+    p_holm: Number
+    p_equivalence: Number
+    verdict: Verdict
+    comparable: bool
+    not_comparable_because: list[Incomparable]
+    smallest_more: Number
+    below_band: bool
+    beyond_band: bool
+    n_members: int
+    n_compared: int
+    n_without_control: int
+    n_undefined: int
+    sites: int
+    sites_left_out: int
+    effective_controls: float
+    balance: list[CovariateBalance]
+    cluster: Cluster
+    row_share: float
+    seed_share: float
+    per_seed: list[Estimate]
+
+
+class InjectedControl(TypedDict):
+    """The judging comparison made again with the members' drift multiplied by `factor`."""
+
+    factor: float
+    log_ratio: Estimate
+    verdict: Verdict
+    found: bool
+
+
+class ControlCheck(TypedDict):
+    """A group whose answer is known before, and whether it came out; `passed` is None where it is inconclusive."""
+
+    group: str
+    role: Role
+    comparison: ComparisonName
+    expected: Expected
+    verdict: Verdict
+    passed: bool | None
+
+
 class Part(TypedDict):
-    """The matched effect within a module type or a layer third."""
+    """The effect within a module type or a layer third."""
 
     name: str
     g: Estimate
+    log_ratio: NotRequired[Estimate]
+    ratio: NotRequired[Number]
+    ratio_ci95: NotRequired[Limits]
     p: Number
     verdict: Verdict
     reason: str
 
 
 class SiteEffect(TypedDict):
-    """The matched effect within one site, in units of that site's own SD."""
+    """The effect within one site: g in units of that site's own SD, and the ratio of the judging comparison."""
 
     site: str
     module_type: str
     layer: int | None
     n: int
     g: Number
+    ratio: NotRequired[Number]
     reason: str
 
 
@@ -72,6 +138,7 @@ class Effect(TypedDict):
 
     group: str
     role: NotRequired[Role | None]
+    judging: NotRequired[bool]
     metric: str
     n_members: int
     n_measured: int
@@ -90,6 +157,9 @@ class Effect(TypedDict):
     ratio_unmatched: Estimate
     ratio_matched: Estimate
     d_random: Estimate
+    effect_norm: NotRequired[RatioEffect]
+    effect_matched: NotRequired[RatioEffect | None]
+    injected: NotRequired[InjectedControl]
     g: Estimate
     p: Number
     p_holm: Number
@@ -106,11 +176,18 @@ class Effect(TypedDict):
 
 
 class Contrast(TypedDict):
-    """g of `first` minus g of `second`, each against its own controls."""
+    """The ratio of `first` over that of `second`, each against its own controls; `difference` is that of g."""
 
     first: str
     second: str
     metric: str
+    comparison: NotRequired[ComparisonName]
+    shared: NotRequired[int]
+    log_ratio: NotRequired[Estimate]
+    ratio: NotRequired[Number]
+    ratio_ci90: NotRequired[Limits]
+    ratio_ci95: NotRequired[Limits]
+    comparable: NotRequired[bool]
     difference: Estimate
     p: Number
     p_holm: Number
@@ -164,6 +241,9 @@ class Analysis(TypedDict):
     groups: list[str]
     seed_labels: list[str]
     primary_metric: str
+    band: NotRequired[float]
+    comparison_that_judges: NotRequired[ComparisonName]
+    judging: NotRequired[list[str]]
     sesoi: Number
     resamples: int
     bins: int
@@ -176,6 +256,7 @@ class Analysis(TypedDict):
     contrasts: list[Contrast]
     overlaps: list[Overlap]
     associations: list[Association]
+    controls: NotRequired[list[ControlCheck]]
 
 
 class Mean(TypedDict):

@@ -6,12 +6,11 @@ cannot depend on the outcome. Shapes: N neurons.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from neurondrift.base.errors import DataError
+from neurondrift.statistics.results import Balance
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -21,28 +20,6 @@ BoolArray = NDArray[np.bool_]
 SMALLEST_STRATUM = 5
 #: Standardised mean difference below which a covariate counts as balanced (Stuart 2010).
 BALANCED = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Balance:
-    """Standardised mean differences of |w| between members and non-members.
-
-    Attributes
-    ----------
-    before, after
-        Over all sites, before matching and against the matched controls.
-    site_before, site_after
-        The same site by site, [n_sites] float64; NaN where a site has no member, no non-member or no spread.
-    n_members, n_matched
-        Members, and those of them with at least one control in their stratum.
-    """
-
-    before: float
-    after: float
-    site_before: FloatArray
-    site_after: FloatArray
-    n_members: int
-    n_matched: int
 
 
 def quantile_bins(site_N: NDArray[np.integer], magnitude_N: FloatArray, bins: int) -> IntArray:
