@@ -68,6 +68,10 @@ def test_members_do_not_depend_on_the_role():
         ({}, "random", "random"),
         ({}, "random_weights", None),
         ({}, "safety_top.matched", "control"),
+        ({}, "utility_set_difference", "negative"),  # a study's own names are known whole
+        ({}, "style_set_difference", "negative"),
+        ({}, "gradient_top", "positive"),
+        ({}, "gradient_top.matched", "control"),
         ({}, "mine", None),
     ],
 )

@@ -41,12 +41,14 @@ def oracle(model, rows, method):
                 + {
                     "snip": lambda g=gradient: g.abs(),
                     "fisher": lambda g=gradient: g.square(),
+                    "gradient": lambda g=gradient: g.square().sum(dim=1),
                     "taylor": lambda g=gradient, s=site: (g * s.weight).sum(dim=1).abs(),
                 }[method]()
             )
     model.zero_grad()
     means = {name: total / len(rows) for name, total in sums.items()}
-    return {name: mean * sites[name].weight.abs() if method == "snip" else mean for name, mean in means.items()}
+    of_mean = {"snip": lambda name: means[name] * sites[name].weight.abs(), "gradient": lambda name: means[name].sqrt()}
+    return {name: of_mean.get(method, means.get)(name) for name in means}
 
 
 def relative_error(actual, expected):
@@ -54,7 +56,7 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["snip", "fisher", "taylor"])
+@pytest.mark.parametrize("method", ["snip", "fisher", "taylor", "gradient"])
 def test_equals_plain_autograd(family, method):
     model, rows = build(family), examples()
     expected = oracle(model, rows, method)
@@ -189,7 +191,7 @@ def test_errors_name_what_is_wrong():
         linear_sites(strange)
 
 
-@pytest.mark.parametrize("method", ["snip", "wanda"])
+@pytest.mark.parametrize("method", ["snip", "wanda", "gradient"])
 def test_two_processes_agree_with_one(method, tmp_path):
     done = in_two_processes("helpers.distributed_score", tmp_path / "scores", method)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -57,8 +57,8 @@ class Group:
 
     @property
     def role(self) -> Role | None:
-        """What the group is to a study, as its provenance says: `safety`, `utility`, `random` or `control`; None for
-        any other. Where it names no role (files of older versions), its rule can."""
+        """What the group is to a study, as its provenance says: one of `base.roles.ROLES`; None for any
+        other. Where it names no role (files of older versions), its rule can."""
         if "role" in self.provenance:
             return next((role for role in ROLES if role == self.provenance["role"]), None)
         by_rule: dict[str, Role] = {"random": "random", "matched": "control"}

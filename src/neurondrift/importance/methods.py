@@ -65,19 +65,18 @@ class Method:
 
 
 def for_each_block_of_gradient(
-    accumulator_OI: torch.Tensor, tokens: Tokens, add: Callable[[torch.Tensor, torch.Tensor], object]
+    accumulator: torch.Tensor, tokens: Tokens, add: Callable[[torch.Tensor, torch.Tensor], object]
 ) -> None:
-    """Form an example's weight gradient δᵀx block of rows by block and hand each to `add(accumulator, block)`."""
+    """Form an example's weight gradient δᵀx block of rows by block and hand each to `add(rows, block)`: the rows of the
+    accumulator (`[O, I]` or `[O]`), and the gradient's."""
     assert tokens.gradients is not None and tokens.inputs is not None
     gradients_TO, inputs_TI = tokens.gradients, tokens.inputs
-    out_features, in_features = accumulator_OI.shape
-    rows = out_features
-    if accumulator_OI.device.type == "cpu":
-        rows = min(out_features, max(16, CPU_BLOCK // in_features))
+    rows = out_features = gradients_TO.shape[1]
+    if accumulator.device.type == "cpu":
+        rows = min(out_features, max(16, CPU_BLOCK // inputs_TI.shape[1]))
     for start in range(0, out_features, rows):
-        block = accumulator_OI[start : start + rows]
         gradient = gradients_TO[:, start : start + rows].T @ inputs_TI
-        add(block, gradient.to(accumulator_OI.device))
+        add(accumulator[start : start + rows], gradient.to(accumulator.device))
 
 
 def _snip_update(accumulator: torch.Tensor, tokens: Tokens) -> None:
@@ -103,6 +102,18 @@ def _fisher_finish(
     accumulator: torch.Tensor, weight: torch.Tensor, examples: int, tokens: int, generator: torch.Generator
 ) -> torch.Tensor:
     return accumulator.div_(examples)
+
+
+def _gradient_update(accumulator: torch.Tensor, tokens: Tokens) -> None:
+    for_each_block_of_gradient(
+        accumulator, tokens, lambda rows, gradient: rows.add_(gradient.float().square_().sum(dim=1))
+    )
+
+
+def _gradient_finish(
+    accumulator: torch.Tensor, weight: torch.Tensor, examples: int, tokens: int, generator: torch.Generator
+) -> torch.Tensor:
+    return accumulator.div_(examples).sqrt_()
 
 
 def _wanda_update(accumulator: torch.Tensor, tokens: Tokens) -> None:
@@ -156,6 +167,14 @@ METHODS: dict[str, Method] = {
             accumulator="output",
             update=_taylor_update,
             finish=_fisher_finish,
+            neurons_only=True,
+        ),
+        Method(
+            name="gradient",
+            needs="backward",
+            accumulator="output",
+            update=_gradient_update,
+            finish=_gradient_finish,
             neurons_only=True,
         ),
         Method(name="magnitude", needs="nothing", accumulator="none", update=_no_update, finish=_magnitude_finish),

@@ -51,7 +51,7 @@ def score(
         Mappings with `input_ids` and `labels` (-100 where a token is no target), and optionally
         `attention_mask`; for example from `encode`, or the rows of a tokenised `datasets.Dataset`.
     method
-        `snip`, `wanda`, `fisher`, `magnitude`, `random`, or (neurons only) `taylor`.
+        `snip`, `wanda`, `fisher`, `magnitude`, `random`, or (neurons only) `taylor`, `gradient`.
     batch_size
         Examples that pass through the model together; the result does not depend on it.
     sites
@@ -72,13 +72,14 @@ def score(
     Returns
     -------
     dict
-        Site name -> float32 tensor `[out, in]` (`taylor`: `[out]`) on the CPU. With L(x) the mean
+        Site name -> float32 tensor `[out, in]` (of neurons only: `[out]`) on the CPU. With L(x) the mean
         cross-entropy over the response tokens of example x, and the mean over examples:
 
         - snip: |W| · mean |∂L/∂W| (Lee et al., ICLR 2019; Wei et al. 2024, eq. 1: absolute value per example)
         - fisher: mean (∂L/∂W)²
         - wanda: |W| · √(mean over all response tokens of X²) (Sun et al., arXiv 2306.11695; Wei et al.'s mask)
         - taylor: mean |Σⱼ Wᵢⱼ ∂L/∂Wᵢⱼ| (Molchanov et al., arXiv 1906.10771, without the square)
+        - gradient: √(mean Σⱼ (∂L/∂Wᵢⱼ)²), the root mean square length of the gradient of neuron i
         - magnitude: |W|; random: uniform in [0, 1)
 
     Raises

@@ -13,7 +13,6 @@ from typing import Any
 
 from neurondrift.base.errors import ArtifactError
 from neurondrift.base.files import find_scratch, remove_scratch
-from neurondrift.study.settings import GROUP_NAMES as GROUP_NAMES
 from neurondrift.study.settings import Study
 
 

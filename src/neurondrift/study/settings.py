@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.roles import Role
+from neurondrift.base.roles import GROUP_NAMES, PUBLISHED_GROUPS
 from neurondrift.models.data import DataReference
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -34,14 +34,6 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
-# The groups that a study makes, and what each is to it.
-GROUP_ROLES: dict[str, Role] = {
-    "safety_top": "safety",
-    "safety_set_difference": "safety",
-    "utility_top": "utility",
-    "random": "random",
-}
-GROUP_NAMES = tuple(GROUP_ROLES)
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
 

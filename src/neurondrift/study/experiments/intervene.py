@@ -16,6 +16,7 @@ from torch import nn
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
+from neurondrift.base.roles import GROUP_ROLES
 from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
@@ -42,7 +43,7 @@ from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
-from neurondrift.study.settings import GROUP_ROLES, InterveneSection, Study
+from neurondrift.study.settings import InterveneSection, Study
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee, trainee_of
 from neurondrift.study.stages.grouping import bins_of
 from neurondrift.study.stages.reporting import weights_digest

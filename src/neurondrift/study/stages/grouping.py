@@ -18,7 +18,7 @@ from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.population import MATCHED
-from neurondrift.study.settings import GROUP_NAMES, GroupsSection, Study
+from neurondrift.study.settings import GroupsSection, Study
 
 # The granularities that every study makes; hidden units are added where such are to be frozen.
 GRANULARITIES: tuple[Granularity, ...] = ("neuron", "weight")
