@@ -18,6 +18,8 @@ _HOMES = {
     "score": "importance.scores",
     "select_top": "groups.selection",
     "set_difference": "groups.selection",
+    "set_difference_like": "groups.selection",
+    "select_residual": "groups.residual",
     "random_group": "groups.selection",
     "matched": "groups.controls",
     "load_group": "groups.group",
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
     from neurondrift.drift.meter import compare_models, measure_drift
     from neurondrift.groups.controls import matched
     from neurondrift.groups.group import Group, load_group
-    from neurondrift.groups.selection import random_group, select_top, set_difference
+    from neurondrift.groups.residual import select_residual
+    from neurondrift.groups.selection import random_group, select_top, set_difference, set_difference_like
     from neurondrift.importance.scores import score
     from neurondrift.interventions.contexts import prune, rewind, save_model, transplant
     from neurondrift.interventions.freezing import FreezeCallback, freeze

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from helpers.groups import SHAPES, scores
-from neurondrift.groups.selection import random_group, select_top, set_difference, top_indices
+from neurondrift.groups.group import Group
+from neurondrift.groups.selection import random_group, select_top, set_difference, set_difference_like, top_indices
 
 
 def brute_top(values, count):
@@ -56,6 +57,35 @@ def test_set_difference_is_top_q_minus_top_p():
             brute_top(utility[site].reshape(-1).tolist(), int(0.2 * n))
         )
         assert set(group.members[site].tolist()) == expected
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "weight"])
+def test_a_placebo_difference_is_as_large_in_every_site_as_the_group_that_it_is_like(granularity):
+    style, safety, utility = scores(2), scores(0), scores(1)
+    like = set_difference(safety, utility, p=0.2, q=0.3, granularity=granularity)
+    group = set_difference_like(style, utility, p=0.2, like=like)
+    top = select_top(utility, fraction=0.2, granularity=granularity)
+    for site, own in like.members.items():
+        values = style[site].sum(axis=1) if granularity == "neuron" else style[site].reshape(-1)
+        outside = sorted(set(range(values.size)) - set(top.members[site].tolist()))
+        expected = [outside[i] for i in brute_top(values[outside].tolist(), len(own))]
+        assert group.members[site].tolist() == expected
+    assert group.granularity == granularity and dict(group.shapes) == dict(like.shapes)
+
+
+def test_a_placebo_difference_of_the_safety_scores_is_the_set_difference_itself():
+    safety, utility = scores(0), scores(1)
+    like = set_difference(safety, utility, p=0.2, q=0.3, granularity="neuron")
+    group = set_difference_like(safety, utility, p=0.2, like=like)
+    assert all(np.array_equal(group.members[site], like.members[site]) for site in SHAPES)
+
+
+def test_a_placebo_difference_has_fewer_members_only_where_there_are_no_more():
+    site, out_features = next((site, shape[0]) for site, shape in SHAPES.items())
+    like = Group(granularity="neuron", members={site: np.arange(out_features)}, shapes=SHAPES)
+    group = set_difference_like(scores(2), scores(1), p=0.5, like=like)
+    assert list(group.members) == [site]
+    assert len(group.members[site]) == out_features - out_features // 2
 
 
 def test_a_seed_gives_the_same_group_again():

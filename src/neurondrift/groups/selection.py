@@ -52,12 +52,12 @@ def select_top(
     Ties go to the lower index, so that a selection is reproducible.
     """
     check_fraction("fraction", fraction)
-    provenance = {"rule": "top", "fraction": fraction, "per": per, **_score_provenance(scores), **(provenance or {})}
-    shapes = {site: _shape(scores[site]) for site in scores}
+    provenance = {"rule": "top", "fraction": fraction, "per": per, **score_provenance(scores), **(provenance or {})}
+    shapes = {site: shape_of(scores[site]) for site in scores}
     if per == "model":
         members = _top_of_model(scores, fraction, granularity)
     else:
-        members = _by_site(scores, lambda site: _top_of_site(_values(scores, site, granularity), fraction, per, site))
+        members = by_site(scores, lambda site: _top_of_site(values_of(scores, site, granularity), fraction, per, site))
     return Group(granularity=granularity, members=members, shapes=shapes, provenance=provenance)
 
 
@@ -79,18 +79,18 @@ def set_difference(
     check_fraction("q", q)
     if list(safety) != list(utility):
         raise GroupError("The safety and utility scores hold different sites")
-    first, second = _score_provenance(safety), _score_provenance(utility)
+    first, second = score_provenance(safety), score_provenance(utility)
     if first.get("model") != second.get("model"):
         raise GroupError(
             "The two score sets are of different models", received=[first.get("model"), second.get("model")]
         )
 
     def of_site(site: str) -> Indices:
-        top_safety = _top_of_site(_values(safety, site, granularity), q, "site", site)
-        top_utility = _top_of_site(_values(utility, site, granularity), p, "site", site)
+        top_safety = _top_of_site(values_of(safety, site, granularity), q, "site", site)
+        top_utility = _top_of_site(values_of(utility, site, granularity), p, "site", site)
         return np.setdiff1d(top_safety, top_utility, assume_unique=True)
 
-    members = without_empty(_by_site(safety, of_site))
+    members = without_empty(by_site(safety, of_site))
     if not members:
         raise GroupError(
             "The set difference is empty in every site", received=f"p={p}, q={q}", fix="raise q or lower p"
@@ -106,7 +106,48 @@ def set_difference(
     return Group(
         granularity=granularity,
         members=members,
-        shapes={site: _shape(safety[site]) for site in safety},
+        shapes={site: shape_of(safety[site]) for site in safety},
+        provenance=noted,
+    )
+
+
+def set_difference_like(
+    scores: Scores,
+    utility: Scores,
+    *,
+    p: float,
+    like: Group,
+    provenance: Mapping[str, Any] | None = None,
+) -> Group:
+    """The highest scores outside the top-p of utility, as many in each site as another group has there.
+
+    The set difference whose q is chosen site by site so that its size is that of `like`: a placebo of the same size.
+    Fewer only where fewer lie outside the top-p. Parameters as in `set_difference`; the granularity is that of `like`.
+    Raises `GroupError` for scores of other sites.
+    """
+    check_fraction("p", p)
+    if list(scores) != list(utility):
+        raise GroupError("The scores and the utility scores hold different sites")
+
+    def of_site(site: str) -> Indices:
+        values = values_of(scores, site, like.granularity).reshape(-1)
+        top_utility = _top_of_site(values_of(utility, site, like.granularity), p, "site", site)
+        rest = np.setdiff1d(np.arange(len(values)), top_utility, assume_unique=True)
+        wanted = len(like.members.get(site, ()))
+        return rest[top_indices(values[rest], wanted, site)] if wanted and len(rest) else rest[:0]
+
+    noted = {
+        "rule": "set_difference_like",
+        "p": p,
+        "members": len(like),
+        **score_provenance(scores),
+        "utility_data": score_provenance(utility).get("data"),
+        **(provenance or {}),
+    }
+    return Group(
+        granularity=like.granularity,
+        members=without_empty(by_site(scores, of_site)),
+        shapes={site: shape_of(scores[site]) for site in scores},
         provenance=noted,
     )
 
@@ -125,7 +166,7 @@ def random_group(
     members = {}
     for site, (out_features, in_features) in shapes.items():
         n = out_features * (in_features if granularity == "weight" else 1)
-        members[site] = np.sort(generator.choice(n, size=_count(fraction, n), replace=False)).astype(np.int64)
+        members[site] = np.sort(generator.choice(n, size=count_of(fraction, n), replace=False)).astype(np.int64)
     noted = {"rule": "random", "role": "random", "fraction": fraction, "seed": seed, **(provenance or {})}
     return Group(granularity=granularity, members=members, shapes=dict(shapes), provenance=noted)
 
@@ -136,22 +177,25 @@ def check_fraction(name: str, value: float) -> None:
         raise GroupError(f"{name} is no share", received=value, allowed="a number in (0, 1]")
 
 
-def _count(fraction: float, n: int) -> int:
+def count_of(fraction: float, n: int) -> int:
+    """⌊k·n⌋, at least 1."""
     # 0.1 * 30 is 3.0000000000000004 and 0.29 * 100 is 28.999999999999996: round away the representation first.
     return max(1, int(np.floor(round(fraction * n, 9))))
 
 
-def _shape(array: Any) -> tuple[int, int]:
+def shape_of(array: Any) -> tuple[int, int]:
+    """`(out, in)` of a site's scores; `(out, 1)` where they are of neurons."""
     rows, *columns = array.shape
     return int(rows), int(columns[0]) if columns else 1
 
 
-def _score_provenance(scores: Scores) -> dict[str, Any]:
+def score_provenance(scores: Scores) -> dict[str, Any]:
+    """What the scores say of themselves, as far as they do: model, method, data."""
     header = getattr(scores, "header", {})
     return {key: header[key] for key in ("model", "method", "data") if key in header}
 
 
-def _values(scores: Scores, site: str, granularity: Granularity) -> npt.NDArray[np.float32]:
+def values_of(scores: Scores, site: str, granularity: Granularity) -> npt.NDArray[np.float32]:
     """Scores of the members of a site, flat."""
     values = np.asarray(scores[site])
     if granularity != "weight":
@@ -161,7 +205,8 @@ def _values(scores: Scores, site: str, granularity: Granularity) -> npt.NDArray[
     return values
 
 
-def _by_site(scores: Scores, of_site: Callable[[str], Indices]) -> dict[str, Indices]:
+def by_site(scores: Scores, of_site: Callable[[str], Indices]) -> dict[str, Indices]:
+    """Site name -> what the function chooses there, a few sites at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(scores, pool.map(of_site, scores), strict=True))
 
@@ -169,11 +214,11 @@ def _by_site(scores: Scores, of_site: Callable[[str], Indices]) -> dict[str, Ind
 def _top_of_site(values: npt.NDArray[np.float32], fraction: float, per: Per, site: str) -> Indices:
     if per == "row" and values.ndim == 2:
         keep = np.concatenate(
-            [top_indices(row, _count(fraction, len(row)), site) + i * len(row) for i, row in enumerate(values)]
+            [top_indices(row, count_of(fraction, len(row)), site) + i * len(row) for i, row in enumerate(values)]
         )
         return keep.astype(np.int64)
     flat = values.reshape(-1)
-    return top_indices(flat, _count(fraction, len(flat)), site)
+    return top_indices(flat, count_of(fraction, len(flat)), site)
 
 
 def top_indices(values: npt.NDArray[np.float32], count: int, name: str = "scores") -> Indices:
@@ -194,11 +239,11 @@ def top_indices(values: npt.NDArray[np.float32], count: int, name: str = "scores
 def _top_of_model(scores: Scores, fraction: float, granularity: Granularity) -> dict[str, Indices]:
     """One threshold for all sites. Two passes: a site can hold at most the model's whole count, so only each
     site's own top of that many values has to be kept to find the threshold."""
-    sizes = {site: _values(scores, site, granularity).size for site in scores}
-    count = _count(fraction, sum(sizes.values()))
+    sizes = {site: values_of(scores, site, granularity).size for site in scores}
+    count = count_of(fraction, sum(sizes.values()))
     candidates: dict[str, tuple[Indices, npt.NDArray[np.float32]]] = {}
     for site in scores:
-        flat = _values(scores, site, granularity).reshape(-1)
+        flat = values_of(scores, site, granularity).reshape(-1)
         indices = top_indices(flat, min(count, len(flat)), site)
         candidates[site] = indices, flat[indices]
     pooled = np.concatenate([values for _, values in candidates.values()])
