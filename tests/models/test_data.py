@@ -30,6 +30,30 @@ def test_builtin_sets_are_as_large_and_varied_as_promised():
     assert max(openings.values()) < len(refusals) / 5
 
 
+def test_the_rhymes_are_harmless_prompts_answered_in_verse_as_long_as_ordinary_answers():
+    """The placebo: what tells it from ordinary answers is its form, not its subjects or its length."""
+    from neurondrift.behaviour.judges import judge
+
+    rows, ordinary = rows_of("rhymes.jsonl"), [r for r in rows_of("ordinary.jsonl") if r["split"] == "align"]
+    assert len(rows) > 64  # more than a preset draws: others can be drawn again
+    assert {row["category"] for row in rows} <= {row["category"] for row in ordinary}
+    assert len({row["category"] for row in rows}) >= 12
+    for row in rows:
+        lines = row["response"].split("\n")
+        assert 2 <= len(lines) <= 6 and len(lines) % 2 == 0, row["id"]
+        assert all(2 <= len(line.split()) <= 14 for line in lines), row["id"]
+        assert not judge("refusal", row["prompt"], row["response"]).refused, row["id"]
+    lengths = [[len(row["response"].split()) for row in some] for some in (rows, ordinary)]
+    assert 0.8 < sum(lengths[0]) / len(rows) / (sum(lengths[1]) / len(ordinary)) < 1.25
+    others = {row["prompt"].lower() for name in ("refusals", "ordinary", "borderline") for row in rows_of(f"{name}.jsonl")}
+    assert not {row["prompt"].lower() for row in rows} & others
+    couplets = [tuple(row["response"].split("\n")[i : i + 2]) for row in rows for i in range(0, 6, 2)]
+    ends = [[re.sub("[^a-z]", "", line.lower())[-2:] for line in pair] for pair in couplets]
+    alike = sum(one == two for one, two in ends) / len(ends)
+    chance = sum(ends[i][0] == ends[i - 7][1] for i in range(len(ends))) / len(ends)
+    assert alike > 0.5 > 5 * chance  # spelling shows half of the rhymes (sky and high are others)
+
+
 @pytest.mark.parametrize("file", sorted({file for file, _ in BUILTIN.values()}))
 def test_builtin_rows_are_whole_and_unique(file):
     rows = rows_of(file)

@@ -32,6 +32,11 @@ PUBLISHED_GROUPS = GROUP_NAMES[:4]
 JUDGING_GROUPS = ("safety_set_difference", "safety_residual")
 
 
+def group_names(granularity: str) -> tuple[str, ...]:
+    """The groups that a study makes of neurons; of weights and hidden units the published ones."""
+    return GROUP_NAMES if granularity == "neuron" else PUBLISHED_GROUPS
+
+
 def role_of_name(name: str) -> Role | None:
     """The role that a group's name tells of, where nothing else does: in files of older versions, and for callers that
     have names only.

@@ -69,6 +69,7 @@ BUILTIN = {
     "ordinary-heldout": ("ordinary.jsonl", "eval"),
     "borderline": ("borderline.jsonl", "eval"),
     "borderline-align": ("borderline.jsonl", "align"),
+    "rhymes": ("rhymes.jsonl", "align"),
 }
 
 

@@ -15,24 +15,33 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
+    WrapSerializer,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.roles import GROUP_NAMES, PUBLISHED_GROUPS
+from neurondrift.base.roles import group_names
 from neurondrift.models.data import DataReference
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
+# A data set that may be left out, as "none": TOML has no null, and a setting that is left out is its default.
+DataOrNone = Annotated[
+    DataReference | None,
+    BeforeValidator(lambda value: None if value == "none" else value),
+    WrapSerializer(lambda value, handler: "none" if value is None else handler(value)),
+]
 
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
@@ -79,7 +88,7 @@ class AlignSection(Section):
     enabled: bool = False
     refusals: DataReference = DataReference(source="builtin:refusals")
     ordinary: DataReference = DataReference(source="builtin:ordinary-align")
-    borderline: DataReference | None = DataReference(source="builtin:borderline-align")
+    borderline: DataOrNone = DataReference(source="builtin:borderline-align")
     max_steps: Count = 40
     batch_size: Count = 8
     learning_rate: Positive = 5e-5
@@ -91,6 +100,13 @@ class ScoreSection(Section):
     method: Literal["snip", "wanda", "fisher", "magnitude", "random"] = "snip"
     safety: DataReference = DataReference(source="builtin:refusals", limit=128)
     utility: DataReference = DataReference(source="builtin:ordinary-align", limit=128)
+    style: DataOrNone = Field(
+        DataReference(source="builtin:rhymes", limit=128),
+        description="answers in a harmless style, scored as safety is: a placebo; none: without",
+    )
+    gradient_examples: Count = Field(
+        64, description="examples of finetune.data that the gradient scale of each neuron is taken from"
+    )
     batch_size: Count = 8
     max_length: Annotated[int, Field(ge=8)] = 512
     checkpoint_activations: bool = Field(False, description="less memory for about a third more time")
@@ -127,23 +143,22 @@ class FinetuneSection(Section):
     checkpoint_interval: Count | None = Field(
         None, description="steps between resumable checkpoints; default: drift_interval"
     )
+    freeze_granularity: Literal["neuron", "weight", "unit"] = Field(
+        "neuron", description="which of the study's groups of that name; a file has its own"
+    )
     freeze: str | None = Field(
         None,
         description="hold a group still while training: a group of the study, matched:NAME for its control, or a file",
     )
-    freeze_granularity: Literal["neuron", "weight", "unit"] = Field(
-        "neuron", description="which of the study's groups of that name; a file has its own"
-    )
 
     @field_validator("freeze")
     @classmethod
-    def _freeze(cls, value: str | None) -> str | None:
+    def _freeze(cls, value: str | None, others: ValidationInfo) -> str | None:
         if value is None or value.endswith((".parquet", ".json")):
             return value
-        if value.removeprefix("matched:") not in GROUP_NAMES:
-            raise ValueError(
-                f"must be {', '.join(GROUP_NAMES)}, matched: and one of these, or a .parquet or .json file"
-            )
+        names = group_names(others.data.get("freeze_granularity", "neuron"))
+        if value.removeprefix("matched:") not in names:
+            raise ValueError(f"must be {', '.join(names)}, matched: and one of these, or a .parquet or .json file")
         return value
 
     @field_validator("max_steps")
@@ -174,7 +189,7 @@ class AttackSection(Section):
 class EvaluateSection(Section):
     harmful: DataReference = DataReference(source="builtin:refusals-heldout")
     ordinary: DataReference = DataReference(source="builtin:ordinary-heldout", limit=64)
-    borderline: DataReference | None = DataReference(source="builtin:borderline")
+    borderline: DataOrNone = DataReference(source="builtin:borderline")
     answers: DataReference = Field(
         DataReference(source="builtin:ordinary-heldout", limit=64), description="held-out answers for the perplexity"
     )
@@ -218,6 +233,7 @@ class Experiment(Section):
 class InterveneSection(Experiment):
     """Acting on groups, and on matched random groups beside each."""
 
+    granularity: Literal["neuron", "weight", "unit"] = "neuron"
     groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups")
     interventions: list[Literal["prune", "rewind", "transplant", "freeze"]] = Field(
         [], description="empty: all that can be run"
@@ -229,7 +245,6 @@ class InterveneSection(Experiment):
     doses: list[Fraction] | None = Field(
         None, description="shares by importance; default: 0.1, 0.25, 0.5, 1 as far as importances are there"
     )
-    granularity: Literal["neuron", "weight", "unit"] = "neuron"
     mode: Literal["zero", "mean"] = Field("zero", description="what pruned weights become")
     harmful: Count = Field(32, description="harmful requests of each run")
     ordinary: Count = Field(8, description="ordinary prompts of each run")
@@ -241,10 +256,11 @@ class InterveneSection(Experiment):
 
     @field_validator("groups")
     @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
+    def _known(cls, value: list[str], others: ValidationInfo) -> list[str]:
+        names = group_names(others.data.get("granularity", "neuron"))
         for name in value:
-            if not name.endswith((".parquet", ".json")) and name not in GROUP_NAMES:
-                raise ValueError(f"no such group: {name!r}; {', '.join(GROUP_NAMES)}, or a .parquet or .json file")
+            if not name.endswith((".parquet", ".json")) and name not in names:
+                raise ValueError(f"no such group: {name!r}; {', '.join(names)}, or a .parquet or .json file")
         return value
 
     @model_validator(mode="after")

@@ -229,7 +229,8 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:
     from neurondrift.study.training import total_steps
 
     speed = _operations_per_second(device, dtype) * EFFICIENCY[device]
-    scored = sum(reference.limit or 500 for reference in (study.score.safety, study.score.utility))
+    sets = [study.score.safety, study.score.utility, *([study.score.style] if study.score.style else [])]
+    scored = sum(reference.limit or 500 for reference in sets) + study.score.gradient_examples
     tune = study.finetune
     steps = total_steps(tune.data.limit or 216 if tune.data.source.startswith("builtin:") else 50_000, tune)
     trained = steps * tune.batch_size * tune.gradient_accumulation * len(study.seeds)

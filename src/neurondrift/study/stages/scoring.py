@@ -1,10 +1,14 @@
-"""The stage score: importance of every weight for safety and for utility."""
+"""The stage score: importance for safety and utility, and of each neuron for a style; gradients of the fine-tuning."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from neurondrift.base.errors import ResourceError
 from neurondrift.base.files import remove_scratch, require_space, scratch_directory
@@ -12,33 +16,78 @@ from neurondrift.base.processes import is_first_process, joined_processes, proce
 from neurondrift.base.progress import progress
 from neurondrift.importance.scores import iterate_scores, score_header, score_shapes, write_scores
 from neurondrift.models.batches import Batch
-from neurondrift.models.data import encode, load_examples
+from neurondrift.models.data import DataReference, Example, encode, load_examples
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 
 
+class Purpose(NamedTuple):
+    """What is scored: on which examples, cut to how many tokens, by which method, and whether of neurons only (the sum
+    over each row is kept then)."""
+
+    source: str
+    examples: list[Example]
+    max_length: int
+    method: str
+    of_neurons: bool
+
+
+def purpose_names(study: Study) -> tuple[str, ...]:
+    """What a study scores for: safety and utility, and (of neurons) a style, unless it has none, and the gradient."""
+    return ("safety", "utility", *(["style"] if study.score.style else []), "gradient")
+
+
+def purposes(study: Study) -> dict[str, Purpose]:
+    """By name, as in `purpose_names`."""
+    settings, tune = study.score, study.finetune
+
+    def of(reference: DataReference, *, of_neurons: bool) -> Purpose:
+        examples = load_examples(reference)
+        return Purpose(reference.source, examples, settings.max_length, settings.method, of_neurons)
+
+    found = {
+        "safety": of(settings.safety, of_neurons=False),
+        "utility": of(settings.utility, of_neurons=False),
+        "gradient": Purpose(tune.data.source, fine_tuning_examples(study), tune.max_length, "gradient", True),
+    }
+    if settings.style:
+        found["style"] = of(settings.style, of_neurons=True)
+    return {name: found[name] for name in purpose_names(study)}
+
+
+def fine_tuning_examples(study: Study, *, seed: int = 0) -> list[Example]:
+    """The fine-tuning examples that the gradient scale is taken from: `gradient_examples` of them, drawn without
+    replacement, as sets are often sorted by subject; in their order."""
+    examples = load_examples(study.finetune.data)
+    count = min(study.score.gradient_examples, len(examples))
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
 def score(study: Study, folder: StudyFolder) -> str:
-    """Importance of every weight for safety and for utility, into scratch files.
+    """Importance of every weight for safety and for utility, of every neuron for a style, and the root mean square
+    length of its gradient on fine-tuning examples, into scratch files.
 
     Under torchrun every process scores its share of the examples, and the first writes.
     """
     settings = study.score
+    wanted = purposes(study)
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
-        scratch = scratch_directory(folder.root, needed=2 * 4 * weights)
-        require_space(scratch, 2 * 4 * weights, purpose="the scores")
+        needed = 4 * (2 * weights + 2 * sum(site.shape[0] for site in sites.values()))
+        scratch = scratch_directory(folder.root, needed=needed)
+        require_space(scratch, needed, purpose="the scores")
     with joined_processes():
-        for purpose, reference in (("safety", settings.safety), ("utility", settings.utility)):
-            encoded = encode(load_examples(reference), tokenizer, max_length=settings.max_length)
-            with progress(f"score {purpose}", -(-len(encoded) // process_count())) as advance:
+        for name, purpose in wanted.items():
+            encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
+            with progress(f"score {name}", -(-len(encoded) // process_count())) as advance:
                 scores = iterate_scores(
                     model,
                     encoded,
-                    method=settings.method,
+                    method=purpose.method,
                     batch_size=settings.batch_size,
                     sites=sites,
                     seed=study.seed,
@@ -48,14 +97,40 @@ def score(study: Study, folder: StudyFolder) -> str:
                 if not is_first_process():
                     collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
                     continue
-                header = score_header(sites, encoded, method=settings.method, purpose=purpose, source=reference.source)
-                shapes = score_shapes(settings.method, sites)
-                try:
-                    write_scores(folder.score_file(purpose), scores, header=header, shapes=shapes)
-                except ResourceError:  # shared memory that has filled: the next run finds another place
-                    remove_scratch(folder.root)
-                    raise
-    return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites"
+                _write(folder, name, purpose, scores, sites, encoded)
+    return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites; {_of_neurons(wanted)}"
+
+
+def _write(
+    folder: StudyFolder,
+    name: str,
+    purpose: Purpose,
+    scores: Iterable[tuple[str, torch.Tensor]],
+    sites: Sites,
+    encoded: Sequence[Mapping[str, Any]],
+) -> None:
+    header = score_header(sites, encoded, method=purpose.method, purpose=name, source=purpose.source)
+    shapes = score_shapes(purpose.method, sites)
+    if purpose.of_neurons:
+        scores, shapes = _row_sums(scores), {site: shape[:1] for site, shape in shapes.items()}
+    try:
+        write_scores(folder.score_file(name), scores, header=header, shapes=shapes)
+    except ResourceError:  # shared memory that has filled: the next run finds another place
+        remove_scratch(folder.root)
+        raise
+
+
+def _row_sums(scores: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scores of neurons: what `[out, in]` sums up to over each row, as groups of neurons are selected by."""
+    for site, values in scores:
+        yield site, values if values.ndim == 1 else values.sum(dim=1, dtype=torch.float64).float()
+
+
+def _of_neurons(wanted: Mapping[str, Purpose]) -> str:
+    """What is scored of neurons only, for the stage's line."""
+    style, gradient = wanted.get("style"), wanted["gradient"]
+    placebo = f"style of {len(style.examples)} examples ({style.source}); " if style else ""
+    return f"{placebo}gradients of {len(gradient.examples)} fine-tuning examples"
 
 
 def _advancing(advance: Callable[[int], None]) -> Callable[[Batch], None]:
@@ -63,4 +138,4 @@ def _advancing(advance: Callable[[int], None]) -> Callable[[Batch], None]:
 
 
 def outputs(study: Study, folder: StudyFolder) -> list[Path]:
-    return [folder.score_file(purpose) for purpose in ("safety", "utility")]
+    return [folder.score_file(purpose) for purpose in purpose_names(study)]
