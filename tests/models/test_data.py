@@ -45,7 +45,9 @@ def test_the_rhymes_are_harmless_prompts_answered_in_verse_as_long_as_ordinary_a
         assert not judge("refusal", row["prompt"], row["response"]).refused, row["id"]
     lengths = [[len(row["response"].split()) for row in some] for some in (rows, ordinary)]
     assert 0.8 < sum(lengths[0]) / len(rows) / (sum(lengths[1]) / len(ordinary)) < 1.25
-    others = {row["prompt"].lower() for name in ("refusals", "ordinary", "borderline") for row in rows_of(f"{name}.jsonl")}
+    others = {
+        row["prompt"].lower() for name in ("refusals", "ordinary", "borderline") for row in rows_of(f"{name}.jsonl")
+    }
     assert not {row["prompt"].lower() for row in rows} & others
     couplets = [tuple(row["response"].split("\n")[i : i + 2]) for row in rows for i in range(0, 6, 2)]
     ends = [[re.sub("[^a-z]", "", line.lower())[-2:] for line in pair] for pair in couplets]

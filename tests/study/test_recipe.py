@@ -6,10 +6,12 @@ import pytest
 import neurondrift as nd
 from helpers.families import build
 from neurondrift.base.errors import GroupError
+from neurondrift.base.roles import GROUP_ROLES, PUBLISHED_GROUPS, group_names
 from neurondrift.groups.controls import matched
+from neurondrift.groups.selection import row_sums
 from neurondrift.models.parts import unit_scores
 from neurondrift.models.sites import linear_sites, magnitudes_of
-from neurondrift.study.settings import GROUP_NAMES, GROUP_ROLES, GroupsSection
+from neurondrift.study.settings import GroupsSection
 from neurondrift.study.stages.grouping import control_of, scored_groups, study_groups
 
 SETTINGS = GroupsSection(top_fraction=0.1, set_difference_p=0.2, set_difference_q=0.25, bins=3, weight_bins=7)
@@ -43,7 +45,8 @@ def test_the_recipe_is_the_public_rules(family, granularity):
     model = build(family)
     scores = scores_of(model, granularity)
     made = study_groups(scores, SETTINGS, granularity, seed=5, headers=HEADERS)
-    assert tuple(made) == GROUP_NAMES
+    few = (*PUBLISHED_GROUPS, "utility_set_difference")
+    assert tuple(made) == (few if granularity == "neuron" else PUBLISHED_GROUPS)
     sites = linear_sites(model)
     shapes = {name: site.shape for name, site in sites.items()}
     if granularity == "unit":
@@ -55,6 +58,9 @@ def test_the_recipe_is_the_public_rules(family, granularity):
         ),
         "utility_top": nd.select_top(scores["utility"], fraction=0.1, granularity=granularity),
         "random": nd.random_group(shapes, fraction=0.1, seed=5, granularity=granularity),
+        "utility_set_difference": nd.set_difference(
+            scores["utility"], scores["safety"], p=0.2, q=0.25, granularity=granularity
+        ),
     }
     for name, group in made.items():
         assert same(group, by_hand[name]), name
@@ -99,3 +105,67 @@ def test_an_empty_difference_is_an_error():
             "neuron",
             seed=0,
         )
+
+
+def all_scores(model):
+    scores = scores_of(model, "neuron")
+    generator = np.random.default_rng(2)
+    for purpose in ("style", "gradient"):
+        scores[purpose] = {
+            name: generator.random(site.shape[0]).astype(np.float32) for name, site in linear_sites(model).items()
+        }
+    return scores
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_controls_and_the_residual_are_the_public_rules(family):
+    model = build(family)
+    scores, sites = all_scores(model), linear_sites(model)
+    norms = magnitudes_of(sites, "neuron")
+    headers = {purpose: {"model": "m", "method": "snip", "data": f"data of {purpose}"} for purpose in scores}
+    made = study_groups(scores, SETTINGS, "neuron", seed=5, headers=headers, norms=norms)
+    assert tuple(made) == group_names("neuron")
+    of_weights = study_groups(scores, SETTINGS, "weight", seed=5, headers=headers, norms=norms)
+    assert tuple(of_weights) == PUBLISHED_GROUPS
+    like = made["safety_set_difference"]
+    by_hand = {
+        "safety_residual": nd.select_residual(
+            scores["safety"], {"u": scores["utility"], "g": scores["gradient"], "n": norms}, fraction=0.1
+        ),
+        "utility_set_difference": nd.set_difference(
+            scores["utility"], scores["safety"], p=0.2, q=0.25, granularity="neuron"
+        ),
+        "style_set_difference": nd.set_difference_like(scores["style"], scores["utility"], p=0.2, like=like),
+        "gradient_top": nd.select_top(scores["gradient"], fraction=0.1, granularity="neuron"),
+    }
+    for name, group in by_hand.items():
+        assert same(made[name], group), name
+        assert made[name].role == GROUP_ROLES[name]
+        assert dict(made[name].shapes) == {site: own.shape for site, own in sites.items()}
+        assert made[name].provenance["model"] == "m"
+    for site, own in like.members.items():
+        assert len(made["style_set_difference"].members[site]) == len(own)
+    assert made["style_set_difference"].provenance["data"] == "data of style"
+    assert made["gradient_top"].provenance["data"] == "data of gradient"
+    assert made["utility_set_difference"].provenance["utility_data"] == "data of safety"
+    assert made["safety_residual"].provenance["gradient_data"] == "data of gradient"
+
+
+def test_sums_over_rows_make_the_same_groups_as_the_scores_of_weights():
+    model = build("llama")
+    scores, sites = all_scores(model), linear_sites(model)
+    norms = magnitudes_of(sites, "neuron")
+    sums = {purpose: row_sums(own) for purpose, own in scores.items()}
+    whole = study_groups(scores, SETTINGS, "neuron", seed=5, headers=HEADERS, norms=norms)
+    summed = study_groups(sums, SETTINGS, "neuron", seed=5, headers=HEADERS, norms=norms, shapes=sites.shapes)
+    for name, group in whole.items():
+        assert same(group, summed[name]) and group.provenance == summed[name].provenance
+        assert dict(group.shapes) == dict(summed[name].shapes)
+
+
+def test_what_is_not_scored_makes_no_group():
+    model = build("llama")
+    scores, norms = all_scores(model), magnitudes_of(linear_sites(model), "neuron")
+    without = {purpose: own for purpose, own in scores.items() if purpose != "style"}
+    made = study_groups(without, SETTINGS, "neuron", seed=5, norms=norms)
+    assert set(group_names("neuron")) - set(made) == {"style_set_difference"}

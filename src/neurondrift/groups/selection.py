@@ -205,6 +205,12 @@ def values_of(scores: Scores, site: str, granularity: Granularity) -> npt.NDArra
     return values
 
 
+def row_sums(scores: Scores) -> dict[str, npt.NDArray[np.float32]]:
+    """The scores of neurons, `[out]`: what those of single weights sum up to over each row; those of neurons as they
+    are."""
+    return {site: values_of(scores, site, "neuron") for site in scores}
+
+
 def by_site(scores: Scores, of_site: Callable[[str], Indices]) -> dict[str, Indices]:
     """Site name -> what the function chooses there, a few sites at a time."""
     with ThreadPoolExecutor(THREADS) as pool:

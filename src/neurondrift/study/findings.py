@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
@@ -63,6 +64,7 @@ def analysis(
     *,
     bins: int,
     rng_seed: int,
+    covariates: Path | None = None,
 ) -> Analysed:
     """The parts of the findings that rest on drift.
 
@@ -76,6 +78,8 @@ def analysis(
         Training seed -> rows of judged answers (empty where behaviour was not evaluated).
     settings, bins, rng_seed
         Of the analysis; see `statistics.analyze`.
+    covariates
+        The file of the neurons' scores and gradients that the stage groups wrote; None: norms are all that is known.
 
     Returns
     -------
@@ -84,11 +88,11 @@ def analysis(
     Raises
     ------
     ArtifactError
-        Logs that do not cover the same neurons, or have no snapshot after step 0.
+        Logs that do not cover the same neurons, or have no snapshot after step 0; covariates of another model.
     GroupError
         A group of another model, or none of whose members lies in a trained site.
     """
-    population, steps = load_population(logs)
+    population, steps = load_population(logs, covariates)
     members = {name: membership(population, logs, group, name) for name, group in groups.items()}
     roles = {name: role_of(group, name) for name, group in groups.items()}
     result = analyze(

@@ -73,6 +73,11 @@ class StudyFolder:
         return self.group_file(name, granularity, suffix="importance.parquet")
 
     @property
+    def covariates(self) -> Path:
+        """What is known of every scored neuron before training: its norm, its scores, its gradient scale."""
+        return self.groups / "covariates.parquet"
+
+    @property
     def frozen_group(self) -> Path | None:
         """The group that fine-tuning holds still: one of the study's (`finetune.freeze`), or a file; or None."""
         settings = self.study.finetune

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import read_parquet
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
+from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.group import Group
 from neurondrift.statistics.descriptive import BehaviourSeries
 from neurondrift.statistics.design.population import Population
@@ -21,10 +22,16 @@ from neurondrift.study.folder import saved_step, saved_steps
 Rows = list[dict[str, Any]]
 #: What the matched control of a group of weights is called in a drift log: NAME.matched.
 MATCHED = ".matched"
+#: What neurons are matched on beside site and norm, of the columns of the file of covariates.
+COVARIATES = ("utility_score", "gradient_scale")
 
 
-def load_population(logs: Mapping[int, DriftLog]) -> tuple[Population, list[int]]:
-    """The neurons with their final drift for every seed, and the steps that have snapshots in every log."""
+def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None) -> tuple[Population, list[int]]:
+    """The neurons with their final drift for every seed, and the steps that have snapshots in every log.
+
+    `covariates` is a file that the stage groups wrote; without one (older studies, `diff`) the population has none.
+    Raises `ArtifactError` for logs that do not cover the same neurons, and for covariates of another model.
+    """
     first = next(iter(logs.values()))
     neurons = first.initial()
     names = list(dict.fromkeys(neurons["site"]))
@@ -43,16 +50,44 @@ def load_population(logs: Mapping[int, DriftLog]) -> tuple[Population, list[int]
             raise ArtifactError("The drift logs do not cover the same neurons", received=str(log.directory))
         for metric in METRICS:
             drift[metric].append(final[metric].to_numpy(dtype=np.float64))
+    site_N = neurons["site"].map(code).to_numpy(dtype=np.int64)
+    row_N = neurons["row"].to_numpy(dtype=np.int64)
+    model = first.metadata()["model"]
     population = Population(
-        site=neurons["site"].map(code).to_numpy(dtype=np.int64),
+        site=site_N,
         site_names=tuple(names),
         module_type=tuple(str(by_site.loc[name, "module_type"]) for name in names),
         layer=tuple(int(by_site.loc[name, "layer"]) for name in names),
-        row=neurons["row"].to_numpy(dtype=np.int64),
+        row=row_N,
         norm=neurons["norm"].to_numpy(dtype=np.float64),
         drift={metric: np.stack(values) for metric, values in drift.items()},
+        covariates={} if covariates is None else read_covariates(covariates, model, names, site_N, row_N),
     )
     return population, common
+
+
+def read_covariates(
+    path: Path, model: str, sites: Sequence[str], site_N: npt.NDArray[np.int64], row_N: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Utility score and gradient scale of neurons (their site's place in `sites`, their row), float64 [N], as they are.
+
+    Raises `ArtifactError` where the file is damaged, of another model than that with this fingerprint, or does not
+    cover the neurons.
+    """
+    file = Covariates(path)
+    if file.about.get("model") != model:
+        raise ArtifactError(
+            "The covariates of neurons are of another model", received=file.about.get("model"), allowed=model
+        )
+    result = {name: np.full(len(site_N), np.nan) for name in COVARIATES}
+    for place, site in enumerate(sites):
+        here_N = site_N == place
+        for name, values_N in result.items():
+            own = file.of_site(name, site)
+            if own is None or row_N[here_N].max() >= len(own):
+                raise ArtifactError(f"The covariates of neurons do not cover {site}", received=str(path))
+            values_N[here_N] = own[row_N[here_N]]
+    return result
 
 
 def membership(population: Population, logs: Mapping[int, DriftLog], group: Group, name: str) -> npt.NDArray[np.bool_]:

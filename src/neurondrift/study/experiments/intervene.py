@@ -16,7 +16,7 @@ from torch import nn
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
-from neurondrift.base.roles import GROUP_ROLES
+from neurondrift.base.roles import GROUP_ROLES, PUBLISHED_GROUPS, group_names
 from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
@@ -246,7 +246,7 @@ def _trained(sites: Sites) -> set[str]:
 
 
 def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
-    names = tuple(options.groups) or tuple(name for name, role in GROUP_ROLES.items() if role == "safety")
+    names = tuple(options.groups) or _safety_groups(folder, options)
     groups: dict[str, Group] = {}
     for name in names:
         path = Path(name)
@@ -264,6 +264,16 @@ def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
             raise ConfigError("Two groups have the same name", received=label, fix="rename one file")
         groups[label] = group
     return groups
+
+
+def _safety_groups(folder: StudyFolder, options: InterveneSection) -> tuple[str, ...]:
+    """The safety groups of a granularity: the published ones, and others as far as they are there."""
+    return tuple(
+        name
+        for name in group_names(options.granularity)
+        if GROUP_ROLES[name] == "safety"
+        and (name in PUBLISHED_GROUPS or folder.group_file(name, options.granularity).exists())
+    )
 
 
 def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ the figures come from `groups.overlap`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +18,13 @@ from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import as_rows, overlap, overlap_by, stability
 from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
-from neurondrift.models.sites import Sites
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.report.findings.stability import Stability, StabilityFigures
 from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import GRANULARITIES, scored_groups
+from neurondrift.study.stages.scoring import purposes
 
 Say = Callable[[str], None]
 
@@ -34,8 +35,9 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     Returns
     -------
     Stability
-        `draws`; `pool` (examples that the sets are drawn from) and `examples` (in each draw) for safety and utility;
-        `groups`: name -> granularity -> `StabilityFigures`.
+        `draws`; `pool` (examples that the sets are drawn from) and `examples` (in each draw) for each purpose; those of
+        the style and the gradient may be all that there are, and are then the same in every draw; `groups`:
+        name -> granularity -> `StabilityFigures`.
 
     Raises
     ------
@@ -45,50 +47,63 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     if draws < 2:
         raise DataError("The noise floor needs at least two draws", received=draws)
     settings = study.score
-    pools = {"safety": _pool(settings.safety), "utility": _pool(settings.utility)}
-    sizes = {purpose: len(load_examples(getattr(settings, purpose))) for purpose in pools}
-    for purpose, reference in pools.items():
-        if len(load_examples(reference)) <= sizes[purpose]:
+    sizes = {name: len(purpose.examples) for name, purpose in purposes(study).items()}
+    pools = {name: len(load_examples(_pool(study, name))) for name in sizes}
+    for name in ("safety", "utility"):
+        if pools[name] <= sizes[name]:
             raise DataError(
-                f"The {purpose} set has no examples left to re-draw from",
-                received=f"{sizes[purpose]} of {len(load_examples(reference))} are used",
-                fix=f"use fewer (limit) or a larger set: score.{purpose}",
+                f"The {name} set has no examples left to re-draw from",
+                received=f"{sizes[name]} of {pools[name]} are used",
+                fix=f"use fewer (limit) or a larger set: score.{name}",
             )
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
+    norms = magnitudes_of(sites, "neuron")
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:
         for draw in range(draws):
             scores = {}
-            for purpose, reference in pools.items():
-                drawn = load_examples(reference.model_copy(update={"limit": sizes[purpose], "seed": study.seed + draw}))
-                encoded = encode(drawn, tokenizer, max_length=settings.max_length)
-                scores[purpose] = score(
+            for name, purpose in purposes(_redrawn(study, sizes, draw), seed=study.seed + draw).items():
+                encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
+                scores[name] = score(
                     model,
                     encoded,
-                    method=settings.method,
+                    method=purpose.method,
                     batch_size=settings.batch_size,
                     sites=sites,
                     on_batch=lambda batch: advance(len(batch.names)),
                 )
             for granularity in GRANULARITIES:
-                for name, group in scored_groups(scores, study.groups, granularity).items():
+                for name, group in scored_groups(scores, study.groups, granularity, norms=norms).items():
                     made.setdefault((name, granularity), []).append(group)
     figures: dict[str, dict[str, StabilityFigures]] = {}
     for (name, kind), groups in made.items():
         figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())
     return {
         "draws": draws,
-        "pool": {purpose: len(load_examples(reference)) for purpose, reference in pools.items()},
+        "pool": pools,
         "examples": sizes,
         "groups": figures,
     }
 
 
-def _pool(reference: DataReference) -> DataReference:
-    """The whole set that a reference draws from."""
+def _pool(study: Study, purpose: str) -> DataReference:
+    """The whole set that the examples of a purpose are drawn from; of the gradient, the fine-tuning examples."""
+    if purpose == "gradient":
+        return study.finetune.data
+    reference: DataReference = getattr(study.score, purpose)
     return reference.model_copy(update={"limit": None})
+
+
+def _redrawn(study: Study, sizes: Mapping[str, int], draw: int) -> Study:
+    """The study with other examples of the same sets, as many."""
+    drawn: dict[str, Any] = {
+        name: _pool(study, name).model_copy(update={"limit": size, "seed": study.seed + draw})
+        for name, size in sizes.items()
+        if name != "gradient"
+    }
+    return study.model_copy(update={"score": study.score.model_copy(update=drawn)})
 
 
 def of_study(study: Study, folder: StudyFolder) -> str:

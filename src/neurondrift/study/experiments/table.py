@@ -8,7 +8,7 @@ from typing import Any
 from neurondrift.models.data import DataReference
 from neurondrift.study.experiments import intervene, stability, subspaces
 from neurondrift.study.settings import Study
-from neurondrift.study.stages.table import Stage, data_key, first_seed, section_inputs
+from neurondrift.study.stages.table import Stage, data_key, first_seed, gradient_data, section_inputs
 
 ONLY_WHEN = frozenset({"enabled"})
 
@@ -41,7 +41,8 @@ def _directions(study: Study) -> dict[str, Any]:
 
 def _redrawn(study: Study) -> dict[str, Any]:
     """What the noise floor depends on besides: how scores and groups are made."""
-    return first_seed(study) | {"score": section_inputs(study.score), "groups": section_inputs(study.groups)}
+    made = {"score": section_inputs(study.score), "groups": section_inputs(study.groups)}
+    return first_seed(study) | made | gradient_data(study)
 
 
 OPTIONAL = (

@@ -12,7 +12,6 @@ from neurondrift.base.files import json_safe, write_json
 from neurondrift.behaviour.rates import per_prompt
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
-from neurondrift.models.data import load_examples
 from neurondrift.report.findings.statistical import Findings, StudyFacts, findings_of
 from neurondrift.study.findings import analysis, behaviour
 from neurondrift.study.folder import StudyFolder, record
@@ -21,6 +20,7 @@ from neurondrift.study.settings import Study
 from neurondrift.study.stages.evaluation import attack_of
 from neurondrift.study.stages.grouping import neuron_groups
 from neurondrift.study.stages.reporting import report
+from neurondrift.study.stages.scoring import purposes
 
 
 def analyze(study: Study, folder: StudyFolder) -> str:
@@ -28,7 +28,13 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     logs = {seed: DriftLog(folder.drift(seed)) for seed in study.seeds}
     answers = {seed: read_answers(folder.behaviour(seed)) for seed in study.seeds}
     analysed = analysis(
-        logs, neuron_groups(folder), answers, study.analyze, bins=study.groups.bins, rng_seed=study.seed
+        logs,
+        neuron_groups(folder),
+        answers,
+        study.analyze,
+        bins=study.groups.bins,
+        rng_seed=study.seed,
+        covariates=folder.covariates if folder.covariates.exists() else None,  # older studies have none
     )
     before = folder.behaviour(study.seed) / "before_alignment.parquet"
     behaved = behaviour(
@@ -101,10 +107,8 @@ def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
             "method": score_settings.method,
             "safety": score_settings.safety.source,
             "utility": score_settings.utility.source,
-            "examples": {
-                "safety": len(load_examples(score_settings.safety)),
-                "utility": len(load_examples(score_settings.utility)),
-            },
+            "examples": {name: len(purpose.examples) for name, purpose in purposes(study).items()},
+            **({"style": score_settings.style.source} if score_settings.style else {}),
         },
         "versions": made["versions"],
         "created": made["created"],

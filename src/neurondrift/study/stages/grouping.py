@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neurondrift.base.roles import GROUP_NAMES, GROUP_ROLES, PUBLISHED_GROUPS
 from neurondrift.groups.controls import matched
+from neurondrift.groups.covariates import write_covariates
 from neurondrift.groups.doses import importance_of, write_importance
 from neurondrift.groups.group import Granularity, Group, load_group
-from neurondrift.groups.selection import Scores, random_group, select_top, set_difference
+from neurondrift.groups.residual import select_residual
+from neurondrift.groups.selection import (
+    Scores,
+    random_group,
+    row_sums,
+    select_top,
+    set_difference,
+    set_difference_like,
+    shape_of,
+)
 from neurondrift.importance.scores import ScoreFile, check_compatible
 from neurondrift.models.parts import unit_scores
 from neurondrift.models.sites import Sites, magnitudes_of
@@ -19,11 +31,20 @@ from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.population import MATCHED
 from neurondrift.study.settings import GroupsSection, Study
+from neurondrift.study.stages.scoring import purpose_names
 
 # The granularities that every study makes; hidden units are added where such are to be frozen.
 GRANULARITIES: tuple[Granularity, ...] = ("neuron", "weight")
 # What a group says of the scores that it was made from.
 NOTED = ("model", "method", "data")
+# The scores that order a group's members, by which doses of it are taken; of all others, those of safety.
+ORDERED_BY = {
+    "utility_top": "utility",
+    "utility_set_difference": "utility",
+    "style_set_difference": "style",
+    "gradient_top": "gradient",
+}
+PURPOSES = ("safety", "utility", "style", "gradient")
 
 
 def scored_groups(
@@ -32,13 +53,19 @@ def scored_groups(
     granularity: Granularity,
     *,
     headers: Mapping[str, Mapping[str, Any]] | None = None,
+    norms: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Group]:
-    """The three groups of a study that follow from its scores: safety by top share and by set difference, utility.
+    """The groups of a study that follow from its scores.
+
+    Of every granularity the published three: safety by top share and by set difference, utility by top share. Of
+    neurons also the controls' and the residual, as far as what they are made from is given (see `docs/methods.md`).
 
     Parameters
     ----------
     scores
-        `safety` and `utility`: site name -> `[out, in]`; for hidden units MLP name -> `[units]` (`unit_scores`).
+        `safety` and `utility`: site name -> `[out, in]`; for hidden units MLP name -> `[units]` (`unit_scores`). Of
+        neurons also `style` and `gradient`, `[out]`.
     settings
         The shares.
     granularity
@@ -46,6 +73,10 @@ def scored_groups(
     headers
         What the scores of each purpose say of themselves (`ScoreFile.header`): model, method and data are noted in the
         groups. Default: nothing.
+    norms
+        Site name -> ‖w‖ of each neuron, `[out]`, for the residual.
+    shapes
+        Site name -> `(out, in)`, where the scores of neurons are given as `[out]`. Default: those of the scores.
 
     Raises
     ------
@@ -54,12 +85,15 @@ def scored_groups(
     """
     about = {purpose: {key: own[key] for key in NOTED if key in own} for purpose, own in (headers or {}).items()}
     of_safety, of_utility = about.get("safety", {}), about.get("utility", {})
-    return {
+    if granularity == "neuron":
+        shapes = shapes or {site: shape_of(scores["safety"][site]) for site in scores["safety"]}
+        scores = {purpose: row_sums(own) for purpose, own in scores.items()}
+    made = {
         "safety_top": select_top(
             scores["safety"],
             fraction=settings.top_fraction,
             granularity=granularity,
-            provenance={**of_safety, "role": "safety"},
+            provenance={**of_safety, "role": GROUP_ROLES["safety_top"]},
         ),
         "safety_set_difference": set_difference(
             scores["safety"],
@@ -73,8 +107,58 @@ def scored_groups(
             scores["utility"],
             fraction=settings.top_fraction,
             granularity=granularity,
-            provenance={**of_utility, "role": "utility"},
+            provenance={**of_utility, "role": GROUP_ROLES["utility_top"]},
         ),
+    }
+    if granularity != "neuron":
+        return made
+    made |= _of_neurons(scores, made, settings, about, norms)
+    return {name: replace(group, shapes=shapes) for name, group in made.items()}
+
+
+def _of_neurons(
+    scores: Mapping[str, Scores],
+    made: Mapping[str, Group],
+    settings: GroupsSection,
+    about: Mapping[str, Mapping[str, Any]],
+    norms: Mapping[str, Any] | None,
+) -> dict[str, Group]:
+    """The residual, and the negative and positive controls."""
+    like = made["safety_set_difference"]
+    notes = {purpose: dict(about.get(purpose, {})) for purpose in PURPOSES}
+    data = {purpose: note.get("data") for purpose, note in notes.items()}
+    found: dict[str, Group] = {}
+    if "gradient" in scores and norms is not None:
+        covariates = {"utility_score": scores["utility"], "gradient_scale": scores["gradient"], "norm": norms}
+        found["safety_residual"] = select_residual(
+            scores["safety"],
+            covariates,
+            fraction=settings.top_fraction,
+            provenance={**notes["safety"], "utility_data": data["utility"], "gradient_data": data["gradient"]},
+        )
+    found["utility_set_difference"] = set_difference(
+        scores["utility"],
+        scores["safety"],
+        p=settings.set_difference_p,
+        q=settings.set_difference_q,
+        granularity="neuron",
+        provenance={**notes["utility"], "utility_data": data["safety"]},  # the data of what is taken out
+    )
+    if "style" in scores:
+        found["style_set_difference"] = set_difference_like(
+            scores["style"],
+            scores["utility"],
+            p=settings.set_difference_p,
+            like=like,
+            provenance={**notes["style"], "utility_data": data["utility"]},
+        )
+    if "gradient" in scores:
+        found["gradient_top"] = select_top(
+            scores["gradient"], fraction=settings.top_fraction, granularity="neuron", provenance=notes["gradient"]
+        )
+    return {
+        name: replace(group, provenance={**group.provenance, "role": GROUP_ROLES[name]})
+        for name, group in found.items()
     }
 
 
@@ -85,10 +169,12 @@ def study_groups(
     *,
     seed: int,
     headers: Mapping[str, Mapping[str, Any]] | None = None,
+    norms: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Group]:
-    """The four groups of a study, by name: those of `scored_groups`, whose parameters and errors these are, and as many
-    members at random, drawn with `seed`."""
-    made = scored_groups(scores, settings, granularity, headers=headers)
+    """The groups of a study, by name in the order of `GROUP_NAMES`: those of `scored_groups`, whose parameters and
+    errors these are, and as many members as its top share at random, drawn with `seed`."""
+    made = scored_groups(scores, settings, granularity, headers=headers, norms=norms, shapes=shapes)
     top = made["safety_top"]
     made["random"] = random_group(
         top.shapes,
@@ -97,8 +183,7 @@ def study_groups(
         granularity=granularity,
         provenance={key: value for key, value in top.provenance.items() if key == "model"},
     )
-    assert tuple(made) == GROUP_NAMES
-    return made
+    return {name: made[name] for name in GROUP_NAMES if name in made}
 
 
 def control_of(group: Group, magnitudes: Mapping[str, Any], settings: GroupsSection, *, seed: int) -> Group:
@@ -113,23 +198,29 @@ def bins_of(settings: GroupsSection, granularity: Granularity) -> int:
 
 
 def groups(study: Study, folder: StudyFolder) -> str:
-    """The four groups, each with its matched control: of neurons, of weights, and of hidden units where such are to be
-    frozen."""
-    files = {purpose: ScoreFile(folder.score_file(purpose)) for purpose in ("safety", "utility")}
-    check_compatible(files["safety"], files["utility"])
+    """The groups, each with its matched control: of neurons, of weights, and of hidden units where such are to be
+    frozen; and what is known of every neuron beside them."""
+    files = {purpose: ScoreFile(folder.score_file(purpose)) for purpose in purpose_names(study)}
+    for file in files.values():
+        check_compatible(files["safety"], file)
     headers = {purpose: file.header for purpose, file in files.items()}
     # Loading maps the weight files: reading |w| from them without a model is no faster and takes no less memory.
     sites = Sites(load_base(study, folder)[0])
     folder.groups.mkdir(parents=True, exist_ok=True)
+    for old in (path for name in GROUP_NAMES for path in folder.groups.glob(f"{name}.*")):
+        old.unlink()  # also of groups that are not made any more
     counts = []
     for granularity in _granularities(study):
-        scores = _scores_of_units(files, sites) if granularity == "unit" else files
-        made = study_groups(scores, study.groups, granularity, seed=study.seed, headers=headers)
-        magnitudes = magnitudes_of(sites, granularity)
+        scores, magnitudes = _scores_of(files, granularity, sites), magnitudes_of(sites, granularity)
+        of_neurons = {"norms": magnitudes, "shapes": sites.shapes} if granularity == "neuron" else {}
+        made = study_groups(scores, study.groups, granularity, seed=study.seed, headers=headers, **of_neurons)
         save = partial(_save, study, folder, scores=scores, magnitudes=magnitudes)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(save, made, made.values()))
         counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
+        if granularity == "neuron":
+            write_covariates(folder.covariates, _covariates(scores, magnitudes), _about(headers))
+            counts.append(f"{len(made['safety_residual']):,} by residual")
     return "; ".join(counts)
 
 
@@ -137,8 +228,23 @@ def _granularities(study: Study) -> tuple[Granularity, ...]:
     return (*GRANULARITIES, "unit") if study.finetune.freeze_granularity == "unit" else GRANULARITIES
 
 
-def _scores_of_units(files: Mapping[str, ScoreFile], sites: Sites) -> dict[str, Scores]:
-    return {purpose: unit_scores(file, sites.units) for purpose, file in files.items()}
+def _scores_of(files: Mapping[str, ScoreFile], granularity: Granularity, sites: Sites) -> Mapping[str, Scores]:
+    """The scores that groups of a granularity are made from; of neurons their sums over each row, formed once."""
+    if granularity == "unit":
+        return {purpose: unit_scores(files[purpose], sites.units) for purpose in ("safety", "utility")}
+    return {purpose: row_sums(file) for purpose, file in files.items()} if granularity == "neuron" else files
+
+
+def _about(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the file of covariates says of itself."""
+    of_purposes = {purpose: {key: own[key] for key in (*NOTED, "examples")} for purpose, own in headers.items()}
+    return {"model": headers["safety"]["model"], "scores": of_purposes}
+
+
+def _covariates(scores: Mapping[str, Scores], norms: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The columns of the file of covariates."""
+    named = {"safety_score": "safety", "utility_score": "utility", "gradient_scale": "gradient"}
+    return {"norm": norms, **{column: scores[purpose] for column, purpose in named.items()}}
 
 
 def _save(
@@ -156,7 +262,7 @@ def _save(
     control.save(folder.group_file(name, group.granularity, matched=True))
     if group.granularity == "neuron":
         group.save(folder.group_file(name, group.granularity, suffix="json"))
-        importance = importance_of(group, scores["utility" if name == "utility_top" else "safety"])
+        importance = importance_of(group, scores[ORDERED_BY.get(name, "safety")])
         write_importance(folder.importance_file(name, group.granularity), group, importance)
 
 
@@ -165,13 +271,15 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
 
 
 def neuron_groups(folder: StudyFolder) -> dict[str, Group]:
-    """The groups of neurons that a study made, by name."""
-    return {name: load_group(folder.group_file(name, "neuron")) for name in GROUP_NAMES}
+    """The groups of neurons that a study made, by name: the published ones, and of the others those that are there
+    (older studies have none, and no placebo is made without a style)."""
+    files = {name: folder.group_file(name, "neuron") for name in GROUP_NAMES}
+    return {name: load_group(file) for name, file in files.items() if name in PUBLISHED_GROUPS or file.exists()}
 
 
 def weight_groups(folder: StudyFolder) -> dict[str, Group]:
     """The groups of weights that a study made, each followed by its matched control, `NAME.matched`."""
-    files = {f"{name}{mark}": (name, bool(mark)) for name in GROUP_NAMES for mark in ("", MATCHED)}
+    files = {f"{name}{mark}": (name, bool(mark)) for name in PUBLISHED_GROUPS for mark in ("", MATCHED)}
     return {
         label: load_group(folder.group_file(name, "weight", matched=matched))
         for label, (name, matched) in files.items()

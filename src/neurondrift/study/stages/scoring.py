@@ -39,8 +39,8 @@ def purpose_names(study: Study) -> tuple[str, ...]:
     return ("safety", "utility", *(["style"] if study.score.style else []), "gradient")
 
 
-def purposes(study: Study) -> dict[str, Purpose]:
-    """By name, as in `purpose_names`."""
+def purposes(study: Study, *, seed: int = 0) -> dict[str, Purpose]:
+    """By name, as in `purpose_names`. `seed`: of the draw of fine-tuning examples."""
     settings, tune = study.score, study.finetune
 
     def of(reference: DataReference, *, of_neurons: bool) -> Purpose:
@@ -50,14 +50,14 @@ def purposes(study: Study) -> dict[str, Purpose]:
     found = {
         "safety": of(settings.safety, of_neurons=False),
         "utility": of(settings.utility, of_neurons=False),
-        "gradient": Purpose(tune.data.source, fine_tuning_examples(study), tune.max_length, "gradient", True),
+        "gradient": Purpose(tune.data.source, fine_tuning_examples(study, seed), tune.max_length, "gradient", True),
     }
     if settings.style:
         found["style"] = of(settings.style, of_neurons=True)
     return {name: found[name] for name in purpose_names(study)}
 
 
-def fine_tuning_examples(study: Study, *, seed: int = 0) -> list[Example]:
+def fine_tuning_examples(study: Study, seed: int = 0) -> list[Example]:
     """The fine-tuning examples that the gradient scale is taken from: `gradient_examples` of them, drawn without
     replacement, as sets are often sorted by subject; in their order."""
     examples = load_examples(study.finetune.data)

@@ -98,7 +98,7 @@ def _suffixes(study: Study) -> dict[str, Any]:
     return {"suffixes": data_key(DataReference(source=suffixes))} if suffixes else {}
 
 
-def _gradient_data(study: Study) -> dict[str, Any]:
+def gradient_data(study: Study) -> dict[str, Any]:
     """The gradient scale is taken from fine-tuning examples, as long as fine-tuning sees them."""
     data, length = study.finetune.data, study.finetune.max_length
     return {"gradient data": [data.model_dump(mode="json"), data_key(data), length]}
@@ -120,7 +120,7 @@ STAGES = (
         no_result=frozenset({"checkpoint_activations"}),  # less memory, the same scores
         run=scoring.score,
         outputs=scoring.outputs,
-        extra_inputs=lambda study: first_seed(study) | _gradient_data(study),
+        extra_inputs=lambda study: first_seed(study) | gradient_data(study),
         root=lambda folder: folder.scratch,
         scratch_until="groups",
         in_processes=True,
