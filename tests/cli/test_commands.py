@@ -120,11 +120,15 @@ def test_scoring_in_two_processes(tmp_path):
         folder = tmp_path / way
         done = (command if way == "one" else launched)("score", "--config", str(unaligned), "--output-dir", str(folder))
         assert done.returncode == 0, done.stderr[-2000:]
-        scores[way] = ScoreFile(StudyFolder(folder, resolve(file=unaligned)).score_file("safety"))
+        of_study = StudyFolder(folder, resolve(file=unaligned))
+        scores[way] = {p: ScoreFile(of_study.score_file(p)) for p in ("safety", "utility", "style", "gradient")}
     assert done.stdout.count("million weights") == 1
-    assert scores["one"].header["data"] == scores["two"].header["data"]
-    for name, values in scores["one"].items():
-        np.testing.assert_allclose(scores["two"][name], values, rtol=1e-4, atol=1e-6 * values.max())
+    for purpose, one in scores["one"].items():
+        two = scores["two"][purpose]
+        assert one.header["data"] == two.header["data"]
+        for name, values in one.items():
+            assert values.ndim == (1 if purpose in ("style", "gradient") else 2)
+            np.testing.assert_allclose(two[name], values, rtol=1e-4, atol=1e-6 * values.max())
     refused = launched("run", "--config", str(unaligned), "--output-dir", str(tmp_path / "two"))
     assert "Only the stage score runs in several processes" in refused.stderr
     clean(tmp_path / "one"), clean(tmp_path / "two")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from neurondrift.base.errors import DataError
+from neurondrift.base.roles import GROUP_NAMES
 from neurondrift.groups.selection import random_group
 from neurondrift.study.experiments.stability import compare_groups, redraw
 from neurondrift.study.folder import StudyFolder
@@ -15,8 +16,14 @@ def test_redrawing_on_the_tiny_model(tmp_path):
     study = resolve(preset="smoke", flags={"align.enabled": False})
     folder = StudyFolder(tmp_path, study)
     found = redraw(study, folder, draws=3)
-    assert found["examples"] == {"safety": 16, "utility": 16}
-    assert set(found["groups"]) == {"safety_top", "safety_set_difference", "utility_top"}
+    assert found["examples"] == {"safety": 16, "utility": 16, "style": 16, "gradient": 16}
+    assert (found["pool"]["style"], found["pool"]["gradient"]) == (80, 24)
+    published = {"safety_top", "safety_set_difference", "utility_top"}
+    assert set(found["groups"]) == set(GROUP_NAMES) - {"random"}
+    assert {name for name, own in found["groups"].items() if "weight" in own} == published
+    for name in set(GROUP_NAMES) - {"random"}:
+        figures = found["groups"][name]["neuron"]
+        assert figures["chance_jaccard"] < figures["jaccard"] < 1, name
     top = found["groups"]["safety_top"]["weight"]
     assert top["chance_jaccard"] < top["jaccard"] < 1
     (tmp_path / "floor.json").write_text(json.dumps(found))
