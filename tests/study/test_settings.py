@@ -32,6 +32,15 @@ def test_file_overrides_preset_and_flags_override_both(tmp_path):
     assert study.model.reference == "tiny:llama"
 
 
+@pytest.mark.parametrize("setting", ["score.style", "align.borderline", "evaluate.borderline"])
+def test_a_set_that_is_left_out_stays_left_out_in_what_is_written(setting, tmp_path):
+    section, name = setting.split(".")
+    study = resolve(preset="demo", flags={setting: "none"})
+    assert getattr(getattr(study, section), name) is None
+    (tmp_path / "study.toml").write_text(study.to_toml())
+    assert resolve(file=tmp_path / "study.toml") == study != resolve(preset="demo")
+
+
 def test_a_data_reference_is_replaced_whole():
     study = resolve(preset="smoke", flags={"score.safety": "mine.csv"})
     assert study.score.safety.source == "mine.csv"

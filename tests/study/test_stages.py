@@ -49,17 +49,17 @@ def test_a_stage_reads_stages_above_it_and_has_its_section():
 
 
 def test_a_study_that_stands_is_not_done_again_by_this_version(tmp_path):
-    """The fingerprints of the preset as version 0.1.0 wrote them: others would do every study again."""
+    """The fingerprints of the preset as they are written since issue 20: others would do every study again."""
     run = StudyRun(resolve(preset="smoke"), tmp_path)
     seeds = {"finetune": 0, "evaluate": 0}
     assert {name: run.key(name, seeds.get(name)) for name in STAGES} == {
         "align": "2fc015cde6bd7396",
-        "score": "f43599725d3b0e3d",
-        "groups": "997d4201520e8c3f",
-        "finetune": "a8011ed5c33970f6",
-        "evaluate": "da91dc0ab27de988",
-        "analyze": "26fbf5da7349c8a4",
-        "report": "2153c3c0c652cb7c",
+        "score": "706ba8f2bf2c7305",
+        "groups": "112d5ee2025a60ec",
+        "finetune": "250f3b529a174ca1",
+        "evaluate": "523870d0fa4453ac",
+        "analyze": "64306ee9a12ae22f",
+        "report": "5bd6e2717e37d097",
     }
 
 
@@ -165,7 +165,7 @@ def test_a_changed_setting_keeps_the_runs_that_still_count(finished, tmp_path, c
 
     shutil.copytree(finished, tmp_path / "study")
     more = said(["intervene", "--output-dir", tmp_path / "study", "--draws", "2"], capsys)
-    assert re.search(r"^rewind +6 runs, 2 made now", more, re.M), more
+    assert re.search(r"^rewind +9 runs, 3 made now", more, re.M), more
     assert re.search(r"^report +[\d.]+s", more, re.M)
     lines = said(["run", "--output-dir", tmp_path / "study"], capsys).splitlines()
     assert all(line.rstrip().endswith("stands") for line in lines[: len(STAGES) - 1])

@@ -354,3 +354,10 @@ def json_safe(value: Any) -> Any:
         return None
     json.dumps(value)  # anything else must be plain already
     return value
+
+
+def without_none(value: Any) -> Any:
+    """A nested structure without the keys whose value is None, for TOML, which has no null."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

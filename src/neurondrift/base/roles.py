@@ -28,8 +28,6 @@ GROUP_ROLES: dict[str, Role] = {
 }
 GROUP_NAMES = tuple(GROUP_ROLES)
 PUBLISHED_GROUPS = GROUP_NAMES[:4]
-#: The safety groups that judge: unlike `safety_top`, they share few members with the utility groups.
-JUDGING_GROUPS = ("safety_set_difference", "safety_residual")
 
 
 def group_names(granularity: str) -> tuple[str, ...]:

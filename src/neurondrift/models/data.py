@@ -10,9 +10,18 @@ import json
 import random
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    model_serializer,
+    model_validator,
+)
 
 from neurondrift.base.errors import DataError
 from neurondrift.models.text.columns import HOW_TO_NAME, KNOWN_NAMES, to_examples
@@ -59,6 +68,12 @@ class DataReference(BaseModel):
         return {name: value for name, value in handler(self).items() if (name, value) != ("turns", "last")}
 
 
+#: A data set that may be left out, as "none": TOML has no null, and a setting that is left out is its default.
+DataOrNone = Annotated[
+    DataReference | None,
+    BeforeValidator(lambda value: None if value == "none" else value),
+    WrapSerializer(lambda value, handler: "none" if value is None else handler(value)),
+]
 PromptKind = Literal["harmful", "ordinary", "borderline"]
 # name -> (file, split): the halves of a file never share a subject (see its "topic" or "category")
 BUILTIN = {

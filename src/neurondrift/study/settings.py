@@ -15,33 +15,26 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
-    WrapSerializer,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import without_none
 from neurondrift.base.roles import group_names
-from neurondrift.models.data import DataReference
+from neurondrift.models.data import DataOrNone, DataReference
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
-# A data set that may be left out, as "none": TOML has no null, and a setting that is left out is its default.
-DataOrNone = Annotated[
-    DataReference | None,
-    BeforeValidator(lambda value: None if value == "none" else value),
-    WrapSerializer(lambda value, handler: "none" if value is None else handler(value)),
-]
 
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
@@ -324,7 +317,7 @@ class Study(Section):
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; settings that are unset are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
 
 def preset_names() -> list[str]:
