@@ -256,7 +256,10 @@ class GroupFacts(TypedDict):
 
 
 class RefusalRate(TypedDict):
-    """The share of prompts of a kind that were refused, with its Wilson limits; no seed and step before alignment."""
+    """The share of prompts of a kind that were refused, with its Wilson limits; no seed and step before alignment.
+
+    `partial` and `undecided` prompts are counted in `n` and are not refused; `whole`: no answer was ended early.
+    """
 
     seed: int | None
     step: int | None
@@ -273,6 +276,9 @@ class RefusalRate(TypedDict):
     coherent: Number
     success: NotRequired[float]
     undecided: NotRequired[int]
+    partial: NotRequired[int]
+    max_new_tokens: NotRequired[int]
+    whole: NotRequired[bool]
 
 
 class Perplexity(TypedDict):
