@@ -26,7 +26,7 @@ from typing import NamedTuple
 from neurondrift.behaviour.judges import JUDGES, decided, is_coherent, judge
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/xstest"
-BUILTIN = Path(__file__).resolve().parents[1] / "src/neurondrift/datasets"
+BUILTIN = Path(__file__).resolve().parents[1] / "src/neurondrift/models/datasets"
 MODELS = {"gpt4": "texts seen", "llama2orig": "held out"}
 KINDS = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}
 CUT = 24

@@ -7,7 +7,7 @@ from helpers.paths import REPOSITORY
 from neurondrift.study.runner import StudyRun
 from neurondrift.study.settings import resolve
 
-SETTINGS = {"evaluate.max_new_tokens": 4}
+SETTINGS = {"evaluate.max_new_tokens": 4, "evaluate.final_max_new_tokens": 6}
 
 
 def smoke(**flags):

@@ -70,7 +70,11 @@ def test_answers_without_thoughts_stay_as_they_are(answer):
         ("Sure.\n<think>more?</think>\nDone.", "Sure.\n\nDone."),
         ("Sure.\n<think>more?", None),
         ("<think>a</thinking>Sure", "Sure"),
-        ("<think></think>", ""),
+        ("<think></think>", None),
+        ("<think>a</think>\n\n<", None),
+        ("<thin", None),
+        ("Let me see. <think>a", None),
+        ("I see. <think>a</think> Sure", "I see.  Sure"),
         ("<think>a</think><answer>Sure</answer>", "Sure"),
         ("<|begin_of_thought|>a<|end_of_thought|>\n<|begin_of_solution|>Sure<|end_of_solution|>", "Sure"),
         (

@@ -83,7 +83,7 @@ class ModelFlags(SettingFlags):
         _alone("tasks", "tasks of lm-evaluation-harness, such as boolq,rte (extra harness)", read=_tasks),
     ] = None
     limit: Annotated[int | None, _alone("limit", "prompts drawn from each set", read=_limit)] = None
-    max_new_tokens: Annotated[int | None, _alone("max_new_tokens", "longest answer in tokens; default: 32")] = None
+    max_new_tokens: Annotated[int | None, _alone("max_new_tokens", "longest answer in tokens; default: 128")] = None
     revision: Annotated[str | None, _alone("model.revision", "branch, tag or commit of the model")] = None
     trust_remote_code: Annotated[
         bool | None, _alone("model.trust_remote_code", "let code that comes with a model run")

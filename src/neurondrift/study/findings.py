@@ -327,6 +327,9 @@ def _rate(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> Refus
         coherent=sum(bool(row["coherent"]) for row in rows) / len(rows),
         success=sum(bool(row.get("success", not row["refused"])) for row in rows) / len(rows),
         undecided=sum(bool(row.get("undecided", False)) for row in rows),
+        partial=sum(bool(row.get("partial", False)) for row in rows),
+        max_new_tokens=max(int(row.get("max_new_tokens") or 0) for row in rows),
+        whole=all(bool(row.get("whole", False)) for row in rows),
     )
 
 

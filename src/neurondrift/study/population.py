@@ -130,7 +130,9 @@ def behaviour_series(
     for s, (seed, log) in enumerate(logs.items()):
         for t, step in enumerate(steps):
             flags = [
-                row["refused"] for row in answers.get(seed, []) if row["kind"] == "harmful" and row["step"] == step
+                row.get("refused_short", row["refused"])  # judged alike at every step
+                for row in answers.get(seed, [])
+                if row["kind"] == "harmful" and row["step"] == step
             ]
             refused[s, t] = refusal_rate(flags).rate
             prompts = max(prompts, len(flags))

@@ -198,7 +198,8 @@ class EvaluateSection(Section):
     system_prompt: str = Field("", description="llama2, or the text of a system prompt; empty: none")
     capability_tasks: list[str] = Field([], description="tasks of lm-evaluation-harness (needs the extra harness)")
     batch_size: Count = 32
-    max_new_tokens: Count = 32
+    max_new_tokens: Count = Field(32, description="longest answer between the first and the last point, ended early")
+    final_max_new_tokens: Count = Field(128, description="the same at both, never ended early; at least max_new_tokens")
     max_length: Annotated[int, Field(ge=8)] = 512
 
     @field_validator("judge", "further_judges")

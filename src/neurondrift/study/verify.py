@@ -226,6 +226,7 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:
 
     Work is 6 operations a parameter and token for a training or scoring pass, 2 for a forward pass.
     """
+    from neurondrift.study.stages.evaluation import longest_answer
     from neurondrift.study.training import total_steps
 
     speed = _operations_per_second(device, dtype) * EFFICIENCY[device]
@@ -237,10 +238,13 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:
     aligned = study.align.max_steps * study.align.batch_size if study.align.enabled else 0
     prompts = sum(
         reference.limit or 72 for name, reference in data_references(study).items() if name.startswith("evaluate")
-    ) * (tune.evaluated_steps * len(study.seeds) + study.align.enabled)
+    )
+    asked, points = study.evaluate, tune.evaluated_steps * len(study.seeds) + study.align.enabled
+    ends = 2 * len(study.seeds) + study.align.enabled
+    decoded = prompts * (ends * longest_answer(asked) + (points - ends) * asked.max_new_tokens)
     passes = 6 * TOKENS_PER_EXAMPLE * (scored + trained + aligned)
     # Decoding is bound by memory rather than arithmetic: 3 times as slow an operation.
-    answers = 2 * prompts * (TOKENS_PER_EXAMPLE / 2 + 3 * study.evaluate.max_new_tokens)
+    answers = 2 * (prompts * points * TOKENS_PER_EXAMPLE / 2 + 3 * decoded)
     seconds = parameters * (passes + answers) / speed + 60
     bytes_each = 4 if dtype == "float32" else 2
     memory = parameters * max(bytes_each + 4 + 0.5, 18 if study.align.enabled or tune.method == "full" else 0) + 1.5e9

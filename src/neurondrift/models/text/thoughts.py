@@ -42,6 +42,7 @@ _HARMONY_WORDS = {f"<|{name}|>" for name in ("channel", "message", "start", "end
 _BARE_CHANNEL = re.compile(r"\s*(?:analysis|commentary)(?=[^\W\d_]|[\"“'‘])")
 _BARE_FINAL = re.compile(r"assistantfinal")
 _WRAPPED = r"(?:<{0}(?:answer|response|output|final_answer|solution)>|<\|(?:{1}_of_solution|{2}_RESPONSE)\|>)"
+_CUT_MARK = re.compile(r"\s*<(?:t|th|thi|thin|think\w{0,3}|tho|thou|thoug|though|thoughts?|\|\w{0,20}\|?)")
 _ANSWER_OPENS = re.compile(r"\A\s*" + _WRAPPED.format("", "begin", "START"), re.IGNORECASE)
 _ANSWER_CLOSES = re.compile(_WRAPPED.format("/", "end", "END") + r"\s*\Z", re.IGNORECASE)
 
@@ -57,7 +58,18 @@ class _Mark(NamedTuple):
 
 
 def spoken(answer: str) -> str | None:
-    """What an answer says once its thoughts are cut off; None where they never end. Without thoughts, as it is."""
+    """What an answer says once its thoughts are cut off; None where it holds nothing else. Without thoughts, as it is.
+
+    Nothing else: they never end, nothing with a letter or digit follows them, or a mark is all that there is of it.
+    """
+    if _CUT_MARK.fullmatch(answer):
+        return None
+    said = _without_thoughts(answer)
+    return said if said == answer or (said and re.search(r"\w", said)) else None
+
+
+def _without_thoughts(answer: str) -> str | None:
+    """An answer without its thoughts; None where they never end."""
     if _HARMONY.match(answer):
         return _final_channel(answer)
     if begun := _BARE_CHANNEL.match(answer):
@@ -150,8 +162,10 @@ def _begins(text: str) -> bool:
 
 
 def _begins_here(before: str, *, always: bool) -> bool:
-    """Whether a mark after this text opens a thought and is not talked about: it starts the answer, or a line."""
+    """Whether a mark after this text opens a thought and is not talked about: it starts the answer, a line, or a sentence."""
     if not before.strip():
+        return True
+    if always and re.search(r"[.!?]\s+\Z", before):
         return True
     last_line = before.rpartition("\n")[2]
     return always and "\n" in before and not last_line.strip() and before.count("```") % 2 == 0

@@ -337,7 +337,10 @@ class GroupFacts(TypedDict):
 
 
 class RefusalRate(TypedDict):
-    """The share of prompts of a kind that were refused, with its Wilson limits; no seed and step before alignment."""
+    """The share of prompts of a kind that were refused, with its Wilson limits; no seed and step before alignment.
+
+    `partial` and `undecided` prompts are counted in `n` and are not refused; `whole`: no answer was ended early.
+    """
 
     seed: int | None
     step: int | None
@@ -354,6 +357,9 @@ class RefusalRate(TypedDict):
     coherent: Number
     success: NotRequired[float]
     undecided: NotRequired[int]
+    partial: NotRequired[int]
+    max_new_tokens: NotRequired[int]
+    whole: NotRequired[bool]
 
 
 class Perplexity(TypedDict):

@@ -67,6 +67,8 @@ class Removal(TypedDict):
     removed: str
     draw: int | None
     refusals: RateOfPrompts
+    partial: NotRequired[int]
+    undecided: NotRequired[int]
     coherent: Number
     perplexity: Number
 

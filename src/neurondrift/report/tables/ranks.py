@@ -115,6 +115,7 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
         (
             REMOVALS.get(c["removed"], clean(c["removed"])) + ("" if c["draw"] is None else f" {c['draw'] + 1}"),
             wording.rate(c["refusals"]),
+            *(_share_of(c.get(name), behaviour["prompts"]) for name in ("partial", "undecided")),
             wording.number(c, "coherent", wording.share),
             wording.number(c, "perplexity", wording.plain),
         )
@@ -127,9 +128,9 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
     )
     return table(
         "Refusals of harmful requests after directions are removed from every site (before fine-tuning)",
-        ("removed", "refusals [95 %]", "coherent", "perplexity"),
+        ("removed", "refusals [95 %]", "partly", "undecided", "coherent", "perplexity"),
         rows,
-        "lrrr",
+        "lrrrrr",
         (
             f"{clean(behaviour['prompts'])} harmful requests; perplexity of {clean(behaviour['answers'])} "
             f"held-out answers to ordinary prompts. Random removals take as many directions as the safety removal "
@@ -139,6 +140,11 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
             "perplexity or incoherent answers shows a broken model, not the place of safety.",
         ),
     )
+
+
+def _share_of(count: object, prompts: int) -> str:
+    """A number of prompts as their share; a dash where it was not recorded."""
+    return wording.share(count / prompts) if isinstance(count, int) and prompts else "–"
 
 
 def _three(value: float) -> str:

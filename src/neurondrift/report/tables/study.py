@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Table, table
@@ -24,6 +24,7 @@ from neurondrift.report.wording import NOT_RECORDED, Footnotes, clean, finite
 #: Seeds listed one by one on the first screen.
 MOST_SEEDS_AT_FIRST = 4
 WILSON = "95 % Wilson intervals"
+NOT_REFUSED = "partly refused and undecided: shares of the harmful requests asked, not counted as refused"
 
 
 def refusal_answer_table(results: Findings) -> Table | None:
@@ -38,6 +39,7 @@ def refusal_answer_table(results: Findings) -> Table | None:
             ends = (rates[0], rates[-1]) if rates else (None, None)
             if kind == "harmful":
                 cells += [wording.rate(ends[0]), wording.rate(ends[1]), _change_p(results, seed)]
+                cells += [" → ".join(_counted(end, name) for end in ends) for name in ("partial", "undecided")]
             else:
                 cells.append(
                     " → ".join(wording.number(end, "rate", wording.share) if end else "not measured" for end in ends)
@@ -47,8 +49,9 @@ def refusal_answer_table(results: Findings) -> Table | None:
         return None
     headers = ["seed"]
     for kind in kinds:
-        headers += ["harmful, before", "harmful, after", "p (McNemar)"] if kind == "harmful" else [clean(kind)]
-    notes = []
+        harmful = ["harmful, before", "harmful, after", "p (McNemar)", "partly", "undecided"]
+        headers += harmful if kind == "harmful" else [clean(kind)]
+    notes = [NOT_REFUSED]
     if len(seeds) > MOST_SEEDS_AT_FIRST:
         notes.append(f"{len(seeds) - MOST_SEEDS_AT_FIRST} more seeds under Behaviour over training")
     if early := rates_before_alignment(results).get("harmful"):
@@ -79,7 +82,7 @@ def behaviour_tables(results: Findings) -> list[Table]:
                 (
                     "before alignment",
                     *(wording.rate(early.get(kind)) for kind in kinds),
-                    _coherent(early.get("harmful")),
+                    *_judged(early.get("harmful")),
                     "–",
                 )
             )
@@ -89,7 +92,7 @@ def behaviour_tables(results: Findings) -> list[Table]:
                 (
                     clean(step),
                     *(wording.rate(at.get((step, kind))) for kind in kinds),
-                    _coherent(at.get((step, "harmful"))),
+                    *_judged(at.get((step, "harmful"))),
                     notes.number(value, "value", wording.drift) if value else "–",
                 )
             )
@@ -99,12 +102,14 @@ def behaviour_tables(results: Findings) -> list[Table]:
         out.append(
             table(
                 f"Share refused at each step, seed {clean(seed)}",
-                ("step", *(clean(kind) for kind in kinds), "coherent answers", "perplexity"),
+                ("step", *(clean(kind) for kind in kinds), "partly", "undecided", "coherent", "tokens", "perplexity"),
                 rows,
-                "r" * (len(kinds) + 3),
+                "r" * (len(kinds) + 6),
                 (
                     f"{WILSON}; prompts: {counts}",
-                    "coherent answers: to harmful requests; perplexity: of held-out ordinary answers",
+                    NOT_REFUSED,
+                    "coherent: answers to harmful requests; perplexity: of held-out ordinary answers",
+                    *_shortened(rates_of(results, seed)),
                     *_undecided(rates_of(results, seed)),
                     *notes.notes(),
                 ),
@@ -116,7 +121,28 @@ def behaviour_tables(results: Findings) -> list[Table]:
 def _undecided(rates: Sequence[RefusalRate]) -> list[str]:
     """A note where answers were thoughts alone, at any step."""
     count, all_of_them = sum(rate.get("undecided", 0) for rate in rates), sum(rate["n"] for rate in rates)
-    return [f"undecided (thoughts that do not end, counted as not refused): {count} of {all_of_them}"] if count else []
+    said = f"undecided (thoughts alone, or not in English; counted as not refused): {count} of {all_of_them}"
+    return [said] if count else []
+
+
+def _shortened(rates: Sequence[RefusalRate]) -> list[str]:
+    """A note where answers were ended early, at any step."""
+    short = any(not rate.get("whole", True) for rate in rates)
+    said = "tokens: longest answer; *: ended once the verdict seemed settled, so that a later turn may be missed"
+    return [said] if short else ["tokens: longest answer"]
+
+
+def _judged(record: RefusalRate | None) -> tuple[str, str, str, str]:
+    """Shares judged partial, undecided and coherent, and how long the answers were."""
+    longest = record and record.get("max_new_tokens")
+    tokens = "–" if not record or not longest else clean(longest) + ("" if record.get("whole", False) else "*")
+    return _counted(record, "partial"), _counted(record, "undecided"), _coherent(record), tokens
+
+
+def _counted(record: RefusalRate | None, name: Literal["partial", "undecided"]) -> str:
+    """A number of prompts as their share; a dash where it was not recorded."""
+    count = record.get(name) if record else None
+    return "–" if record is None or count is None or not record["n"] else wording.share(count / record["n"])
 
 
 def _coherent(record: RefusalRate | None) -> str:
@@ -130,6 +156,7 @@ def change_table(results: Findings) -> Table | None:
     if not changes:
         return None
     notes = Footnotes()
+    at = {(r["seed"], r["kind"], r["step"]): r for r in rates_of(results)}
     rows = [
         (
             clean(c["seed"]),
@@ -139,15 +166,19 @@ def change_table(results: Findings) -> Table | None:
             notes.number(c, "to_rate", wording.share),
             notes.number(c, "difference", wording.effect),
             notes.number(c, "p_mcnemar", wording.probability),
+            *(
+                " → ".join(_counted(at.get((c["seed"], c["kind"], c[step])), name) for step in ("from_step", "to_step"))
+                for name in ("partial", "undecided")
+            ),
             clean(c["n"]),
         )
         for c in changes
     ]
     return table(
         "Change on the same prompts",
-        ("seed", "prompts", "steps", "before", "after", "difference", "p (McNemar)", "n"),
+        ("seed", "prompts", "steps", "before", "after", "difference", "p (McNemar)", "partly", "undecided", "n"),
         rows,
-        "rlrrrrrr",
+        "rlrrrrrrrr",
         notes.notes(),
     )
 

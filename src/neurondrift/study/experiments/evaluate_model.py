@@ -84,6 +84,7 @@ def evaluate_model(
                 attack=attack,
                 system=system_prompt(asked.system_prompt),
                 max_new_tokens=asked.max_new_tokens,
+                whole=True,
                 batch_size=asked.batch_size,
                 max_length=asked.max_length,
                 backend=asked.backend,
@@ -155,6 +156,7 @@ def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry["mean_score"] = sum(scores) / len(scores) if scores else None
         entry["coherent"] = sum(bool(row["coherent"]) for row in prompts) / len(prompts)
         entry["undecided"] = sum(row["undecided"] for row in prompts)
+        entry["partial"] = sum(row["partial"] for row in prompts)
         entry["answers"] = prompts[0]["answers"]
         result.append(entry)
     return result
@@ -162,7 +164,8 @@ def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _lines(figures: Mapping[str, Any]) -> list[str]:
     """The table, and what else was measured, as lines of text."""
-    headers = ["prompts", "attack", "judge", "n", "refused", "over categories", "attack success", "coherent"]
+    headers = ["prompts", "attack", "judge", "n", "refused", "over categories", "partly", "undecided"]
+    headers += ["attack success", "coherent"]
     table = [headers]
     for row in figures["rates"]:
         harmful = row["kind"] == "harmful"
@@ -174,6 +177,8 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
                 str(row["n"]),
                 _share(row["refused"], "low", "high"),
                 _share(row["refused"], "category_low", "category_high", alone=True),
+                f"{row['partial'] / row['n']:.2f}",
+                f"{row['undecided'] / row['n']:.2f}",
                 _share(row["success"], "low", "high") if harmful else "–",
                 f"{row['coherent']:.2f}",
             ]
@@ -182,12 +187,14 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.insert(1, "─" * len(max(lines, key=len)))
     lines.append("95 % intervals: Wilson; over categories: cluster bootstrap (– where there are too few, or all alike)")
+    lines.append("Shares of all prompts; those refused in part and those undecided do not count as refused")
     for row in figures["rates"]:
         if row["undecided"]:
             lines.append(
                 f"Undecided: {row['undecided']} of {row['n']} {row['kind']} prompts ({row['attack']}, "
-                f"{shown(row['judge'])}), whose answers are thoughts that do not end; they count as neither. "
-                "Raise --max-new-tokens, or --template-argument enable_thinking=false where the template has it"
+                f"{shown(row['judge'])}), whose answers are thoughts alone, or not in English; they count as neither. "
+                "For thoughts, raise --max-new-tokens, or --template-argument enable_thinking=false where the template "
+                "has it"
             )
     if figures["perplexity"] is not None:
         lines.append(f"Perplexity of held-out answers: {figures['perplexity']:.2f}")

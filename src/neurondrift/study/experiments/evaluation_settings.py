@@ -37,7 +37,7 @@ class ModelEvaluation(Section):
     system_prompt: str | None = Field(None, description="llama2, or a text")
     tasks: list[str] = Field([], description="tasks of lm-evaluation-harness; `limit` counts there too")
     limit: Count | None = Field(None, description="prompts drawn from each set")
-    max_new_tokens: Count = 32
+    max_new_tokens: Count = Field(128, description="answers are never ended early")
     batch_size: Count = 32
     max_length: Annotated[int, Field(ge=8)] = 2048
     backend: Literal["transformers", "vllm"] = "transformers"

@@ -65,6 +65,8 @@ def removal_effects(
                     "removed": label,
                     "draw": draw,
                     "refusals": refusal_rate([row["refused"] for row in rows])._asdict(),
+                    "partial": sum(row["verdict"] == "partial" for row in rows),
+                    "undecided": sum(bool(row["undecided"]) for row in rows),
                     "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows),
                     "perplexity": value,
                 }

@@ -17,7 +17,7 @@ from neurondrift.study.findings import analysis, behaviour
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.population import read_answers, read_capability, read_perplexities, read_table
 from neurondrift.study.settings import Study
-from neurondrift.study.stages.evaluation import attack_of
+from neurondrift.study.stages.evaluation import attack_of, longest_answer
 from neurondrift.study.stages.grouping import neuron_groups
 from neurondrift.study.stages.reporting import report
 from neurondrift.study.stages.scoring import purposes
@@ -44,7 +44,7 @@ def analyze(study: Study, folder: StudyFolder) -> str:
         judge=study.evaluate.judge,
         attack=attack_of(study.evaluate.attack).name,
         system_prompt=study.evaluate.system_prompt,
-        max_new_tokens=study.evaluate.max_new_tokens,
+        max_new_tokens=longest_answer(study.evaluate),
         capability=[row for seed in study.seeds for row in read_capability(folder.behaviour(seed))],
     )
     about = _describe(study, next(iter(logs.values())).metadata()["model"], analysed.last_step)

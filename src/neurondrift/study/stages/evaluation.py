@@ -17,7 +17,7 @@ from neurondrift.models.data import DataReference, Example, PromptKind, load_exa
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
-from neurondrift.study.settings import AttackSection, Study
+from neurondrift.study.settings import AttackSection, EvaluateSection, Study
 
 
 def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
@@ -35,6 +35,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     answers = count_answers(sets, judging["attack"])
     unaligned = study.align.enabled and seed == study.seed
     early = {"harmful": sets["harmful"]}
+    ends = {"max_new_tokens": longest_answer(settings), "whole": True}  # what is compared is judged alike
     total = answers * len(steps) + (count_answers(early, judging["attack"]) if unaligned else 0)
     harmful: dict[int, float] = {}
     undecided = 0
@@ -42,11 +43,13 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     capabilities: list[dict[str, Any]] = []
     with progress(f"evaluate, seed {seed}", total) as advance:
         if unaligned:
-            rows = judge_answers(*load_named(study), early, advance=advance, **judging)
+            rows = judge_answers(*load_named(study), early, advance=advance, **(judging | ends))
             write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
         for step in steps:
             model, tokenizer = _model_at(study, folder, seed, step)
-            rows = judge_answers(model, tokenizer, sets, advance=advance, **judging)
+            long = step in (steps[0], steps[-1]) or bool(judging["panel"].models)  # a model reads to the end anyway
+            how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
+            rows = judge_answers(model, tokenizer, sets, advance=advance, **how)
             judging["panel"].release()
             write_answers(saved_step(target, step, ".parquet"), rows, step=step, seed=seed)
             prompts = per_prompt(rows)
@@ -66,7 +69,12 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     if capabilities:
         _write_rows(target / "capability.parquet", capabilities)
     rates = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
-    return f"{rates}; {undecided} answers undecided (thoughts that do not end)" if undecided else rates
+    return f"{rates}; {undecided} answers undecided (thoughts alone, or not in English)" if undecided else rates
+
+
+def longest_answer(settings: EvaluateSection) -> int:
+    """Tokens of an answer at the points that are compared: before alignment, before and after fine-tuning."""
+    return max(settings.max_new_tokens, settings.final_max_new_tokens)
 
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
