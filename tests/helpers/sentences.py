@@ -1,7 +1,7 @@
 """What the report says of interventions, as one paragraph."""
 
 from neurondrift.interventions.outcomes import causes
-from neurondrift.report.conclusion import intervention_sentences
+from neurondrift.report.causes import intervention_sentences
 
 
 def paragraph(effects, references):

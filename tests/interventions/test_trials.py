@@ -42,7 +42,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     from neurondrift.interventions.contexts import Applied
     from neurondrift.interventions.outcomes import summarise
     from neurondrift.models.sites import magnitudes_of
-    from neurondrift.report.conclusion import intervention_findings
+    from neurondrift.report.causes import intervention_findings
     from neurondrift.report.figures.doses import intervention_doses
     from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section

@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 
 from neurondrift.interventions.outcomes import causes
-from neurondrift.report.conclusion import intervention_findings, intervention_sentences, weakness_clause
+from neurondrift.report.causes import intervention_findings, intervention_sentences
+from neurondrift.report.conclusion import weakness_clause
 from neurondrift.statistics.results import (
     FailedControl,
     FewSeeds,

@@ -37,7 +37,7 @@ from neurondrift.models.adapters import is_trained
 from neurondrift.models.data import PromptKind, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
-from neurondrift.report.conclusion import intervention_findings
+from neurondrift.report.causes import intervention_findings
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.null import ALPHA, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
