@@ -116,6 +116,7 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
             REMOVALS.get(c["removed"], clean(c["removed"])) + ("" if c["draw"] is None else f" {c['draw'] + 1}"),
             wording.rate(c["refusals"]),
             wording.number(c, "coherent", wording.share),
+            str(c["refusals"].get("undecided", "–")),
             wording.number(c, "perplexity", wording.plain),
         )
         for c in behaviour["conditions"]
@@ -127,11 +128,12 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
     )
     return table(
         "Refusals of harmful requests after directions are removed from every site (before fine-tuning)",
-        ("removed", "refusals [95 %]", "coherent", "perplexity"),
+        ("removed", "refusals [95 %]", "coherent", "undecided", "perplexity"),
         rows,
-        "lrrr",
+        "lrrrr",
         (
-            f"{clean(behaviour['prompts'])} harmful requests; perplexity of {clean(behaviour['answers'])} "
+            f"{clean(behaviour['prompts'])} harmful requests; refusals: of the coherent answers that the judge could "
+            f"decide; perplexity of {clean(behaviour['answers'])} "
             f"held-out answers to ordinary prompts. Random removals take as many directions as the safety removal "
             f"(rank {clean(settings['rank'])}).",
             f"Share of random removals with as few refusals, (1 + k) / (1 + K): {compared}." if compared else "",
