@@ -20,7 +20,8 @@ from typing import get_args
 import torch
 
 from neurondrift.base.processes import tune_allocator
-from neurondrift.interventions.trials import RunLog, StopEarly
+from neurondrift.interventions.runs import RunLog
+from neurondrift.interventions.trials import StopEarly
 from neurondrift.report.tables.causes import section
 from neurondrift.report.text import render_tables
 from neurondrift.study.experiments.intervene import intervene

@@ -82,3 +82,19 @@ def test_paired_change_is_the_exact_mcnemar_test():
     assert change.difference == pytest.approx(-7 / 19)
     assert change.p_mcnemar == pytest.approx(stats.binomtest(0, 7, 0.5).pvalue)
     assert math.isnan(paired_change({"a": True}, {"b": True}).p_mcnemar)
+
+
+def test_the_share_refused_is_of_coherent_answers_and_the_others_are_counted():
+    from neurondrift.behaviour.rates import coherent_rate, refusal_rate
+
+    def row(refused, coherent=True, undecided=False):
+        return {"refused": refused, "coherent": coherent, "undecided": undecided}
+
+    rows = [row(True), row(False), row(True, coherent=False), row(False, undecided=True)]
+    rows.append(row(False, coherent=False, undecided=True))
+    found = coherent_rate(rows)
+    assert found[:5] == refusal_rate([True, False])
+    assert (found.asked, found.incoherent, found.undecided) == (5, 1, 2)
+    assert found.n + found.incoherent + found.undecided == found.asked
+    nothing = coherent_rate([row(True, coherent=False)])
+    assert nothing.n == 0 and nothing.rate != nothing.rate

@@ -47,7 +47,7 @@ def test_matched_borrows_the_nearest_where_a_stratum_is_empty():
 
 
 def test_borrowing_takes_the_nearest_unused_each_once():
-    from neurondrift.groups.controls import _nearest_unused
+    from neurondrift.groups.strata import _nearest_unused
 
     generator = np.random.default_rng(0)
     values, targets = generator.random(300), np.sort(generator.random(120) * 1.2 - 0.1)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from neurondrift.groups import controls
-from neurondrift.groups.controls import WAYS_OF_LARGE_SITES, WAYS_OF_SMALL_SITES, Site, _strata, matched
+from neurondrift.groups.controls import WAYS_OF_LARGE_SITES, WAYS_OF_SMALL_SITES, Site, matched
 from neurondrift.groups.group import Group
+from neurondrift.groups.strata import inner_bounds, strata_of
 
 
 def one_site(values, own) -> tuple[Group, dict]:
@@ -73,7 +74,13 @@ def test_the_last_way_has_a_draw_wherever_it_is_asked(kind, ways):
     group, magnitudes = case(kind)
     values, own = magnitudes["a"], group.members["a"]
     candidates = np.setdiff1d(np.arange(len(values)), own)
-    site = Site(values, own, candidates, _strata(values, own, candidates, 10), np.random.default_rng(0))
+    site = Site(
+        values,
+        own,
+        candidates,
+        strata_of(values, own, candidates, inner_bounds(values, own, 10)),
+        np.random.default_rng(0),
+    )
     ways[0](site)  # leaves its draw, from which the last goes on
     drawn = ways[-1](site)
     assert drawn is not None

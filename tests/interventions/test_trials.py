@@ -1,16 +1,18 @@
 """A group beside matched random groups: the plan of the trials, and how they stop and go on."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 import neurondrift as nd
 from helpers.adapters import random_lora
 from helpers.groups import everything, some
-from helpers.sentences import paragraph
 from neurondrift.base.errors import GroupError
 from neurondrift.models.sites import linear_sites, mlp_units
 
 
-def test_a_group_that_its_controls_cannot_match_names_the_site():
+def test_a_group_that_has_no_comparable_neurons_is_an_error():
     from neurondrift.interventions.trials import Draws, plan
     from neurondrift.models.sites import magnitudes_of
 
@@ -18,7 +20,7 @@ def test_a_group_that_its_controls_cannot_match_names_the_site():
     group = everything(model, "neuron")
     norms = magnitudes_of(linear_sites(model), "neuron")
     arguments = {"doses": [1.0], "magnitudes": norms, "bins": 5, "seed": 0, "importance": {}}
-    with pytest.raises(GroupError, match=r"big is larger than its controls can match .*layers\.0.*too few candidates"):
+    with pytest.raises(GroupError, match=r"big has nothing to be compared with"):
         plan({"big": group}, interventions=["prune"], draws=Draws(), **arguments)
     with pytest.raises(nd.UserError, match="no such intervention"):
         plan({"big": group}, interventions=["melt"], draws=Draws(), **arguments)
@@ -41,14 +43,16 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     from neurondrift.interventions import trials
     from neurondrift.interventions.contexts import Applied
     from neurondrift.interventions.outcomes import summarise
+    from neurondrift.interventions.runs import RunLog
     from neurondrift.models.sites import magnitudes_of
-    from neurondrift.report.conclusion import intervention_findings
+    from neurondrift.report.causes import intervention_findings
     from neurondrift.report.figures.doses import intervention_doses
     from neurondrift.report.tables.causes import section
     from neurondrift.report.text import render_section
 
     model, made = random_lora("llama"), []
-    groups = {"safety_top": some(model, "neuron", fraction=0.1)}
+    group = some(model, "neuron", fraction=0.1)
+    groups = {"some": replace(group, provenance={**group.provenance, "role": "safety"})}
     refusals = {"before": 9, "after": 5, "rewind": 9, "transplant": 7}  # of 10 prompts
 
     def acted(subject, trial, mode):
@@ -58,9 +62,11 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     def measure(of, tokenizer, bench, *, whole):
         trial = made[-1]
         count = 5 if trial.intervention == "rewind" and trial.draw is not None else refusals[trial.intervention]
-        blank = {"refused": None, "loss": None, "tokens": None}
-        rows = [blank | {"kind": "harmful", "id": str(i), "refused": i < count} for i in range(10)]
-        rows.append(blank | {"kind": "ordinary", "id": "o", "refused": False})
+        blank = dict.fromkeys(("refused", "coherent", "undecided", "loss", "tokens"))
+        answer = blank | {"coherent": True, "undecided": False}
+        rows = [answer | {"kind": "harmful", "id": str(i), "refused": i < count} for i in range(10)]
+        rows[9]["coherent"] = False  # not refused after all, and not counted
+        rows.append(answer | {"kind": "ordinary", "id": "o", "refused": False})
         return [*rows, blank | {"kind": "answers", "id": "a", "loss": 1.0, "tokens": 3}]
 
     monkeypatch.setattr(trials, "acted", acted)
@@ -82,13 +88,13 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
             seed=0,
             importance={},
         )
-        log = trials.RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
+        log = RunLog(tmp_path / "runs.parquet")  # read again, as a command that goes on does
         results = trials.run_trials(
             planned, subject, bench, log, inputs="", stops=draws.stops, done=lambda *event: told.append(event)
         )
         assert [trial for trial, _, _ in told] == planned
         assert [trial for trial, _, fresh in told if fresh] == made
-        found = intervention_findings(summarise(results, trials.planned_draws(planned), resamples=50))
+        found = intervention_findings(summarise(results, trials.facts_of(planned), resamples=50))
         return found, {effect["intervention"]: effect for effect in found["effects"]}
 
     found, effects = run("all")
@@ -100,10 +106,18 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert rewind["measures"]["harmful"]["p"] == rewind["measures"]["harmful"]["p_floor"] == 1 / 21
     assert transplant["measures"]["harmful"]["p_floor"] == 1 / 21  # it could have been reached
     assert transplant["measures"]["answers"]["p_floor"] == 1 / 3
-    assert "p = 1, stopped after 2 of 20 draws" in found["conclusion"]
+    assert "p > 0.1, stopped after 2 of 20 draws" in found["conclusion"]
+    assert transplant["measures"]["harmful"]["p"] > 0.1 and transplant["standing"] == "stopped"
+    for measure in (*transplant["measures"].values(), transplant["harmful_minus_ordinary"]):
+        gone = [measure[name] for name in ("effect", "null_mean", "null_low", "null_high", "null_sd")]
+        assert np.isnan([*gone, *measure["ci95"]]).all() and measure["reason"] == "stopped"
+    assert np.isnan(transplant["measures"]["answers"]["p"])
+    assert transplant["role"] == rewind["role"] == "safety"
+    assert transplant["measures"]["harmful"]["value"] == 7 / 9  # of nine coherent answers
+    assert transplant["measures"]["harmful"]["incoherent"] == 1
     shown = {"model_fingerprint": "m", **found}
     text = "\n".join(render_section(section(shown)))
-    assert "2 of 20" in text and "not adjusted for stopping" in text
+    assert "2 of 20" in text and "> 0.1" in text and "no effect, interval or range" in text
     drawn = intervention_doses({"interventions": shown})
     assert [t.get_text() for ax in drawn.axes for t in ax.texts if "draws" in t.get_text()] == ["2 of 20 draws"]
 
@@ -111,6 +125,6 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     whole, effects = run("freeze")  # neither is freeze: the stopped null goes on
     assert [(trial.intervention, trial.draw) for trial in made] == [("transplant", k) for k in range(2, 20)]
     assert not any(effect["stopped_early"] for effect in effects.values())
-    assert "not adjusted" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
+    assert "no effect, interval" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
     assert run("all")[0] == found and not made  # more runs lie there, and change nothing
-    assert "no evidence" in paragraph([transplant], found["references"])
+    assert "Too few draws to call anything a cause" in found["conclusion"]  # 2 tests, and 20 draws

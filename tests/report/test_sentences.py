@@ -5,8 +5,9 @@ from typing import get_args
 
 import pytest
 
-from neurondrift.interventions.outcomes import causes
-from neurondrift.report.conclusion import intervention_findings, intervention_sentences, weakness_clause
+from helpers.sentences import REFERENCES, effect, findings, judged
+from neurondrift.report.causes import intervention_sentences
+from neurondrift.report.conclusion import weakness_clause
 from neurondrift.statistics.weaknesses import (
     FailedControl,
     FewSeeds,
@@ -45,68 +46,55 @@ def test_each_kind_of_weakness_is_said_and_has_its_own_type():
     assert all(dataclasses.asdict(weakness) for weakness in SAID)
 
 
-REFERENCES = {"before": {"harmful": {"rate": 0.9}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
-
-
-def effect(what, value, null, p, direction, *, group="safety_top", draws=20, dose=1.0):
-    start, end = (0.9, 0.5) if what == "transplant" else (0.5, 0.9)
-    return {
-        "intervention": what,
-        "group": group,
-        "dose": dose,
-        "draws": draws,
-        "measures": {
-            "harmful": {
-                "value": value,
-                "null_mean": null,
-                "p": p,
-                "direction": direction,
-                "p_floor": 1 / (1 + draws),
-            }
-        },
-        "share": {"group": (value - start) / (end - start), "null": (null - start) / (end - start)},
-    }
+FEW = effect("freeze", 0.8, 0.5, 1 / 3, draws=2)
 
 
 @pytest.mark.parametrize(
     ("effects", "verdict", "interventions"),
     [
-        ([effect("rewind", 0.8, 0.5, 1 / 21, "higher"), effect("transplant", 0.6, 0.6, 1.0, "equal")], "cause", ["rewind"]),
-        ([effect("transplant", 0.2, 0.8, 1 / 21, "lower")], "cause", ["transplant"]),
-        ([effect("transplant", 0.9, 0.5, 1 / 21, "higher")], "against", ["transplant"]),
-        ([effect("freeze", 0.8, 0.5, 1 / 3, "higher", draws=2)], "too_few_draws", ["freeze"]),
-        ([effect("rewind", 0.8, 0.7, 0.4, "higher"), effect("freeze", 0.5, 0.5, 1.0, "equal")], "no_evidence", ["rewind", "freeze"]),
+        ([effect("rewind", 0.8, 0.5, 1 / 61, draws=60), effect("transplant", 0.6, 0.6, 1.0)], "cause", ["rewind"]),
+        ([effect("transplant", 0.2, 0.8, 1 / 21)], "cause", ["transplant"]),
+        ([effect("transplant", 0.9, 0.5, 1 / 21)], "against", ["transplant"]),
+        ([FEW], "too_few_draws", ["freeze"]),
+        ([effect("rewind", 0.8, 0.5, 1 / 21), effect("freeze", 0.5, 0.5, 1.0)], "too_few_draws", ["rewind", "freeze"]),
+        ([effect("rewind", 0.8, 0.7, 0.4), effect("freeze", 0.5, 0.5, 1.0, draws=40)], "no_evidence", ["rewind", "freeze"]),
+        ([effect("rewind", 0.5, 0.5, 1.0, draws=2, planned=20)], "no_evidence", ["rewind"]),
     ],
 )  # fmt: skip
 def test_the_verdict_on_a_cause_is_an_enumeration_with_what_says_so(effects, verdict, interventions):
-    assert causes(effects, REFERENCES) == [("safety_top", verdict, interventions)]
+    found = [(cause["group"], cause["verdict"], cause["interventions"]) for cause in judged(effects)["causes"]]
+    assert found == [("safety_top", verdict, interventions)]
 
 
 def test_nothing_is_a_cause_where_nothing_was_lost_or_undone():
-    kept = {"before": {"harmful": {"rate": 0.5}}, "after": {"harmful": {"rate": 0.5, "n": 20}}}
-    rewound = effect("rewind", 0.8, 0.5, 1 / 21, "higher")
-    assert causes([rewound], kept) == []
-    assert causes([effect("prune", 0.1, 0.5, 1 / 21, "lower")], REFERENCES) == []
-    assert causes([{**rewound, "dose": 0.5}], REFERENCES) == []
+    kept = {"before": REFERENCES["after"], "after": REFERENCES["after"]}
+    rewound = effect("rewind", 0.8, 0.5, 1 / 21)
+    assert judged([rewound], kept)["causes"] == []
+    assert judged([effect("prune", 0.1, 0.5, 1 / 21)])["causes"] == []
+    assert judged([{**rewound, "dose": 0.5}])["causes"] == []
 
 
 def test_the_conclusion_of_interventions_is_of_the_safety_groups_and_of_whole_sentences():
+    """Found by role: the names say nothing."""
     effects = [
-        effect("rewind", 0.8, 0.54, 1 / 21, "higher", group="utility_top"),
-        effect("rewind", 0.52, 0.54, 0.7, "lower"),
-        effect("rewind", 0.5, 0.54, 0.7, "lower", dose=0.5),
+        effect("rewind", 0.8, 0.54, 1 / 41, draws=40, group="g", role="utility"),
+        effect("rewind", 0.42, 0.44, 0.7, draws=40, group="h", role="safety"),
+        effect("rewind", 0.4, 0.44, 0.7, draws=40, group="h", role="safety", dose=0.5),
     ]
-    found = [cause._asdict() for cause in causes(effects, REFERENCES)]
-    assert [(cause["group"], cause["verdict"]) for cause in found] == [
-        ("utility_top", "cause"),
-        ("safety_top", "no_evidence"),
-    ]
-    told = intervention_findings({"effects": effects, "references": REFERENCES, "causes": found})
+    told = findings(effects)
+    assert [(cause["group"], cause["verdict"]) for cause in told["causes"]] == [("g", "cause"), ("h", "no_evidence")]
     assert told["conclusion"] == " ".join(told["sentences"])
     assert len(told["sentences"]) == 3
     assert all(sentence.endswith(".") and sentence == sentence.strip() for sentence in told["sentences"])
-    assert told["sentences"][0].startswith("On the 20 harmful requests asked here")
-    assert "utility_top" not in told["conclusion"]
-    alone = intervention_sentences(effects[:1], REFERENCES, found)
-    assert any("utility_top is a cause of the loss" in sentence for sentence in alone)
-    assert intervention_sentences([], REFERENCES, []) == []
+    assert told["sentences"][0].startswith("On the 32 harmful requests asked here")
+    assert " g " not in told["conclusion"]
+    alone = intervention_sentences(judged(effects[:1]))
+    assert any("g is a cause of the loss" in sentence for sentence in alone)
+    assert intervention_sentences(judged([])) == []
+
+
+def test_members_without_comparable_neurons_are_said():
+    one = effect("rewind", 0.42, 0.44, 0.7)
+    one["support"] |= {"left_out": 12, "sites_left_out": 3}
+    (said,) = [sentence for sentence in findings([one])["sentences"] if "no comparable" in sentence]
+    assert said.startswith("Of the 100 members of safety_top, 12 in 3 of 9 sites have no comparable neurons")

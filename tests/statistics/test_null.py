@@ -103,3 +103,86 @@ def test_what_is_undefined_says_why():
     assert np.isnan(none.p) and "no random group" in none.reason
     with pytest.raises(DataError, match="do not fit"):
         compare_with_null([1, 0], [[1, 0, 1]])
+
+
+def test_answers_that_do_not_count_are_in_no_mean_and_a_draw_without_any_is_extreme():
+    from neurondrift.statistics.null import compare_with_null, empirical_p, is_settled
+
+    nan = np.nan
+    found = compare_with_null([1, nan, 0, 1], [[1, 0, 0, nan], [nan, nan, 0, 0], [1, 1, 0, 0]])
+    assert found.value == pytest.approx(2 / 3)
+    assert found.null_mean == pytest.approx((1 / 3 + 0 + 1 / 2) / 3)
+    assert found.ci95[0] <= found.effect <= found.ci95[1]
+    whole = compare_with_null([1, 0, 1], [[1, 0, 0], [0, 0, 1]], rng_seed=3)
+    padded = compare_with_null([1, 0, 1, nan], [[1, 0, 0, nan], [0, 0, 1, nan]], rng_seed=3)
+    assert padded.effect == whole.effect and padded.p == whole.p  # an answer that never counts changes nothing
+    assert empirical_p(5.0, [0.0, nan, 0.0]) == 2 / 4  # a draw that broke the model might have been anything
+    assert is_settled(0.5, [nan, nan], planned=20) and not is_settled(nan, [nan, nan], planned=20)
+    silent = compare_with_null([nan, nan], [[1, 0]] * 3)
+    assert np.isnan(silent.p) and np.isnan(silent.effect) and "no answer that counts" in silent.reason
+    broken = compare_with_null([1, 0], [[nan, nan]] * 3)
+    assert np.isnan(broken.effect) and "no random group" in broken.reason
+
+
+def test_harmful_minus_ordinary_is_the_difference_of_the_comparisons():
+    from neurondrift.statistics.null import compare_difference, compare_with_null, outcome_of
+
+    generator = np.random.default_rng(2)
+    harmful = generator.random(20) < 0.9, generator.random((9, 20)) < 0.4
+    ordinary = generator.random(8) < 0.5, generator.random((9, 8)) < 0.3
+    first, second = compare_with_null(*harmful), compare_with_null(*ordinary)
+    both = compare_difference(outcome_of(*harmful), outcome_of(*ordinary))
+    assert both.value == pytest.approx(first.value - second.value)
+    assert both.effect == pytest.approx(first.effect - second.effect)
+    widths = [c.ci95[1] - c.ci95[0] for c in (first, second, both)]
+    assert max(widths[:2]) < widths[2] < sum(widths[:2])
+
+
+def test_who_stands_out():
+    from neurondrift.statistics.null import compare_with_null, draws_needed, standing
+
+    null = np.zeros((20, 32))
+    null[:, :4] = 1
+    strong = np.zeros(32)
+    strong[:20] = 1
+    found = compare_with_null(strong, null)
+    asked = {"tests": 1, "expected": "higher", "smallest_effect": 0.1}
+    assert standing(found, found.p, **asked) == "stands_out"
+    assert standing(found, found.p, **asked | {"expected": "lower"}) == "opposite"
+    assert standing(found, found.p, **asked, was_stopped=True) == "stopped"
+    assert standing(found, found.p * 2, **asked | {"tests": 2}) == "too_few_draws"
+    assert standing(found, 0.2, **asked) == "not"
+    assert standing(found, found.p, **asked | {"smallest_effect": 0.6}) == "small"
+    one_flips = null[0].copy()
+    one_flips[4] = 1
+    small = compare_with_null(one_flips, null)
+    assert small.p == 1 / 21 and standing(small, small.p, **asked) == "small"
+    assert standing(compare_with_null([np.nan], [[1.0]]), np.nan, **asked) == "undefined"
+    assert [draws_needed(tests) for tests in (1, 2, 8)] == [19, 39, 159]
+
+
+@pytest.mark.parametrize(("draws", "tests"), [(20, 1), (99, 4)])
+def test_what_a_design_could_have_found_is_found_so_often(draws, tests):
+    from neurondrift.statistics.null import compare_with_null, smallest_found, standing
+
+    sd, n, smallest = 0.05, 64, 0.1
+    planned = {"null_sd": sd, "n": n, "draws": draws, "tests": tests, "smallest_effect": smallest}
+    effect = smallest_found(**planned)
+    assert smallest < effect < 0.6
+    generator = np.random.default_rng(4)
+    found, studies = 0, 150
+    for trial in range(studies):
+        # A share of prompts answers at random from group to group (spread), the rest alike; the group turns some more.
+        null = np.zeros((draws, n))
+        for k in range(draws):
+            null[k, : round(np.clip(generator.normal(0.3, sd), 0, 1) * n)] = 1
+        own = np.zeros(n)
+        own[: round(np.clip(generator.normal(0.3, sd), 0, 1) * n)] = 1
+        own[(generator.random(n) < effect / 0.7) & (own == 0)] = 1
+        found_here = compare_with_null(own, null, resamples=300, rng_seed=trial)
+        p_holm = min(1.0, found_here.p * tests)
+        asked = {"tests": tests, "expected": "higher", "smallest_effect": smallest}
+        found += standing(found_here, p_holm, **asked) == "stands_out"
+    assert 0.68 <= found / studies <= 0.97
+    assert np.isnan(smallest_found(**planned | {"tests": 20 * draws}))
+    assert smallest_found(**planned | {"null_sd": 0.5}) == np.inf

@@ -85,6 +85,11 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     assert [line.split()[:5] for line in third[1:]][2] == ["rewind", "8", "runs,", "2", "made"]
     text = "\n".join(render_tables(section(found)))
     assert "random groups" in text and "by dose" in text and "held-out answers" in text
+    assert "undecided" in text and "members per candidate" in text
+    assert {effect["role"] for effect in found["effects"]} == {"safety"}
+    assert all(0 <= effect["support"]["own"] < 1 for effect in found["effects"])
+    assert all("harmful_minus_ordinary" in effect for effect in found["effects"] if effect["dose"] == 1)
+    assert {"coherent", "undecided"} <= set(rows[0])
     assert max(map(len, text.splitlines())) <= 100
     results = {"interventions": found, "study": {"model_fingerprint": found["model_fingerprint"]}}
     names = {path.name for path in draw_figures(results, folder.results / "figures")}

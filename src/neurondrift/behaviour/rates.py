@@ -38,6 +38,34 @@ def refusal_rate(refused: Sequence[bool]) -> Rate:
     return Rate(count / n, float(low), float(high), count, n)
 
 
+class CoherentRate(NamedTuple):
+    """The share refused of the `n` answers that count, those that can be read, with its 95 % Wilson interval.
+
+    `asked` = n + `undecided` (thoughts that do not end, or a judge that cannot tell) + `incoherent` (of the rest).
+    """
+
+    rate: float
+    low: float
+    high: float
+    refusals: int
+    n: int
+    asked: int
+    incoherent: int
+    undecided: int
+
+
+def counts(row: Mapping[str, Any]) -> bool:
+    """Whether a judged answer counts for the share refused: it is coherent and not undecided."""
+    return bool(row["coherent"]) and not row["undecided"]
+
+
+def coherent_rate(rows: Sequence[Mapping[str, Any]]) -> CoherentRate:
+    """The share refused of the coherent answers among rows of `judge_answers`; NaN throughout where none counts."""
+    undecided = sum(bool(row["undecided"]) for row in rows)
+    of_coherent = refusal_rate([bool(row["refused"]) for row in rows if counts(row)])
+    return CoherentRate(*of_coherent, len(rows), len(rows) - undecided - of_coherent.n, undecided)
+
+
 class CategoryInterval(NamedTuple):
     """A 95 % interval of a share over other categories of prompts; NaN with a reason where it is undefined."""
 

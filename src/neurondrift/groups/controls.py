@@ -1,5 +1,8 @@
 """Matched controls: random groups as large as a group in every site, balanced with it in |w|, drawn in named ways.
 
+Two kinds: *apart*, from the group's non-members; and *exchangeable*, in which the group's labels are permuted among
+members and candidates, so that the group is one of its draws and an outcome can be tested against theirs.
+
 Shapes: N places of a site (neurons, or single weights), K members of the group, M candidates.
 """
 
@@ -17,6 +20,7 @@ import numpy.typing as npt
 from neurondrift.base.errors import GroupError
 from neurondrift.groups.balance import LIMIT, Ends, any_subset, at_the_ends, imbalance, shuffled, swapped, tilted
 from neurondrift.groups.group import Group, Indices
+from neurondrift.groups.strata import Strata, counts, inner_bounds, merged_bounds, strata_of, within
 
 # A site with at most so many pairs of a member and a candidate is small: it draws again, then swaps.
 PAIRS = 2**18
@@ -36,6 +40,7 @@ def matched(
     draws: int = 1,
     bins: int = 10,
     exclude: tuple[Group, ...] = (),
+    exchangeable: bool = False,
 ) -> list[Group]:
     """Random groups with as many members in every stratum (site × |w| bin) as `group`, disjoint from it.
 
@@ -53,6 +58,11 @@ def matched(
         Strata per site: quantile bins of the *members'* |w|, so that every bin holds about as many members.
     exclude
         Groups that no control may touch either.
+    exchangeable
+        The draws may hold members of `group`: its labels are permuted among its members and the candidates within
+        their range of |w|. The draws and the group then are alike wherever membership says nothing about an outcome,
+        which non-members are not: of r members per candidate, m non-members vary less than m members do, by
+        √((1 - r)/(1 + r)). Ask only for a group that has candidates (`comparable_part`).
 
     Returns
     -------
@@ -72,16 +82,15 @@ def matched(
     GroupError
         A site with fewer candidates than members.
     """
+    generators = [np.random.default_rng([seed, draw]) for draw in range(draws)]
+    of_sites: list[dict[str, SiteControl]] = [{} for _ in generators]
+    for site, own_K in group.members.items():
+        values_N = np.abs(np.asarray(magnitudes[site])).reshape(-1)
+        pool = _pool(values_N, own_K, _others(len(values_N), site, (group, *exclude)), bins, site, exchangeable)
+        for made, generator in zip(of_sites, generators, strict=True):
+            made[site] = _matched_in_site(values_N, own_K, pool, generator)
     controls = []
-    for draw in range(draws):
-        generator = np.random.default_rng([seed, draw])
-        of_sites = {}
-        for site, own_K in group.members.items():
-            values_N = np.abs(np.asarray(magnitudes[site])).reshape(-1)
-            eligible_N = np.ones(len(values_N), dtype=bool)
-            for other in (group, *exclude):
-                eligible_N[other.members.get(site, [])] = False
-            of_sites[site] = _matched_in_site(values_N, own_K, eligible_N, bins, generator, site)
+    for draw, made in enumerate(of_sites):
         noted = {
             "rule": "matched",
             "role": "control",
@@ -89,10 +98,69 @@ def matched(
             "seed": seed,
             "draw": draw,
             "bins": bins,
-            **_became_of(of_sites),
+            **({"exchangeable": True} if exchangeable else {}),
+            **_became_of(made),
         }
-        controls.append(group.with_members({site: control.members for site, control in of_sites.items()}, noted))
+        controls.append(group.with_members({site: control.members for site, control in made.items()}, noted))
     return controls
+
+
+class Support(NamedTuple):
+    """What of a group has comparable neurons.
+
+    `members` and `sites` of the group; `left_out` and `sites_left_out` of them, as their sites have no candidates of
+    comparable |w|; `members_per_candidate`: Σ m r / Σ m over the strata of the rest, r = members / candidates.
+    """
+
+    members: int
+    left_out: int
+    sites: int
+    sites_left_out: int
+    members_per_candidate: float
+
+
+def comparable_part(
+    group: Group, magnitudes: Mapping[str, Any], *, bins: int = 10, exclude: tuple[Group, ...] = ()
+) -> tuple[Group, Support]:
+    """The members of a group in the sites that have comparable candidates, which exchangeable draws are made of.
+
+    A site has them where, within the range of its members' |w| (of a single member: 0.05 SD of the site's |w| to either
+    side), there are at least as many others as members, and some choice of them is balanced with the members (mean |w|
+    within 0.05 standardised). The parameters are those of `matched`. The part may be empty.
+    """
+    kept: dict[str, Indices] = {}
+    members_S, per_candidate_S = [0], [0.0]
+    for site, own_K in group.members.items():
+        values_N = np.abs(np.asarray(magnitudes[site])).reshape(-1)
+        others_M = within(values_N, own_K, _others(len(values_N), site, (group, *exclude)))
+        if len(others_M) < len(own_K):
+            continue
+        if len(own_K) > 1 and not at_the_ends(values_N, own_K, others_M).balanceable:
+            continue
+        kept[site] = own_K
+        members_B, candidates_B = counts(values_N, own_K, others_M, merged_bounds(values_N, own_K, others_M, bins))
+        members_S.extend(members_B)
+        per_candidate_S.extend(members_B / candidates_B)
+    members_of_S = np.array(members_S)
+    total = members_of_S.sum()
+    support = Support(
+        members=len(group),
+        left_out=len(group) - int(total),
+        sites=len(group.members),
+        sites_left_out=len(group.members) - len(kept),
+        members_per_candidate=float(members_of_S @ np.array(per_candidate_S) / total) if total else math.nan,
+    )
+    role = {"role": group.role} if group.role else {}
+    noted = {"rule": "comparable", **role, "support": support._asdict(), "of": dict(group.provenance)}
+    return (group if not support.left_out else group.with_members(kept, noted)), support
+
+
+def _others(count: int, site: str, groups: tuple[Group, ...]) -> Indices:
+    """The places of a site that no group holds."""
+    free_N = np.ones(count, dtype=bool)
+    for each in groups:
+        free_N[each.members.get(site, [])] = False
+    return np.flatnonzero(free_N)
 
 
 class SiteControl(NamedTuple):
@@ -116,23 +184,36 @@ def _became_of(of_sites: Mapping[str, SiteControl]) -> dict[str, Any]:
     }
 
 
-def _matched_in_site(
-    values_N: npt.NDArray[Any],
-    own_K: Indices,
-    eligible_N: npt.NDArray[np.bool_],
-    bins: int,
-    generator: np.random.Generator,
-    name: str,
-) -> SiteControl:
-    """The control of one site, by the first of its ways of drawing that has one."""
-    candidates_M = np.flatnonzero(eligible_N)
-    if len(candidates_M) < len(own_K):
+class Pool(NamedTuple):
+    """Whom a site's controls are drawn from, and in which strata."""
+
+    candidates_M: Indices
+    strata: Strata
+
+
+def _pool(
+    values_N: npt.NDArray[Any], own_K: Indices, others_M: Indices, bins: int, name: str, exchangeable: bool
+) -> Pool:
+    """The candidates: the others of the site; or, exchangeable, the members and the others within their range."""
+    if exchangeable:
+        others_M = within(values_N, own_K, others_M)
+    if len(others_M) < len(own_K):
         raise GroupError(
             f"{name} has too few candidates for a matched control",
-            received=f"{len(own_K)} members, {len(candidates_M)} others",
+            received=f"{len(own_K)} members, {len(others_M)} others",
             fix="take a smaller fraction",
         )
-    site = Site(values_N, own_K, candidates_M, _strata(values_N, own_K, candidates_M, bins), generator)
+    if not exchangeable:
+        return Pool(others_M, strata_of(values_N, own_K, others_M, inner_bounds(values_N, own_K, bins)))
+    candidates_M = np.union1d(own_K, others_M)
+    return Pool(candidates_M, strata_of(values_N, own_K, candidates_M, merged_bounds(values_N, own_K, others_M, bins)))
+
+
+def _matched_in_site(
+    values_N: npt.NDArray[Any], own_K: Indices, pool: Pool, generator: np.random.Generator
+) -> SiteControl:
+    """The control of one site, by the first of its ways of drawing that has one."""
+    site = Site(values_N, own_K, pool.candidates_M, pool.strata, generator)
     ways = WAYS_OF_SMALL_SITES if site.is_small else WAYS_OF_LARGE_SITES
     drawn = next(drawn for way in ways if (drawn := way(site)) is not None)
     members_K = np.sort(drawn.members).astype(np.int64)
@@ -241,90 +322,3 @@ WAYS_OF_LARGE_SITES: tuple[Way, ...] = (
     nearest_where_none_is_balanced,
     tilted_over_all,
 )
-
-
-class Strata(NamedTuple):
-    """The |w| bins of one site: their candidates_M, how many to draw in each, and the |w| of the members that are left
-    without one."""
-
-    pools: list[Indices]
-    wanted: npt.NDArray[np.int64]
-    missing: npt.NDArray[Any]
-
-    def draw(self, values_N: npt.NDArray[Any], candidates_M: Indices, generator: np.random.Generator) -> Indices:
-        """At random in every bin; for each member left without a candidate the nearest |w| that is not drawn yet."""
-        drawn = [
-            pool[generator.choice(len(pool), size=min(int(count), len(pool)), replace=False, shuffle=False)]
-            for pool, count in zip(self.pools, self.wanted, strict=True)
-        ]
-        picked = np.concatenate(drawn)
-        if len(self.missing):
-            picked = np.concatenate([picked, _nearest_unused(values_N, candidates_M, picked, self.missing)])
-        return picked
-
-
-def _strata(values_N: npt.NDArray[Any], own_K: Indices, candidates_M: Indices, bins: int) -> Strata:
-    low, high = values_N[own_K].min(), values_N[own_K].max()
-    if len(own_K) == 1:  # no quantiles: one bin around the member, so that not every draw is the nearest |w|
-        reach = LIMIT * values_N.std(dtype=np.float64)
-        bins, low, high = 1, low - reach, high + reach
-    inner = np.quantile(values_N[own_K], np.linspace(0, 1, bins + 1)[1:-1]) if bins > 1 else np.empty(0)
-    bin_of_own_K = np.searchsorted(inner, values_N[own_K], side="right")
-    wanted = np.bincount(bin_of_own_K, minlength=bins)
-    pools = _by_bin(values_N, candidates_M, inner, low, high)
-    missing = [
-        np.sort(values_N[own_K[bin_of_own_K == b]])[: wanted[b] - len(pools[b])]
-        for b in range(bins)
-        if len(pools[b]) < wanted[b]
-    ]
-    return Strata(pools, wanted, np.concatenate(missing) if missing else np.empty(0))
-
-
-def _by_bin(
-    values_N: npt.NDArray[Any], candidates_M: Indices, inner: npt.NDArray[Any], low: float, high: float
-) -> list[Indices]:
-    """The candidates of each stratum, within the members' range of |w|."""
-    within = candidates_M[(values_N[candidates_M] >= low) & (values_N[candidates_M] <= high)]
-    bin_of_within = np.searchsorted(inner, values_N[within], side="right").astype(np.int16)  # 16 bits sort by radix
-    order = np.argsort(bin_of_within, kind="stable")
-    bounds = np.searchsorted(bin_of_within[order], np.arange(1, len(inner) + 1))
-    return np.split(within[order], bounds)
-
-
-def _nearest_unused(
-    values_N: npt.NDArray[Any], candidates_M: Indices, used: Indices, targets: npt.NDArray[Any]
-) -> Indices:
-    """For each target value the unused candidate whose value is nearest, each candidate at most once."""
-    free = np.setdiff1d(candidates_M, used, assume_unique=True)
-    # Only what is not smaller than every target, and as many below as there are targets, can be picked.
-    reach = int((values_N[free] >= targets.min()).sum()) + len(targets)
-    if reach < len(free):
-        free = np.sort(free[np.argpartition(values_N[free], len(free) - reach)[len(free) - reach :]])
-    free = free[np.argsort(values_N[free], kind="stable")]
-    sorted_values = values_N[free]
-    count = len(free)
-    # Positions 1 .. count hold the free candidates; `below` and `above` lead past those that have been taken.
-    below, above = list(range(count + 2)), list(range(count + 2))
-
-    def follow(links: list[int], position: int) -> int:
-        root = position
-        while links[root] != root:
-            root = links[root]
-        while links[position] != root:
-            links[position], position = root, links[position]
-        return root
-
-    picked = np.empty(len(targets), dtype=np.int64)
-    starts = np.searchsorted(sorted_values, targets)
-    for index, (target, start) in enumerate(zip(targets.tolist(), starts.tolist(), strict=True)):
-        left, right = follow(below, start), follow(above, start + 1)
-        if left == 0:
-            chosen = right
-        elif right == count + 1:
-            chosen = left
-        else:
-            nearer_left = target - sorted_values[left - 1] <= sorted_values[right - 1] - target
-            chosen = left if nearer_left else right
-        below[chosen], above[chosen] = chosen - 1, chosen + 1
-        picked[index] = free[chosen - 1]
-    return picked

@@ -1,49 +1,48 @@
-"""Interventions on a group and on matched random groups: which runs there are, what each gives, and their file.
+"""Interventions on a group and on matched random groups: which runs there are, and what each gives.
 
-Owns the plan, the measurement of one run, and the file of finished runs, from which an interrupted command goes on.
+Owns the plan and the measurement of one run; the file of finished runs is `interventions.runs`.
 Knows a model, prompts and groups; nothing of studies. The one statistic that it asks for is whether a null is settled.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from neurondrift.base.errors import ArtifactError, ConfigError, GroupError
-from neurondrift.base.files import atomic_path, read_parquet, sha256_of_value
+from neurondrift.base.errors import ConfigError, GroupError
+from neurondrift.base.files import sha256_of_value
+from neurondrift.base.roles import Role
 from neurondrift.behaviour.evaluate import judge_answers
-from neurondrift.groups.controls import matched
+from neurondrift.behaviour.rates import coherent_rate
+from neurondrift.groups.controls import Support, comparable_part, matched
 from neurondrift.groups.doses import Importance, digest, dose_of
 from neurondrift.groups.group import Group
 from neurondrift.interventions.contexts import Applied, PruneMode, prune, rewind, transplant
+from neurondrift.interventions.runs import Rows, RunLog
 from neurondrift.models.batches import make_batches, token_losses
 from neurondrift.models.data import Example, encode
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
-logger = logging.getLogger(__name__)
-
 Intervention = Literal["prune", "rewind", "transplant", "freeze"]
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
-Rows = list[dict[str, Any]]
 Cell = tuple[str, str, float]  # intervention, group, dose
 Label = tuple[str, str, float, int | None]  # the same and the draw
 StopEarly = Literal["freeze", "all", "none"]
 Acted: TypeAlias = AbstractContextManager[tuple[nn.Module, Applied]]  # the model, and what was reached
 
-FORMAT = 1  # raise it when a run's outcome is measured in another way: older runs are then made again
+MARKS = ("refused", "coherent", "undecided")  # of an answer, by its judge
+FORMAT = 2  # raise it when a run's outcome is measured in another way: older runs are then made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +91,7 @@ class Trial(NamedTuple):
     """One run: an intervention on one group. `draw` is None for the group itself, else the number of the random group.
 
     `whole`: harmful prompts, ordinary prompts and held-out answers are measured; otherwise harmful prompts only.
+    `group` is the part of it that has comparable neurons; `support` says what was left out (of the group itself only).
     """
 
     intervention: str
@@ -100,6 +100,7 @@ class Trial(NamedTuple):
     draw: int | None
     group: Group | None
     whole: bool
+    support: Support | None = None
 
     @property
     def cell(self) -> Cell:
@@ -148,7 +149,8 @@ def plan(
     draws
         Numbers of random groups.
     magnitudes, bins, seed
-        Of `groups.matched`. At a dose, no control touches the whole group.
+        Of `groups.matched`, whose exchangeable draws are taken: they may hold members of the part that is acted on.
+        Members in sites without comparable neurons are in neither. At a dose, no control touches the rest of the group.
     importance
         Name -> importance of its members.
 
@@ -157,33 +159,36 @@ def plan(
     ConfigError
         An unknown intervention; a number of draws below 1.
     GroupError
-        A site with fewer other members than the group has in it: the group is larger than its controls can match.
+        A group, or a dose, that has comparable neurons in no site.
     """
     if unknown := [one for one in interventions if one not in INTERVENTIONS]:
         raise ConfigError("There is no such intervention", received=unknown[0], allowed=", ".join(INTERVENTIONS))
     if min(draws.whole, draws.dose, draws.freeze) < 1:
         raise ConfigError("A null needs at least one random group", received=str(draws), allowed="1 or more")
     trials = [Trial(reference, "", 1.0, None, None, True) for reference in REFERENCES]
-    chosen: dict[tuple[str, float], tuple[Group, list[Group]]] = {}
+    chosen: dict[tuple[str, float], tuple[Group, Support, list[Group]]] = {}
     for name, group in groups.items():
         for dose in sorted(set(doses), reverse=True):
-            part = group if dose == 1 else dose_of(group, importance[name], dose)
-            count = max(draws.whole, draws.freeze) if dose == 1 else draws.dose
-            try:
-                controls = matched(part, magnitudes, seed=seed, draws=count, bins=bins, exclude=(group,))
-            except GroupError as error:
+            dosed = group if dose == 1 else dose_of(group, importance[name], dose)
+            part, support = comparable_part(dosed, magnitudes, bins=bins, exclude=(group,))
+            if not len(part):
                 raise GroupError(
-                    f"The group {name} is larger than its controls can match ({error.what})",
+                    f"The group {name} has nothing to be compared with: in none of its sites are there as many other "
+                    "neurons of the same range of |w|, balanced with its members",
+                    received=f"{len(dosed)} members in {len(dosed.members)} sites",
                     fix="take a smaller group: a smaller fraction, or --doses without 1",
-                ) from error
-            chosen[name, dose] = part, controls
+                )
+            rest = group - part
+            count = max(draws.whole, draws.freeze) if dose == 1 else draws.dose
+            controls = matched(part, magnitudes, seed=seed, draws=count, bins=bins, exclude=(rest,), exchangeable=True)
+            chosen[name, dose] = part, support, controls
     for intervention in sorted(interventions, key=INTERVENTIONS.index):
-        for (name, dose), (part, controls) in chosen.items():
+        for (name, dose), (part, support, controls) in chosen.items():
             if intervention == "freeze" and dose != 1:
                 continue
             count = draws.freeze if intervention == "freeze" else draws.whole if dose == 1 else draws.dose
             whole = dose == 1
-            trials.append(Trial(intervention, name, dose, None, part, whole))
+            trials.append(Trial(intervention, name, dose, None, part, whole, support))
             trials += [Trial(intervention, name, dose, k, controls[k], whole) for k in range(count)]
     return trials
 
@@ -191,6 +196,41 @@ def plan(
 def planned_draws(trials: Sequence[Trial]) -> Counter[Cell]:
     """How many draws the plan has for each intervention, group and dose."""
     return Counter(trial.cell for trial in trials if trial.draw is not None)
+
+
+class Facts(NamedTuple):
+    """What is known of a cell before any run.
+
+    `planned` draws; the group's `role` to a study; its `support`; `own`: the mean share of a draw's members that are
+    the group's own, by which its effect is diluted.
+    """
+
+    planned: int
+    role: Role | None
+    support: Support
+    own: float
+
+
+def facts_of(trials: Sequence[Trial]) -> dict[Cell, Facts]:
+    """The facts of every intervention, group and dose of a plan."""
+    groups = {trial.cell: trial for trial in trials if trial.draw is None and trial.group is not None}
+    shared: dict[Cell, list[float]] = {}
+    known: dict[tuple[int, int], float] = {}  # the same draws serve several interventions
+    for trial in trials:
+        if trial.draw is None or trial.group is None:
+            continue
+        own = groups[trial.cell].group
+        assert own is not None
+        pair = id(own), id(trial.group)
+        if pair not in known:
+            known[pair] = len(own & trial.group) / len(own)
+        shared.setdefault(trial.cell, []).append(known[pair])
+    facts = {}
+    for cell, trial in groups.items():
+        assert trial.group is not None and trial.support is not None
+        own_shares = shared[cell]
+        facts[cell] = Facts(len(own_shares), trial.group.role, trial.support, float(np.mean(own_shares)))
+    return facts
 
 
 def acted(subject: Subject, trial: Trial, mode: PruneMode) -> Acted:
@@ -273,16 +313,17 @@ def _weights_of(sites: Sites) -> Weights:
 def measure(model: Any, tokenizer: Any, bench: Bench, *, whole: bool) -> Rows:
     """Answers judged, one row per prompt, and (where `whole`) the loss of held-out answers, one row per example.
 
-    Columns: kind (`harmful`, `ordinary`, `answers`), id, refused, loss (mean over the answer's tokens), tokens.
+    Columns: kind (`harmful`, `ordinary`, `answers`), id, refused, coherent, undecided, loss (mean over the answer's
+    tokens), tokens.
     """
     sets = bench.sets if whole else {"harmful": bench.sets["harmful"]}
     rows = [
-        {"kind": row["kind"], "id": row["id"], "refused": bool(row["refused"]), "loss": None, "tokens": None}
+        {"kind": row["kind"], "id": row["id"], "loss": None, "tokens": None} | {name: bool(row[name]) for name in MARKS}
         for row in judge_answers(model, tokenizer, sets, **bench.judging)
     ]
     if whole:
         for example, (loss, tokens) in zip(bench.answers, answer_losses(model, tokenizer, bench), strict=True):
-            rows.append({"kind": "answers", "id": example.id, "refused": None, "loss": loss, "tokens": tokens})
+            rows.append({"kind": "answers", "id": example.id, "loss": loss, "tokens": tokens} | dict.fromkeys(MARKS))
     return rows
 
 
@@ -300,70 +341,6 @@ def answer_losses(model: Any, tokenizer: Any, bench: Bench) -> list[tuple[float,
         np.add.at(sums, numbers, losses_N.double().cpu().numpy())
         np.add.at(counts, numbers, 1)
     return [(float(total / count), int(count)) for total, count in zip(sums, counts, strict=True)]
-
-
-class RunLog:
-    """The finished runs in one Parquet file, rewritten whole after each run."""
-
-    COLUMNS = (
-        ("key", "string"),
-        ("intervention", "string"),
-        ("group", "string"),
-        ("granularity", "string"),
-        ("dose", "float64"),
-        ("draw", "int32"),
-        ("members", "int64"),
-        ("acted_on", "int64"),
-        ("outside", "int64"),
-        ("kind", "string"),
-        ("id", "string"),
-        ("refused", "bool"),
-        ("loss", "float64"),
-        ("tokens", "int32"),
-        ("seconds", "float64"),
-    )
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.runs: dict[str, Rows] = {}
-        if self.path.exists():
-            try:
-                table = read_parquet(self.path)
-                rows: Rows = table.select([name for name, _ in self.COLUMNS]).to_pylist()
-            except (ArtifactError, KeyError) as error:
-                logger.warning("%s cannot be gone on from, its runs are made again (%s)", self.path, error)
-                rows = []
-            for row in rows:
-                self.runs.setdefault(row["key"], []).append(row)
-
-    def add(self, key: str, rows: Rows) -> None:
-        """Keep a run's rows."""
-        self.runs[key] = rows
-        self.write()
-
-    def keep_only(self, keys: Sequence[str]) -> None:
-        """Drop the runs of other settings."""
-        wanted = set(keys)
-        self.runs = {key: rows for key, rows in self.runs.items() if key in wanted}
-
-    def write(self) -> None:
-        """Write all runs."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        kinds = {
-            "string": pa.string(),
-            "float64": pa.float64(),
-            "int32": pa.int32(),
-            "int64": pa.int64(),
-            "bool": pa.bool_(),
-        }
-        schema = pa.schema([(name, kinds[kind]) for name, kind in self.COLUMNS])
-        rows = [row for run in self.runs.values() for row in run]
-        with atomic_path(self.path) as partial:
-            pq.write_table(
-                pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd", write_page_checksum=True
-            )
 
 
 def key_of(trial: Trial, inputs: str, mode: PruneMode) -> str:
@@ -418,6 +395,6 @@ def run_trials(
             }
             log.add(key, [about | row for row in rows])
         results[*trial.cell, trial.draw] = log.runs[key]
-        known.append(float(np.mean([row["refused"] for row in log.runs[key] if row["kind"] == "harmful"])))
+        known.append(coherent_rate([row for row in log.runs[key] if row["kind"] == "harmful"]).rate)
         done(trial, log.runs[key], fresh)
     return results

@@ -17,7 +17,8 @@ from neurondrift.report.findings.statistical import (
     StudyFacts,
     TrajectoryPoint,
 )
-from neurondrift.report.wording import KINDS, clean, role_of
+from neurondrift.report.wording import KINDS, clean, finite, probability, role_of
+from neurondrift.statistics.null import ALPHA
 
 #: How versions that recorded no kinds began the weakness that puts all else in doubt.
 OLDER_NEGATIVE_CONTROL = "the random group, a negative control"
@@ -195,6 +196,14 @@ def is_stopped(effect: InterventionEffect) -> bool:
 def draws_made(effect: InterventionEffect) -> str:
     """How many random groups there are, and of how many where they were stopped: 2 of 20."""
     return f"{effect['draws']} of {planned_draws(effect)}" if is_stopped(effect) else str(effect["draws"])
+
+
+def p_of(effect: InterventionEffect, measure: NullMeasure) -> str:
+    """The p-value of an intervention in words: p = 0.048; of a null that was stopped only that it is above 0.1."""
+    if is_stopped(effect):
+        return f"p > {2 * ALPHA:g}"
+    value = finite(measure["p"])
+    return "p undefined" if value is None else f"p = {probability(value)}"
 
 
 def band_of(measure: NullMeasure) -> list[float | None]:

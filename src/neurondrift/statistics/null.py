@@ -1,4 +1,4 @@
-"""An outcome against those of random draws: its p-value, when draws may stop, the effect and its interval.
+"""An outcome against those of random draws: its p-value, when draws may stop, the effect, its interval, its standing.
 
 The interval is over prompts. Takes arrays and returns values.
 Shapes: K = draws of the null, P = prompts (or examples), B = resamples.
@@ -7,10 +7,12 @@ Shapes: K = draws of the null, P = prompts (or examples), B = resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from neurondrift.base.errors import DataError
 
@@ -18,6 +20,10 @@ FloatArray = npt.NDArray[np.float64]
 Direction = Literal["higher", "lower", "equal"]
 #: What the comparisons of a group with its null say about a cause.
 CauseVerdict = Literal["cause", "against", "too_few_draws", "no_evidence"]
+#: How a group stands among its random groups. `stands_out` and `opposite`: the p-value survives the correction for all
+#: tests and the interval excludes effects below the smallest of interest, in the expected direction or against it;
+#: `small`: the p-value survives, the interval does not exclude them; `too_few_draws`: no p-value of so many draws can.
+Standing = Literal["stands_out", "opposite", "small", "not", "stopped", "too_few_draws", "undefined"]
 
 #: A p-value at or below this is called evidence; with K draws it can be reached from K = 19 on.
 ALPHA = 0.05
@@ -25,6 +31,10 @@ ALPHA = 0.05
 TIE = 1e-12
 #: The null's band holds this share of its draws.
 BAND = 0.95
+#: What a design finds with this probability counts as what it could have found.
+POWER = 0.8
+#: Fewer draws have no spread to plan by.
+FEWEST_DRAWS = 5
 
 
 class NullComparison(NamedTuple):
@@ -55,20 +65,24 @@ def empirical_p(value: float, null: npt.ArrayLike) -> float:
     """Two-sided (1 + #{draws at least as extreme}) / (1 + K).
 
     Extreme is the distance from the mean of all K + 1 outcomes, the group's among them. It treats them alike, so where
-    the group is exchangeable with its draws, P(p <= a) <= a. NaN without draws.
+    the group is exchangeable with its draws, P(p <= a) <= a. Draws without an outcome (NaN) count as extreme and do not
+    count for the mean. NaN without draws, and for a group without an outcome.
 
     References
     ----------
     Phipson & Smyth (2010), Permutation p-values should never be zero. Stat. Appl. Genet. Mol. Biol. 9(1), 39.
     """
     draws = np.asarray(null, dtype=np.float64)
-    return (1 + _as_extreme(value, draws)) / (1 + len(draws)) if len(draws) else math.nan
+    if not len(draws) or math.isnan(value):
+        return math.nan
+    return (1 + _as_extreme(value, draws)) / (1 + len(draws))
 
 
 def _as_extreme(value: float, draws: FloatArray) -> int:
     """How many draws lie at least as far as the value from the mean of all of them, the value among them."""
-    centre = (value + draws.sum()) / (1 + len(draws))
-    return int((np.abs(draws - centre) >= abs(value - centre) - TIE).sum())
+    known = draws[np.isfinite(draws)]
+    centre = (value + known.sum()) / (1 + len(known))
+    return int((np.abs(known - centre) >= abs(value - centre) - TIE).sum()) + len(draws) - len(known)
 
 
 def smallest_p(draws: int) -> float:
@@ -87,8 +101,9 @@ def is_settled(value: float, null: npt.ArrayLike, *, planned: int) -> bool:
     -----
     With g as extreme among the l draws made, the p-value of a stopped null is (1 + g)/(1 + l), and g >= h and l <= K
     make it larger than 2 `ALPHA`. So a p-value at or below a <= 2 `ALPHA` is always that of all K draws, fixed in
-    advance, and P(p <= a) <= a holds as without stopping. Stopping can only hide evidence that later draws would have
-    brought.
+    advance, and P(p <= a) <= a holds as without stopping: all that is asked of group and draws is what the whole null
+    asks, that they are exchangeable (draws may hold members, and the same group twice). Stopping can only hide evidence
+    that later draws would have brought. A group without an outcome (NaN) is never settled.
 
     References
     ----------
@@ -96,7 +111,37 @@ def is_settled(value: float, null: npt.ArrayLike, *, planned: int) -> bool:
     reports the larger (1 + g)/(1 + l).
     """
     draws = np.asarray(null, dtype=np.float64)
-    return _as_extreme(value, draws) >= max(2, math.floor(2 * ALPHA * (1 + planned) + TIE))
+    return not math.isnan(value) and _as_extreme(value, draws) >= max(2, math.floor(2 * ALPHA * (1 + planned) + TIE))
+
+
+class Outcome(NamedTuple):
+    """The group's outcome on each prompt `[P]`, that of each draw `[K, P]`, and the weight of each prompt `[P]` in the
+    mean (None: equal). NaN: the prompt does not count in that run."""
+
+    group_P: FloatArray
+    null_KP: FloatArray
+    weights_P: FloatArray | None = None
+
+    def means(self) -> tuple[float, FloatArray]:
+        """The weighted means over the prompts that count, of the group and of each draw; NaN where none does."""
+        share = self._weights()[None, :]
+        return float(_means(self.group_P[None, :], share)[0, 0]), _means(self.null_KP, share)[0]
+
+    def resampled(self, prompts_BP: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The same for prompts drawn with replacement: `[B]` and `[B, K]`."""
+        share_BP = prompts_BP * self._weights()
+        return _means(self.group_P[None, :], share_BP)[:, 0], _means(self.null_KP, share_BP)
+
+    def _weights(self) -> FloatArray:
+        return np.ones(len(self.group_P)) if self.weights_P is None else self.weights_P
+
+
+def _means(values_KP: FloatArray, weights_BP: FloatArray) -> FloatArray:
+    """Weighted means `[B, K]` over the prompts that have a value."""
+    known_KP = np.isfinite(values_KP)
+    sums = weights_BP @ np.where(known_KP, values_KP, 0.0).T
+    totals = weights_BP @ known_KP.T.astype(np.float64)
+    return np.divide(sums, totals, out=np.full(sums.shape, np.nan), where=totals > 0)
 
 
 def compare_with_null(
@@ -113,7 +158,8 @@ def compare_with_null(
     Parameters
     ----------
     group_P
-        The group's outcome for each prompt: 1 for a refusal; or the mean loss of an answer.
+        The group's outcome for each prompt: 1 for a refusal; or the mean loss of an answer. NaN where the prompt does
+        not count in this run, such as one whose answer cannot be read.
     null_KP
         The same for each draw of the null.
     planned
@@ -139,33 +185,58 @@ def compare_with_null(
     and how many random groups were drawn; it does not cover another training seed. It is undefined where no prompt
     tells group and null apart.
     """
+    outcome = outcome_of(group_P, null_KP, weights_P)
+    return _compared([(1.0, outcome)], planned=planned, resamples=resamples, rng_seed=rng_seed)
+
+
+def compare_difference(
+    first: Outcome, second: Outcome, *, planned: int | None = None, resamples: int = 2000, rng_seed: int = 0
+) -> NullComparison:
+    """The outcome on some prompts minus that on others, such as harmful minus ordinary, of the group and of the same K
+    draws. As `compare_with_null`; the prompts of either kind are resampled by themselves, the draws together; `n` is
+    the number of prompts of the first kind."""
+    return _compared([(1.0, first), (-1.0, second)], planned=planned, resamples=resamples, rng_seed=rng_seed)
+
+
+def outcome_of(group_P: npt.ArrayLike, null_KP: npt.ArrayLike, weights_P: npt.ArrayLike | None = None) -> Outcome:
+    """An `Outcome` of arrays that fit. Raises `DataError` where they do not, or there are no prompts."""
     group, null = np.asarray(group_P, dtype=np.float64), np.asarray(null_KP, dtype=np.float64)
     if null.size == 0:
         null = null.reshape(0, len(group))
     if group.ndim != 1 or null.ndim != 2 or null.shape[1] != len(group) or not len(group):
         raise DataError("Outcomes of group and null do not fit", received=f"{group.shape} and {null.shape}")
-    weights = np.ones(len(group)) if weights_P is None else np.asarray(weights_P, dtype=np.float64)
-    share = weights / weights.sum()
-    value, means = float(group @ share), null @ share
-    draws, n = len(null), len(group)
-    if not draws:
-        nan = math.nan
-        return NullComparison(
-            value, nan, nan, nan, nan, nan, (nan, nan), nan, nan, "equal", 0, n, "no random group was drawn"
-        )
-    effect = value - float(means.mean())
+    return Outcome(group, null, None if weights_P is None else np.asarray(weights_P, dtype=np.float64))
+
+
+def _compared(
+    parts: Sequence[tuple[float, Outcome]], *, planned: int | None, resamples: int, rng_seed: int
+) -> NullComparison:
+    """The comparison of a signed sum of outcomes."""
+    pairs = [(sign, *outcome.means()) for sign, outcome in parts]
+    value = sum(sign * own for sign, own, _ in pairs)
+    means: FloatArray = np.sum([sign * null for sign, _, null in pairs], axis=0)
+    known = means[np.isfinite(means)]
+    draws, n = len(means), len(parts[0][1].group_P)
+    if math.isnan(value) or not len(known):
+        why = "no random group was drawn" if not draws else "the group has no answer that counts"
+        nan, why = math.nan, why if math.isnan(value) or not draws else "no random group has an answer that counts"
+        floor = smallest_p(draws if planned is None else planned) if draws else nan
+        return NullComparison(value, nan, nan, nan, nan, nan, (nan, nan), nan, floor, "equal", draws, n, why)
+    centre = float(known.mean())
+    effect = value - centre
     tail = (1 - BAND) / 2
-    low, high = np.quantile(means, [tail, 1 - tail]) if draws * tail >= 1 else (float(means.min()), float(means.max()))
-    differs = not np.allclose(null, group)
-    interval = _bootstrap(group, null, weights, resamples, rng_seed) if differs else (math.nan, math.nan)
+    low, high = (
+        np.quantile(known, [tail, 1 - tail]) if len(known) * tail >= 1 else (float(known.min()), float(known.max()))
+    )
+    differs = any(not np.allclose(part.null_KP, part.group_P, equal_nan=True) for _, part in parts)
     return NullComparison(
         value=value,
-        null_mean=float(means.mean()),
-        null_sd=float(means.std(ddof=1)) if draws > 1 else math.nan,
+        null_mean=centre,
+        null_sd=float(known.std(ddof=1)) if len(known) > 1 else math.nan,
         null_low=float(low),
         null_high=float(high),
         effect=effect,
-        ci95=interval,
+        ci95=_bootstrap(parts, resamples, rng_seed) if differs else (math.nan, math.nan),
         p=empirical_p(value, means),
         p_floor=smallest_p(draws if planned is None else planned),
         direction="equal" if abs(effect) < TIE else "higher" if effect > 0 else "lower",
@@ -179,17 +250,128 @@ def compare_with_null(
     )
 
 
-def _bootstrap(
-    group: FloatArray, null: FloatArray, weights: FloatArray, resamples: int, rng_seed: int
-) -> tuple[float, float]:
+def _bootstrap(parts: Sequence[tuple[float, Outcome]], resamples: int, rng_seed: int) -> tuple[float, float]:
     generator = np.random.default_rng(rng_seed)
-    n, draws = len(group), len(null)
-    prompts_BP = generator.multinomial(n, np.full(n, 1 / n), size=resamples) * weights
-    prompts_BP = prompts_BP / prompts_BP.sum(axis=1, keepdims=True)
-    draws_BK = generator.multinomial(draws, np.full(draws, 1 / draws), size=resamples) / draws
-    effects = prompts_BP @ group - np.einsum("bk,kp,bp->b", draws_BK, null, prompts_BP, optimize=True)
-    low, high = np.quantile(effects, [0.025, 0.975])
+    asked = [
+        generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+        for n in (len(part.group_P) for _, part in parts)
+    ]
+    draws = len(parts[0][1].null_KP)
+    draws_BK = generator.multinomial(draws, np.full(draws, 1 / draws), size=resamples)
+    own_B, null_BK = np.zeros(resamples), np.zeros((resamples, draws))
+    for (sign, part), prompts_BP in zip(parts, asked, strict=True):
+        own, null = part.resampled(prompts_BP)
+        own_B, null_BK = own_B + sign * own, null_BK + sign * null
+    weights_BK = np.where(np.isfinite(null_BK), draws_BK, 0)  # a draw without an answer that counts has no mean
+    totals_B = weights_BK.sum(axis=1)
+    effects_B = own_B[totals_B > 0] - (
+        (weights_BK * np.nan_to_num(null_BK)).sum(axis=1)[totals_B > 0] / totals_B[totals_B > 0]
+    )
+    effects_B = effects_B[np.isfinite(effects_B)]
+    if not len(effects_B):
+        return math.nan, math.nan
+    low, high = np.quantile(effects_B, [0.025, 0.975])
     return float(low), float(high)
+
+
+def stopped(comparison: NullComparison, *, decided: bool) -> NullComparison:
+    """A comparison whose null was stopped: without effect, interval and range, as its draws were made until they looked
+    like the group. `decided`: the outcome that decided about the stop, whose p-value (above 2 `ALPHA`) holds; those of
+    other outcomes on these draws are not adjusted for it, and go too."""
+    nan = math.nan
+    return comparison._replace(
+        null_mean=nan,
+        null_sd=nan,
+        null_low=nan,
+        null_high=nan,
+        effect=nan,
+        ci95=(nan, nan),
+        p=comparison.p if decided else nan,
+        direction="equal",
+        reason="stopped",
+    )
+
+
+def standing(
+    comparison: NullComparison,
+    p_holm: float,
+    *,
+    tests: int,
+    expected: Direction,
+    smallest_effect: float,
+    was_stopped: bool = False,
+) -> Standing:
+    """How a group stands among its random groups.
+
+    Parameters
+    ----------
+    comparison
+        With the effect on refusals, a share.
+    p_holm
+        Its p-value after Holm's correction for all `tests`.
+    expected
+        The direction of an effect that the group's change causes.
+    smallest_effect
+        The smallest effect of interest, in the unit of the effect: the interval has to lie beyond it.
+    """
+    if was_stopped:
+        return "stopped"
+    if math.isnan(comparison.p):
+        return "undefined"
+    if p_holm <= ALPHA + TIE:
+        low, high = comparison.ci95
+        beyond = comparison.direction == "higher" and low > smallest_effect
+        beyond = beyond or (comparison.direction == "lower" and high < -smallest_effect)
+        if not beyond:
+            return "small"
+        return "stands_out" if comparison.direction == expected else "opposite"
+    return "too_few_draws" if comparison.p_floor * tests > ALPHA + TIE else "not"
+
+
+def draws_needed(tests: int) -> int:
+    """The fewest draws whose smallest p-value is at most `ALPHA` after a correction for so many tests."""
+    return max(2, math.ceil(tests / ALPHA - TIE) - 1)
+
+
+def smallest_found(
+    *, null_sd: float, n: int, draws: int, tests: int, smallest_effect: float, power: float = POWER
+) -> float:
+    """The smallest true effect on a share that `standing` would call `stands_out` with this probability.
+
+    NaN where no p-value of so many draws survives the correction, or their spread is not known; infinite where no
+    effect up to 1 is found so often.
+
+    Parameters
+    ----------
+    null_sd
+        Standard deviation of the draws' shares: groups without an effect of their own vary so much.
+    n
+        Prompts.
+    draws, tests
+        Draws of the null, and tests that the p-values are corrected for, in the first step of Holm's procedure.
+    smallest_effect
+        As in `standing`.
+
+    Notes
+    -----
+    A group with effect d has the estimate d + e, e normal with variance null_sd² + d(1 - d)/n: its own spread, and that
+    of a share d of n prompts that turn. It is found where at most floor(ALPHA (1 + K)/tests) - 1 of K normal draws are
+    as extreme, and the estimate less 1.96 standard errors (of the prompts, and of the mean of K draws) is beyond the
+    smallest effect. The probability is the mean over e.
+    """
+    extreme = math.floor(ALPHA * (1 + draws) / tests + TIE) - 1
+    if extreme < 0 or draws <= 1 or not math.isfinite(null_sd):
+        return math.nan
+    quantiles = stats.norm.ppf((np.arange(400) + 0.5) / 400)
+    for effect in np.arange(1, 201) / 200:
+        of_prompts = effect * (1 - effect) / n
+        estimates = effect + quantiles * math.sqrt(null_sd**2 + of_prompts)
+        as_extreme = 2 * stats.norm.sf(np.abs(estimates) / max(null_sd, TIE))
+        surprising = stats.binom.cdf(extreme, draws, as_extreme)
+        beyond = estimates - stats.norm.ppf(0.975) * math.sqrt(of_prompts + null_sd**2 / draws) > smallest_effect
+        if (surprising * beyond).mean() >= power:
+            return float(effect)
+    return math.inf
 
 
 class Recovered(NamedTuple):

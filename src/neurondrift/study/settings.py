@@ -239,6 +239,9 @@ class InterveneSection(Experiment):
     doses: list[Fraction] | None = Field(
         None, description="shares by importance; default: 0.1, 0.25, 0.5, 1 as far as importances are there"
     )
+    smallest_effect: Fraction = Field(
+        0.1, description="smallest effect of interest, in shares refused: the interval must lie beyond it"
+    )
     mode: Literal["zero", "mean"] = Field("zero", description="what pruned weights become")
     harmful: Count = Field(32, description="harmful requests of each run")
     ordinary: Count = Field(8, description="ordinary prompts of each run")

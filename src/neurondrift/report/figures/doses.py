@@ -13,7 +13,7 @@ from neurondrift.report.figures.style import FULL_WIDTH, GREY, INK, LEAST_WIDTH,
 from neurondrift.report.findings.interventions import InterventionEffect
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import draws_made, interventions_of, is_stopped, roles_of
-from neurondrift.report.wording import finite
+from neurondrift.report.wording import finite, role_of
 
 NULL_BAND = "#D9D9D9"
 #: The panels, in order.
@@ -28,7 +28,9 @@ def intervention_doses(results: Findings) -> Figure | None:
     effects, references = acted["effects"], acted["references"]
     groups = list(dict.fromkeys(effect["group"] for effect in effects))
     kinds = [kind for kind in PANELS if any(effect["intervention"] == kind for effect in effects)]
-    marks = group_marks(groups, roles_of(results))
+    roles = roles_of(results)
+    roles.update({effect["group"]: role_of(effect) for effect in effects if "role" in effect})
+    marks = group_marks(groups, roles)
     figure = new_figure(
         1.0 + 1.55 * len(groups),
         "Harmful requests refused when only one group is acted on",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from neurondrift.report.findings.numbers import Limits, Number, RateOfPrompts
 
 if TYPE_CHECKING:  # reading a file needs nothing that computes
-    from neurondrift.statistics.null import CauseVerdict, Direction
+    from neurondrift.base.roles import Role
+    from neurondrift.statistics.null import CauseVerdict, Direction, Standing
 
 
 class NullMeasure(TypedDict):
@@ -29,6 +30,35 @@ class NullMeasure(TypedDict):
     reason: str
     perplexity: NotRequired[Number]
     null_perplexity: NotRequired[Number]
+    #: Of harmful requests, for whole groups: corrected for `holm_tests` tests.
+    p_holm: NotRequired[Number]
+    #: Answers that do not count, of the group and on average of a random group.
+    incoherent: NotRequired[int]
+    undecided: NotRequired[int]
+    null_incoherent: NotRequired[Number]
+    null_undecided: NotRequired[Number]
+
+
+class SupportFound(TypedDict):
+    """What of a group has comparable neurons, how many members there are per candidate, and the share of a random
+    group's members that are the group's own."""
+
+    members: int
+    left_out: int
+    sites: int
+    sites_left_out: int
+    members_per_candidate: Number
+    own: Number
+
+
+class SmallestFound(TypedDict):
+    """The smallest effect that the design would have called outstanding with 80 % power, and the share of the change
+    that a group must carry to have it; with so many draws. `reason` says why not, or why not with the draws made."""
+
+    effect: Number
+    share: Number
+    draws: int
+    reason: str
 
 
 class Measures(TypedDict):
@@ -62,6 +92,12 @@ class InterventionEffect(TypedDict):
     stopped_early: NotRequired[bool]
     measures: Measures
     share: ShareOfChange
+    #: Older versions wrote none of these.
+    role: NotRequired[Role | None]
+    support: NotRequired[SupportFound]
+    harmful_minus_ordinary: NotRequired[NullMeasure]
+    standing: NotRequired[Standing]
+    found: NotRequired[SmallestFound]
 
 
 class AnswerLoss(TypedDict):
@@ -107,6 +143,9 @@ class Interventions(TypedDict):
     references: References
     effects: list[InterventionEffect]
     tests: int
+    holm_tests: NotRequired[int]
+    draws_needed: NotRequired[int]
+    smallest_effect: NotRequired[float]
     causes: NotRequired[list[CauseFound]]
     conclusion: str
     sentences: NotRequired[list[str]]

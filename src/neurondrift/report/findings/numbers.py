@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 #: Null where undefined.
 Number = float | None
@@ -11,10 +11,13 @@ Limits = list[float | None]
 
 
 class RateOfPrompts(TypedDict):
-    """A share of `n` prompts with its Wilson limits."""
+    """A share of `n` prompts with its Wilson limits; of coherent answers, what else was asked is counted beside it."""
 
     rate: Number
     low: Number
     high: Number
     refusals: int
     n: int
+    asked: NotRequired[int]
+    incoherent: NotRequired[int]
+    undecided: NotRequired[int]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Items, Paragraph, Section, Table, table
-from neurondrift.report.findings.interventions import Interventions, NullMeasure
+from neurondrift.report.findings.interventions import InterventionEffect, Interventions, NullMeasure
 from neurondrift.report.reading import (
     band_of,
     conclusion_of,
     draws_made,
     is_same_model,
     is_stopped,
+    p_of,
     planned_draws,
     whole_groups,
 )
@@ -18,10 +21,13 @@ from neurondrift.report.wording import Footnotes, clean
 
 TITLE = "Cause: interventions on the groups"
 STOPPED = (
-    "fewer draws than planned: stopped, as two or more of them were as extreme as the group in refusals of harmful "
-    "requests; such a p is above 0.1. Those of ordinary prompts and answers are of the same draws, not adjusted for "
-    "stopping"
+    "stopped: fewer draws than planned, as two or more of them were as extreme as the group in refusals of harmful "
+    "requests. Such a p is above 0.1; there is no effect, interval or range, and no p of ordinary prompts and answers, "
+    "as the draws were made until they looked like the group"
 )
+STOP = "stopped"
+KINDS: tuple[Literal["harmful"], Literal["ordinary"]] = ("harmful", "ordinary")
+WAYS: tuple[Literal["incoherent"], Literal["undecided"]] = ("incoherent", "undecided")
 WHAT = {
     "prune": "the group is set to zero (or to its site's mean) in the model before fine-tuning",
     "rewind": "the group alone gets its values from before fine-tuning back; all else stays fine-tuned",
@@ -40,6 +46,8 @@ def section(interventions: Interventions, fingerprint: str | None = None) -> Sec
         blocks.append(Paragraph(clean(" ".join(sentences))))
     blocks.append(refusal_table(interventions))
     blocks.append(side_table(interventions))
+    if answers := answer_table(interventions):
+        blocks.append(answers)
     doses = dose_table(interventions)
     if doses:
         blocks.append(doses)
@@ -48,25 +56,37 @@ def section(interventions: Interventions, fingerprint: str | None = None) -> Sec
     return Section(title=TITLE, blocks=tuple(blocks), figures=("intervention_doses",))
 
 
-def _refused(notes: Footnotes, measure: NullMeasure) -> tuple[str, str]:
+def _refused(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure) -> tuple[str, str]:
     """The share refused under the intervention, and the mean and range of the random groups."""
-    null = notes.number(measure, "null_mean", wording.share)
-    return notes.number(measure, "value", wording.share), f"{null} {_band(measure, wording.share)}"
+    value = notes.number(measure, "value", wording.share)
+    if is_stopped(effect):
+        return value, STOP
+    return value, f"{notes.number(measure, 'null_mean', wording.share)} {_band(measure, wording.share)}"
+
+
+def _p(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure) -> str:
+    """The p-value of refusals of harmful requests."""
+    return (
+        p_of(effect, measure).removeprefix("p ")
+        if is_stopped(effect)
+        else notes.number(measure, "p", wording.probability)
+    )
 
 
 def refusal_table(interventions: Interventions) -> Table:
     """Refusals of harmful requests under each intervention on a whole group, beside its random groups."""
     notes, rows = Footnotes(), []
     for effect in whole_groups(interventions):
-        measure = effect["measures"]["harmful"]
+        measure, ended = effect["measures"]["harmful"], is_stopped(effect)
         rows.append(
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
-                *_refused(notes, measure),
-                notes.number(measure, "effect", wording.effect),
-                notes.interval(measure, "ci95", wording.effect),
-                notes.number(measure, "p", wording.probability),
+                *_refused(notes, effect, measure),
+                STOP if ended else notes.number(measure, "effect", wording.effect),
+                STOP if ended else notes.interval(measure, "ci95", wording.effect),
+                _p(notes, effect, measure),
+                "–" if ended or "p_holm" not in measure else notes.number(measure, "p_holm", wording.probability),
                 draws_made(effect),
             )
         )
@@ -78,20 +98,53 @@ def refusal_table(interventions: Interventions) -> Table:
     }
     floors = ", ".join(f"{wording.probability(p)} with {draws}" for draws, p in sorted(known, reverse=True))
     return table(
-        f"Harmful requests refused ({before['n']} prompts; before fine-tuning {wording.rate(before)}, after "
-        f"{wording.rate(after)}):",
-        ("group", "intervention", "refused", "random groups", "effect", "95 % interval", "p", "draws"),
+        f"Harmful requests refused, of coherent answers ({before.get('asked', before['n'])} requests; before "
+        f"fine-tuning {wording.rate(before)}, after {wording.rate(after)}):",
+        ("group", "intervention", "refused", "random groups", "effect", "95 % interval", "p", "corrected", "draws"),
         rows,
-        "llrrrrrr",
+        "llrrrrrrr",
         (
-            "random groups: mean and range of matched random groups; effect: the group minus their mean, interval over "
-            "prompts and draws",
+            "random groups: mean and range of matched random groups, which may hold members of the group; effect: the "
+            "group minus their mean, interval over prompts and draws",
             f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {floors} draws; "
-            f"{interventions['tests']} tests in these two tables, not corrected for their number",
+            f"{interventions['tests']} such p-values in this section",
+            *_corrected(interventions),
+            *_support(interventions),
             *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(interventions)) else ()),
             *notes.notes(),
         ),
     )
+
+
+def _corrected(interventions: Interventions) -> list[str]:
+    """What the corrected p-values are corrected for, and what standing out takes; nothing in older files."""
+    if "holm_tests" not in interventions:
+        return []
+    return [
+        f"corrected: by Holm's procedure for the {interventions['holm_tests']} tests of this table, which takes "
+        f"{interventions['draws_needed']} draws to reach 0.05; a group stands out where it does and the interval lies "
+        f"beyond {interventions['smallest_effect']:g} of refusals (intervene.smallest_effect)"
+    ]
+
+
+def _support(interventions: Interventions) -> list[str]:
+    """For each group: the members that have no comparable neurons, and how many of its own a random group holds."""
+    said = {}
+    for effect in whole_groups(interventions):
+        if support := effect.get("support"):
+            compared = support["members"] - support["left_out"]
+            said[effect["group"]] = (
+                f"{clean(effect['group'])}: {compared:,} of {support['members']:,} members compared "
+                f"({support['sites_left_out']} of {support['sites']} sites have no comparable neurons); "
+                f"{wording.number(support, 'members_per_candidate', wording.ratio)} members per candidate; a random "
+                f"group holds {wording.number(support, 'own', _percent)} of the group's own members, which makes the "
+                "effect smaller by that share"
+            )
+    return list(said.values())
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
 
 
 def side_table(interventions: Interventions) -> Table:
@@ -99,15 +152,16 @@ def side_table(interventions: Interventions) -> Table:
     notes, rows = Footnotes(), []
     for effect in whole_groups(interventions):
         ordinary, answers = (effect["measures"][kind] for kind in ("ordinary", "answers"))
+        ended = is_stopped(effect)
         rows.append(
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
-                *_refused(notes, ordinary),
-                notes.number(ordinary, "p", wording.probability),
+                *_refused(notes, effect, ordinary),
+                STOP if ended else notes.number(ordinary, "p", wording.probability),
                 notes.number(answers, "perplexity", wording.drift),
-                notes.number(answers, "null_perplexity", wording.drift),
-                notes.number(answers, "p", wording.probability),
+                STOP if ended else notes.number(answers, "null_perplexity", wording.drift),
+                STOP if ended else notes.number(answers, "p", wording.probability),
             )
         )
     ends = (interventions["references"]["before"], interventions["references"]["after"])
@@ -120,6 +174,76 @@ def side_table(interventions: Interventions) -> Table:
         "llrrrrrr",
         notes.notes(),
     )
+
+
+def answer_table(interventions: Interventions) -> Table | None:
+    """Harmful minus ordinary refusals, and the answers that do not count; None in files that recorded neither."""
+    notes, rows = Footnotes(), []
+    for effect in whole_groups(interventions):
+        if "harmful_minus_ordinary" not in effect:
+            return None
+        difference, ended = effect["harmful_minus_ordinary"], is_stopped(effect)
+        rows.append(
+            (
+                clean(effect["group"]),
+                clean(effect["intervention"]),
+                notes.number(difference, "value", wording.effect),
+                STOP if ended else notes.number(difference, "null_mean", wording.effect),
+                STOP if ended else notes.interval(difference, "ci95", wording.effect),
+                *(_uncounted(_measure(effect, kind), what) for what in WAYS for kind in KINDS),
+            )
+        )
+    if not rows:
+        return None
+    return table(
+        "Harmful minus ordinary requests refused, and answers that do not count for the shares (random groups):",
+        (
+            "group",
+            "intervention",
+            "difference",
+            "random",
+            "95 % interval",
+            "incoherent: harmful",
+            "ordinary",
+            "undecided: harmful",
+            "ordinary",
+        ),
+        rows,
+        "llrrrrrrr",
+        (
+            "difference: what raises both shares is no return of refusals; interval: of the group's minus the random "
+            "groups'. undecided: thoughts that do not end, or what the judge cannot tell",
+            *_reference_counts(interventions),
+            *notes.notes(),
+        ),
+    )
+
+
+def _measure(effect: InterventionEffect, kind: Literal["harmful", "ordinary"]) -> NullMeasure | None:
+    return effect["measures"]["harmful"] if kind == "harmful" else effect["measures"].get("ordinary")
+
+
+def _uncounted(measure: NullMeasure | None, what: Literal["incoherent", "undecided"]) -> str:
+    if measure is None or what not in measure:
+        return "–"
+    null = wording.finite(measure.get("null_incoherent" if what == "incoherent" else "null_undecided"))
+    return f"{measure[what]} ({'–' if null is None else wording.plain(round(null, 1))})"
+
+
+def _reference_counts(interventions: Interventions) -> list[str]:
+    """The same of the models before and after fine-tuning."""
+    said = []
+    for name, reference in (
+        ("before", interventions["references"]["before"]),
+        ("after", interventions["references"]["after"]),
+    ):
+        for kind, rate in (("harmful", reference["harmful"]), ("ordinary", reference["ordinary"])):
+            if "asked" in rate:
+                said.append(
+                    f"{name}, {kind}: {rate.get('incoherent', 0)} incoherent and {rate.get('undecided', 0)} undecided "
+                    f"of {rate['asked']}"
+                )
+    return ["; ".join(said)] if said else []
 
 
 def dose_table(interventions: Interventions) -> Table | None:
@@ -139,8 +263,8 @@ def dose_table(interventions: Interventions) -> Table | None:
                 clean(effect["intervention"]),
                 f"{100 * effect['dose']:g} %",
                 f"{effect['members']:,}",
-                *_refused(notes, measure),
-                notes.number(measure, "p", wording.probability),
+                *_refused(notes, effect, measure),
+                _p(notes, effect, measure),
                 draws_made(effect),
             )
         )

@@ -132,7 +132,8 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
         rows,
         "lrrrrr",
         (
-            f"{clean(behaviour['prompts'])} harmful requests; perplexity of {clean(behaviour['answers'])} "
+            f"{clean(behaviour['prompts'])} harmful requests; refusals: of the coherent answers that the judge could "
+            f"decide; perplexity of {clean(behaviour['answers'])} "
             f"held-out answers to ordinary prompts. Random removals take as many directions as the safety removal "
             f"(rank {clean(settings['rank'])}).",
             f"Share of random removals with as few refusals, (1 + k) / (1 + K): {compared}." if compared else "",

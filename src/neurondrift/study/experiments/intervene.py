@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,25 @@ from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
 from neurondrift.interventions.contexts import Applied, reach
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
+from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import (
     INTERVENTIONS,
     Acted,
     Bench,
     Draws,
-    RunLog,
     Subject,
     Trial,
+    facts_of,
     plan,
-    planned_draws,
     run_trials,
 )
 from neurondrift.models.adapters import is_trained
 from neurondrift.models.data import PromptKind, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
-from neurondrift.report.conclusion import intervention_findings
+from neurondrift.report.causes import intervention_findings
 from neurondrift.report.findings.interventions import Interventions
-from neurondrift.statistics.null import ALPHA, smallest_p
+from neurondrift.statistics.null import ALPHA, draws_needed, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.settings import InterveneSection, Study
@@ -130,7 +130,13 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
             "training_step": None if options.adapter is not None else last_step(folder, seed),
             "settings": _as_made(study, options, asked, doses, bench),
             **intervention_findings(
-                summarise(results, planned_draws(trials), resamples=study.analyze.resamples, rng_seed=study.seed)
+                summarise(
+                    results,
+                    facts_of(trials),
+                    smallest_effect=options.smallest_effect,
+                    resamples=study.analyze.resamples,
+                    rng_seed=study.seed,
+                )
             ),
             "seconds": round(time.perf_counter() - began, 1),
             "versions": record()["versions"],
@@ -167,6 +173,7 @@ def _as_made(
         "doses": list(doses),
         "draws": asdict(planned(options)),
         "mode": options.mode,
+        "smallest_effect": options.smallest_effect,
         "bins": bins_of(study.groups, options.granularity),
         "rng_seed": study.seed,
         "resamples": study.analyze.resamples,
@@ -260,6 +267,8 @@ def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
                 received=f"--granularity {options.granularity}",
                 fix=f"pass --granularity {group.granularity}",
             )
+        if group.role is None and label in GROUP_ROLES:  # files of older versions name no role
+            group = replace(group, provenance={**group.provenance, "role": GROUP_ROLES[label]})
         if label in groups:
             raise ConfigError("Two groups have the same name", received=label, fix="rename one file")
         groups[label] = group
@@ -355,6 +364,9 @@ def _announce(trials: Sequence[Trial], bench: Bench, draws: Draws) -> str:
             text += f" (its p cannot be below {floor:.2f})"
     if stopping:
         text += f"; stopped once settled: {', '.join(stopping)}"
+    tests = sum(trial.dose == 1 and trial.support is not None for trial in trials)
+    if tests > 1:
+        text += f"; {tests} tests of whole groups: a p-value survives their correction from {draws_needed(tests)} draws"
     prompts = ", ".join(f"{len(examples)} {kind}" for kind, examples in bench.sets.items())
     return f"{text}; {prompts} prompts, {len(bench.answers)} held-out answers"
 

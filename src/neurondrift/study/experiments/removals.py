@@ -7,6 +7,7 @@ them back is `interventions.removal`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from neurondrift.base.progress import progress
 from neurondrift.behaviour.capability import perplexity
 from neurondrift.behaviour.evaluate import judge_answers
-from neurondrift.behaviour.rates import refusal_rate
+from neurondrift.behaviour.rates import coherent_rate
 from neurondrift.importance.directions import Projection, projection, random_directions, safety_only
 from neurondrift.interventions.removal import remove_rank
 from neurondrift.models.data import load_examples
@@ -35,7 +36,8 @@ def removal_effects(
     *,
     draws: int,
 ) -> dict[str, Any]:
-    """Refusals of harmful requests and perplexity of held-out answers, without and with each removal.
+    """Refusals of harmful requests (of coherent answers) and perplexity of held-out answers, without and with each
+    removal.
 
     `directions`: subspace -> site -> orthonormal directions. The random removals take as many directions from each
     site as the safety removal. Returns the object `behaviour` of `results/subspaces.json`.
@@ -64,7 +66,7 @@ def removal_effects(
                 {
                     "removed": label,
                     "draw": draw,
-                    "refusals": refusal_rate([row["refused"] for row in rows])._asdict(),
+                    "refusals": coherent_rate(rows)._asdict(),
                     "partial": sum(row["verdict"] == "partial" for row in rows),
                     "undecided": sum(bool(row["undecided"]) for row in rows),
                     "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows),
@@ -98,7 +100,8 @@ def _removals(
 
 
 def _p_random(conditions: Sequence[Mapping[str, Any]], label: str) -> float:
-    """The one-sided p-value of a removal: random removals with as few refusals or fewer."""
+    """The one-sided p-value of a removal: random removals with as few refusals or fewer, or without any answer that
+    counts; NaN where the removal itself leaves none."""
     rate = next(c["refusals"]["rate"] for c in conditions if c["removed"] == label)
     null = [c["refusals"]["rate"] for c in conditions if c["removed"] == "random"]
-    return (1 + sum(value <= rate for value in null)) / (1 + len(null))
+    return math.nan if math.isnan(rate) else (1 + sum(not value > rate for value in null)) / (1 + len(null))

@@ -45,7 +45,7 @@ from neurondrift.study.stages.reporting import weights_digest
 
 Say = Callable[[str], None]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUBSPACES = ("safety", "utility", "safety_only")
 #: Random subspaces of each site that the shares are compared with.
 RANDOM_SUBSPACES = 20

@@ -26,6 +26,7 @@ def _acted_on(study: Study) -> dict[str, Any]:
     return first_seed(study) | {
         "evaluate": section_inputs(study.evaluate),
         "resamples": study.analyze.resamples,
+        "layout": intervene.SCHEMA_VERSION,
         "files": [data_key(DataReference(source=file)) for file in files],
     }
 
@@ -35,6 +36,7 @@ def _directions(study: Study) -> dict[str, Any]:
     return first_seed(study) | {
         "score": section_inputs(study.score),
         "evaluate": section_inputs(study.evaluate) if study.subspaces.draws else None,
+        "layout": subspaces.SCHEMA_VERSION,
         "resamples": study.analyze.resamples,
     }
 
