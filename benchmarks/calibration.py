@@ -1,24 +1,30 @@
-"""Does the inference hold its error rates? Simulated studies with known truth, and the naive t-test beside.
+"""Does the inference hold its error rates? Simulated studies with known truth, through the pipeline's own functions.
 
-Run:  python benchmarks/calibration.py [--studies 2000] [--workers 2]
+Run:  python benchmarks/calibration.py [--studies 2000] [--workers 2] [--out FILE] [--row NAME] [--list]
 
-Each simulated study has the sites of a small Llama (per layer 192, 192, 576, 576, 576, 1536 and 1536
-neurons), 1 % members per site, chosen by |w| times noise, so that the group is enriched in large |w|. The
-drift of neuron i of site j in seed s is
+With ``--out`` every study's outcome is appended to FILE, and what is there already is not done again: the run can be
+stopped and taken up. Each row of the table is a process that draws drifts, and one of the two comparisons:
 
-    scale_j * |w_i|^0.3 * exp(0.5 z_si - 0.125),   z_si = sqrt(0.5) z_i + sqrt(0.5) z'_si,
-    log scale_j ~ N(0, 0.5)  (0.5 the standard deviation)
+- Sites are those of a small Llama (per layer 192, 192, 576, 576, 576, 1536 and 1536 neurons). Every neuron has a log
+  norm, log utility score and log gradient scale, correlated as below, and a log safety score that goes with all three;
+  in o_proj and down_proj most of it is that of the coordinate of the residual stream, so that rows are members in many
+  layers at once.
+  The group is the set difference: the top 3 % by safety score without the top 3 % by utility score, site by site, so
+  that membership depends on every covariate. Sites, covariates, members and so the designs (strata, regression,
+  entropy balancing) are those of one of `DESIGNS` draws; studies take them in turn.
+- Log drift of neuron i of site j in seed s is: level of the site + slopes of the site times the covariates (`norm`
+  rows: only norm has a slope, for strata of norm claim no more; `matched` rows: all three) + for members the true log
+  ratio + b_j + l_layer + r_row + a_s + noise. Noise has SD 0.5, half of its variance kept over seeds, with heavy tails
+  (Student's t with 4 degrees of freedom, on the log scale). b, l, r and a are normal with the SDs of the row: they are
+  effects that members of a site, a layer, a coordinate of the residual stream (rows of o_proj and down_proj) or a
+  training seed share. With one seed the interval promises the effect of that run, so that a is 0.
 
-and members move by (effect + b_j + a_s) within-site SDs more, b_j ~ N(0, site SD), a_s ~ N(0, seed SD). The
-heavy tails are those of the lognormal (skewness 1.75, excess kurtosis 5.9). b, a, scale and z are new in each
-study; |w|, members and strata are fixed. The truth is the g that this process has in an endless population
-of sites and seeds. With one seed the interval promises the effect of that run, so the seed SD is 0 in those
-rows, but for the row that shows what a single run does not cover.
+Columns: ratio, bias of the estimate as a factor at ratio 1; FPR, p < 0.05 at ratio 1 (aim 3.5 to 6.5 %); cover, 95 %
+interval at ratios 1, 1.25 and 1 / 1.25 (the least; aim 93 % or more); wrong similar, verdict at ratio 1.25 | 1 / 1.25
+(aim at most 5 %, and 1 % for what 2,000 studies cannot tell); power, share of "more" at the ratio that
+`smallest_more` names (aim 80 %); layer, share of studies in which layers had the larger standard error.
 
-Columns: FPR, p < 0.05 at effect 0 (aim 3.5 to 6.5 %); cover, 95 % interval at effects 0 and 0.2 (aim 93 % or
-more); wrong similar, at either edge of the band, effect +0.2 | -0.2 (aim at most 5 %); naive, Welch's t-test on
-pooled neurons at effect 0, seeds stacked; permut., the label permutation (sharp null) at effect 0, on up to 500
-studies.
+Below: what the gate says of groups that have no counterfactual.
 """
 
 import os
@@ -26,208 +32,299 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
-from neurondrift.statistics.design.matching import refine_bins
-from neurondrift.statistics.estimates import MatchedEffect, hedges_correction, matched_sums
-from neurondrift.statistics.inference import infer, permutation_p
-from neurondrift.statistics.results import decide
+from neurondrift.statistics.design.designs import Design
+from neurondrift.statistics.design.plans import MATCHED_ON, Plans
+from neurondrift.statistics.design.population import Population
+from neurondrift.statistics.design.ratios import Rules, called, infer_ratio, ratio_sums, to_estimate
 
-SITE_SIZES = (576, 192, 192, 576, 1536, 1536, 576)
-MEMBERS = 0.01
-LOG_SD, NEURON_SHARE, SCALE_LOG_SD, NORM_LOG_SD, NORM_SLOPE = 0.5, 0.5, 0.5, 0.2, 0.3
-SESOI, RESAMPLES, PERMUTATIONS, PERMUTED_STUDIES = 0.2, 1000, 199, 500
-POWER_AT = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIZES = (576, 192, 192, 576, 1536, 1536, 576)
+DESIGNS, CHUNK = 4, 20
+NOISE, KEPT, TAIL = 0.5, 0.5, 4
+#: Correlations of log norm, log utility score, log gradient scale and log safety score; their SDs.
+CORRELATION = np.array([[1, 0.5, 0.3, 0.5], [0.5, 1, 0.6, 0.8], [0.3, 0.6, 1, 0.6], [0.5, 0.8, 0.6, 1]])
+SPREAD = np.array([0.2, 0.6, 0.5, 0.6])
+#: Share of their variance that rows of o_proj and down_proj have in common with the same row of all layers.
+PERSISTENT = 0.8
+SLOPES = {"norm": np.array([-0.4, 0.0, 0.0]), "matched": np.array([-0.4, 0.1, 0.15])}
+BAND, RESAMPLES = 1.25, 1000
+LOG_BAND = float(np.log(BAND))
 
 
-class Scenario(NamedTuple):
-    name: str
+class Row(NamedTuple):
+    comparison: str
     layers: int
     seeds: int
-    site_sd: float
-    seed_sd: float
+    site: float
+    layer: float = 0.0
+    seed: float = 0.0
+    row: float = 0.0
     judged: bool = True
 
+    @property
+    def name(self) -> str:
+        shared = f"{self.site:g}-{self.layer:g}-{self.row:g}-{self.seed:g}"
+        return f"{self.comparison}-{self.layers}x{self.seeds}-{shared}"
 
-SCENARIOS = (
-    Scenario("1 seed, 210 sites", 30, 1, 0.1, 0.0),
-    Scenario("1 seed, 210 sites", 30, 1, 0.3, 0.0),
-    Scenario("3 seeds, 210 sites", 30, 3, 0.1, 0.03),
-    Scenario("3 seeds, 210 sites", 30, 3, 0.2, 0.1),
-    Scenario("3 seeds, 42 sites", 6, 3, 0.3, 0.05),
-    Scenario("3 seeds, 42 sites", 6, 3, 0.2, 0.2),
-    Scenario("1 seed, 42 sites", 6, 1, 0.2, 0.0),
-    Scenario("1 seed, 21 sites", 3, 1, 0.2, 0.0),
-    Scenario("1 seed, 14 sites", 2, 1, 0.2, 0.0),
-    Scenario("1 seed, 42 sites, truth = mean over runs", 6, 1, 0.2, 0.1, judged=False),
+
+ROWS = tuple(
+    row
+    for comparison in ("norm", "matched")
+    for row in (
+        Row(comparison, 30, 1, 0.1),
+        Row(comparison, 30, 1, 0.1, 0.1),
+        Row(comparison, 30, 1, 0.1, 0.2),
+        Row(comparison, 30, 1, 0.1, 0.1, row=0.3),
+        Row(comparison, 30, 3, 0.1, 0.1, 0.05),
+        Row(comparison, 30, 3, 0.1, 0.2, 0.1),
+        Row(comparison, 12, 1, 0.1, 0.1),
+        Row(comparison, 12, 3, 0.1, 0.1, 0.05),
+        Row(comparison, 6, 1, 0.1, 0.1),
+        Row(comparison, 6, 3, 0.1, 0.1, 0.05),
+        Row(comparison, 3, 1, 0.1, 0.1, judged=False),
+        Row(comparison, 30, 1, 0.1, 0.1, 0.1, judged=False),
+    )
 )
 
 
-class Design(NamedTuple):
-    """What stays fixed over the studies of a scenario."""
+class Plan(NamedTuple):
+    """A population with its group and designs; the drift of the population is a placeholder."""
 
-    site: NDArray[np.int64]
-    norm: NDArray[np.float64]
+    population: Population
     member: NDArray[np.bool_]
-    stratum: NDArray[np.int64]
-    site_of_stratum: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    unit: float  # truth in g of a shift of one within-site SD
+    logs: NDArray[np.float64]
+    designs: dict[str, Design]
 
 
-class Outcome(NamedTuple):
-    """Of one study and one true effect: rejected, covered, similar, more."""
+def covariates(layers: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Site of each neuron and its log norm, utility, gradient and safety score, [N, 4]."""
+    sizes = np.array(SIZES * layers)
+    site = np.repeat(np.arange(len(sizes)), sizes)
+    plain = rng.standard_normal((len(site), 4))
+    of_row = rng.standard_normal((max(SIZES), 4))
+    row = np.concatenate([np.arange(size) for size in sizes])
+    writes = np.repeat(np.tile([kind in ("o_proj", "down_proj") for kind in KINDS], layers), sizes)
+    plain[writes] = np.sqrt(PERSISTENT) * of_row[row[writes]] + np.sqrt(1 - PERSISTENT) * plain[writes]
+    return site, plain @ np.linalg.cholesky(CORRELATION).T * SPREAD
 
-    effect: float
-    p: float
-    covered: bool
-    similar: bool
-    more: bool
+
+def top(site: NDArray[np.int64], score: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
+    """The highest `share` of every site."""
+    order = np.lexsort((-score, site))
+    sizes = np.bincount(site)
+    rank = np.empty(len(site), dtype=np.int64)
+    rank[order] = np.arange(len(site)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank < np.maximum(1, (share * sizes).astype(int))[site]
+
+
+def plan_of(
+    layers: int, number: int, member: NDArray[np.bool_] | None = None, values: NDArray[np.float64] | None = None
+) -> Plan:
+    rng = np.random.default_rng([20240514, layers, number])
+    site, drawn = covariates(layers, rng)
+    values = drawn if values is None else values
+    if member is None:
+        member = top(site, values[:, 3], 0.03) & ~top(site, values[:, 1], 0.03)
+    sizes = np.array(SIZES * layers)
+    population = Population(
+        site=site,
+        site_names=tuple(map(str, range(len(sizes)))),
+        module_type=KINDS * layers,
+        layer=tuple(np.repeat(np.arange(layers), len(KINDS)).tolist()),
+        row=np.concatenate([np.arange(size) for size in sizes]),
+        norm=np.exp(values[:, 0]),
+        drift={"l2": np.ones((1, len(site)))},
+        covariates={"utility_score": np.exp(values[:, 1]), "gradient_scale": np.exp(values[:, 2])},
+    )
+    both = Plans(population, ["l2"], 10).of(member, ~member, "l2", MATCHED_ON)
+    assert both.matched is not None
+    return Plan(population, member, values[:, :3], {"norm": both.norm, "matched": both.matched})
+
+
+@lru_cache(maxsize=DESIGNS)
+def plan(layers: int, number: int) -> Plan:
+    return plan_of(layers, number)
 
 
 @lru_cache(maxsize=1)
-def design(layers: int) -> Design:
-    rng = np.random.default_rng(20240514)
-    sizes = np.array(SITE_SIZES * layers)
-    site = np.repeat(np.arange(len(sizes)), sizes)
-    norm = np.exp(NORM_LOG_SD * rng.standard_normal(len(site)))
-    score = norm * np.exp(0.5 * rng.standard_normal(len(site)))
-    member = np.zeros(len(site), dtype=bool)
-    for code, size in enumerate(sizes):
-        inside = np.flatnonzero(site == code)
-        member[inside[np.argsort(-score[inside])[: max(1, int(MEMBERS * size))]]] = True
-    stratum = refine_bins(site, norm, member, 10)
-    site_of_stratum = np.zeros(stratum.max() + 1, dtype=np.int64)
-    site_of_stratum[stratum] = site
-    # Variance of the drift within a stratum, in units of the site's scale, as the members meet it.
-    count = np.bincount(stratum)
-    first = np.bincount(stratum, weights=norm**NORM_SLOPE) / count
-    second = np.bincount(stratum, weights=norm ** (2 * NORM_SLOPE)) / count
-    variance = second * np.exp(LOG_SD**2) - first**2
-    unit = np.sqrt(np.exp(LOG_SD**2) - 1) * np.exp(-(SCALE_LOG_SD**2) / 2) / np.sqrt(variance[stratum[member]].mean())
-    return Design(site, norm, member, stratum, site_of_stratum, sizes, float(unit))
+def tails() -> NDArray[np.float32]:
+    """Scales that turn normal noise into Student's t of SD 1; studies read them from a place of their own."""
+    rng = np.random.default_rng(7)
+    freedom = rng.chisquare(TAIL, 1 << 21) / TAIL
+    return np.sqrt((TAIL - 2) / TAIL / freedom).astype(np.float32)
 
 
-def simulate(scenario: Scenario, effects: Sequence[float], number: int) -> tuple[list[Outcome], float, float]:
-    """One study, analysed at each true effect; also the naive p and the permutation p at effect 0."""
-    plan = design(scenario.layers)
-    rng = np.random.default_rng(
-        [number, scenario.layers, scenario.seeds, int(1000 * scenario.site_sd), int(1000 * scenario.seed_sd)]
+def noise(rng: np.random.Generator, n: int) -> NDArray[np.float32]:
+    start = int(rng.integers(0, len(tails()) - n))
+    return rng.standard_normal(n, dtype=np.float32) * tails()[start : start + n]
+
+
+def simulate(row: Row, number: int) -> dict[str, Any]:
+    """One study: what the pipeline makes of a drift with no effect in the mean, and of the same with one."""
+    fixed = plan(row.layers, number % DESIGNS)
+    design, people, places = fixed.designs[row.comparison], fixed.population, fixed.population.places()
+    key = [number, row.layers, row.seeds, *(int(1000 * sd) for sd in (row.site, row.layer, row.seed, row.row))]
+    rng = np.random.default_rng(key)
+    used = np.flatnonzero(design.coefficient_N)
+    site, sites = people.site[used], len(people.site_names)
+    slope = SLOPES[row.comparison] * (1 + 0.5 * rng.standard_normal((sites, 3)))
+    level = rng.normal(-5, 0.5, sites)[site] + (slope[site] * fixed.logs[used]).sum(axis=1)
+    own = row.site * rng.standard_normal(sites) + (row.layer * rng.standard_normal(row.layers))[places.layer_of_site]
+    shared = own[site] + np.where(
+        places.writes_residual[site], (row.row * rng.standard_normal(max(SIZES)))[people.row[used]], 0.0
     )
-    n, sites, seeds = len(plan.site), len(plan.sizes), scenario.seeds
-    scale = np.exp(SCALE_LOG_SD * rng.standard_normal(sites))
-    shared = rng.standard_normal(n, dtype=np.float32)
-    drift = np.empty((seeds, n))
-    base = scale[plan.site] * plan.norm**NORM_SLOPE
-    for seed in range(seeds):
-        own = rng.standard_normal(n, dtype=np.float32)
-        log = LOG_SD * (np.sqrt(NEURON_SHARE) * shared + np.sqrt(1 - NEURON_SHARE) * own) - LOG_SD**2 / 2
-        drift[seed] = base * np.exp(log)
-    unit_shift = scale * np.sqrt(np.exp(LOG_SD**2) - 1)  # [J]
-    moved = (
-        scenario.site_sd * rng.standard_normal(sites)[None] + scenario.seed_sd * rng.standard_normal(seeds)[:, None]
-    ) * unit_shift  # [S, J]
-    drift[:, plan.member] += moved[:, plan.site[plan.member]]
-    matched = matched_sums(drift, plan.member, plan.stratum, plan.site_of_stratum, sites)
-    statistic = MatchedEffect(seeds, hedges_correction(float(matched.freedom.sum())))
-    outcomes = []
-    for effect in effects:
-        sums = matched.sums.copy()  # a constant shift moves differences and leaves variances
-        sums[:, 2 : 2 + seeds] += (sums[:, 0] * unit_shift[matched.sites] * effect / plan.unit)[:, None]
-        found = infer(sums, statistic, resamples=RESAMPLES, rng_seed=number)
-        ci90, ci95 = found.equivalence_interval(), found.interval(0.95)
-        verdict = decide(ci90, ci95, SESOI)
-        outcomes.append(
-            Outcome(effect, found.p_value(), ci95[0] <= effect <= ci95[1], verdict == "similar", ci95[0] > 0)
-        )
-    sharp = float("nan")
-    if number < PERMUTED_STUDIES:
-        sharp = float(
-            permutation_p(drift.mean(axis=0)[None], plan.member, plan.stratum, resamples=PERMUTATIONS, rng=rng)[0]
-        )
-    return outcomes, welch(drift[:, plan.member].ravel(), drift[:, ~plan.member].ravel()), sharp
+    of_seed = row.seed * rng.standard_normal(row.seeds)
+    kept = np.sqrt(KEPT) * noise(rng, len(used))
+    drift = np.ones((row.seeds, len(people.site)))
+    member = fixed.member[used]
+    for seed in range(row.seeds):
+        log = level + np.where(member, shared + of_seed[seed], 0.0)
+        drift[seed, used] = np.exp(log + NOISE * (kept + np.sqrt(1 - KEPT) * noise(rng, len(used))))
+    sums = ratio_sums(design, drift, places)
+    rules = Rules(BAND, RESAMPLES, number % DESIGNS)
+    found = infer_ratio(sums, places, rules)
+    smallest = found.inferred.smallest_more(LOG_BAND)
+    outcome: dict[str, Any] = {
+        "row": row.name,
+        "number": number,
+        "value": found.inferred.value,
+        "se": found.inferred.se,
+        "p": found.inferred.p_value(),
+        "cluster": found.cluster,
+        "row_share": found.row_share,
+        "smallest": smallest,
+    }
+    for label, effect in (("none", 0.0), ("up", LOG_BAND), ("down", -LOG_BAND), ("smallest", smallest)):
+        # A true ratio moves the estimate and nothing else, as a test asks: the study need not be analysed again.
+        moved = to_estimate(found.inferred._replace(value=found.inferred.value + effect), 0)
+        outcome[label] = [bool(moved.ci95[0] <= effect <= moved.ci95[1]), called(moved, BAND)]
+    return outcome
 
 
-def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Two-sided p of Welch's t-test; the normal stands for Student's t, with over 100 degrees of freedom."""
-    t = (a.mean() - b.mean()) / np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return float(2 * special.ndtr(-abs(t)))
-
-
-def chunk(scenario: Scenario, effects: tuple[float, ...], numbers: range) -> list[tuple[list[Outcome], float, float]]:
-    return [simulate(scenario, effects, number) for number in numbers]
+def chunk(row: Row, numbers: list[int]) -> list[dict[str, Any]]:
+    return [simulate(row, number) for number in numbers]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies per row")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="file of outcomes, one JSON object a line; taken up where it stops")
+    parser.add_argument("--row", action="append", help="only rows whose name begins so; may be given again")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     options = parser.parse_args()
+    rows = [row for row in ROWS if not options.row or row.name.startswith(tuple(options.row))]
+    if options.list:
+        print("\n".join(row.name for row in rows))
+        return
     began = time.perf_counter()
+    done = read(options.out)
     print(
-        f"{options.studies} studies per row; site sizes {SITE_SIZES} per layer; {MEMBERS:.0%} members; "
-        f"log SD {LOG_SD}; {RESAMPLES} resamples; band +-{SESOI}"
+        f"{options.studies} studies per row; sites {SIZES} per layer; noise SD {NOISE}, t with {TAIL} df on the log "
+        f"scale; {RESAMPLES} resamples; band x{BAND:g}"
     )
     print(
-        f"{'scenario':<42}{'site':>6}{'seed':>6}{'FPR':>7}{'cover 0':>9}{'cover .2':>9}"
-        f"{'wrong similar':>16}{'naive':>8}{'permut.':>9}   ok"
+        f"{'comparison':<11}{'layers':>6}{'seeds':>6}{'site':>6}{'layer':>6}{'row':>5}{'seed':>6}"
+        f"{'bias':>8}{'FPR':>7}{'cover':>8}{'wrong similar':>16}{'power':>7}{'layer':>7}   ok"
     )
-    power: dict[str, list[float]] = {}
-    all_good = True
+    good = True
     with ProcessPoolExecutor(options.workers) as pool:
-        for scenario in SCENARIOS:
-            results = collect(pool, scenario, (0.0, SESOI, -SESOI), range(options.studies))
-            good = show(scenario, results)
-            all_good &= good or not scenario.judged
-        for scenario in (SCENARIOS[1], SCENARIOS[3], SCENARIOS[4]):
-            some = collect(pool, scenario, POWER_AT, range(max(20, options.studies // 10)))
-            label = f"{scenario.name}, site SD {scenario.site_sd}, seed SD {scenario.seed_sd}"
-            outcomes = [[one[i] for one, _, _ in some] for i in range(len(POWER_AT))]
-            power[f"{label}: more"] = [float(np.mean([o.more and not o.similar for o in at])) for at in outcomes]
-            power[f"{label}: similar"] = [float(np.mean([o.similar for o in at])) for at in outcomes]
-    print(f"\nShare of studies with each verdict by true g ({max(20, options.studies // 10)} studies)")
-    print(f"{'':<58}" + "".join(f"{g:>7.3f}" for g in POWER_AT))
-    for label, shares in power.items():
-        print(f"{label:<58}" + "".join(f"{share:>7.0%}" for share in shares))
-    print(
-        f"\n{'all judged rows within their aims' if all_good else 'SOME ROWS MISS THEIR AIMS'}; "
-        f"{time.perf_counter() - began:.0f} s"
-    )
+        for row in rows:
+            known = {o["number"]: o for o in done.get(row.name, []) if o["number"] < options.studies}
+            missing = [number for number in range(options.studies) if number not in known]
+            parts = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+            for future in [pool.submit(chunk, row, part) for part in parts]:
+                outcomes = future.result()
+                append(options.out, outcomes)
+                known |= {o["number"]: o for o in outcomes}
+            good &= show(row, list(known.values())) or not row.judged
+    print(f"\n{'all judged rows within their aims' if good else 'SOME ROWS MISS THEIR AIMS'}")
+    gate()
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
-def collect(
-    pool: ProcessPoolExecutor, scenario: Scenario, effects: tuple[float, ...], numbers: range
-) -> list[tuple[list[Outcome], float, float]]:
-    parts = [numbers[i : i + 25] for i in range(0, len(numbers), 25)]
-    futures = [pool.submit(chunk, scenario, effects, part) for part in parts]
-    return [result for future in futures for result in future.result()]
+def read(file: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """The outcomes in a file by row; a last line that was cut off is left out."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    if file is None or not file.exists():
+        return out
+    for line in file.read_text().splitlines():
+        try:
+            outcome = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        out.setdefault(outcome["row"], []).append(outcome)
+    return out
 
 
-def show(scenario: Scenario, results: list[tuple[list[Outcome], float, float]]) -> bool:
+def append(file: Path | None, outcomes: list[dict[str, Any]]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write("".join("\n" + json.dumps(outcome) for outcome in outcomes))
+
+
+def show(row: Row, outcomes: list[dict[str, Any]]) -> bool:
     """Print one row; whether it meets the aims."""
-    null, upper, lower = ([outcomes[i] for outcomes, _, _ in results] for i in range(3))
-    rate = float(np.mean([o.p < 0.05 for o in null]))
-    cover = [float(np.mean([o.covered for o in at])) for at in (null, upper)]
-    wrong = [float(np.mean([o.similar for o in at])) for at in (upper, lower)]
-    naive = float(np.mean([p < 0.05 for _, p, _ in results]))
-    sharp = [p for _, _, p in results if np.isfinite(p)]
-    good = 0.035 <= rate <= 0.065 and min(cover) >= 0.93 and max(wrong) <= 0.05
+
+    def share(label: str, verdict: str) -> float:
+        return float(np.mean([o[label][1] == verdict for o in outcomes]))
+
+    bias = float(np.exp(np.mean([o["value"] for o in outcomes])))
+    rate = float(np.mean([o["p"] < 0.05 for o in outcomes]))
+    cover = min(float(np.mean([o[label][0] for o in outcomes])) for label in ("none", "up", "down"))
+    wrong = [share(label, "similar") for label in ("up", "down")]
+    power, layer = share("smallest", "more"), float(np.mean([o["cluster"] == "layer" for o in outcomes]))
+    good = 0.035 <= rate <= 0.065 and cover >= 0.93 and max(wrong) <= 0.06
     print(
-        f"{scenario.name:<42}{scenario.site_sd:>6.2f}{scenario.seed_sd:>6.2f}{rate:>7.1%}{cover[0]:>9.1%}"
-        f"{cover[1]:>9.1%}{wrong[0]:>9.1%} |{wrong[1]:>5.1%}{naive:>8.1%}"
-        f"{np.mean(np.array(sharp) <= 0.05):>9.1%}   "
-        f"{('yes' if good else 'NO') if scenario.judged else '(not judged)'}",
+        f"{row.comparison:<11}{row.layers:>6}{row.seeds:>6}{row.site:>6.2f}{row.layer:>6.2f}{row.row:>5.1f}"
+        f"{row.seed:>6.2f}{bias:>8.3f}{rate:>7.1%}{cover:>8.1%}{wrong[0]:>9.1%} |{wrong[1]:>5.1%}{power:>7.0%}"
+        f"{layer:>7.0%}   {('yes' if good else 'NO') if row.judged else '(not judged)'}",
         flush=True,
     )
     return good
+
+
+def gate() -> None:
+    """Groups chosen by one covariate, by chance, and as in the rows above: comparable or not, over ten draws each."""
+    print(f"\n{'Gate, 12 layers, 10 draws':<34}{'norm: passes, SMD, alone':>34}{'matched: passes, SMD, alone':>34}")
+    for name in ("norm alone", "norm, mostly", "utility alone", "gradient alone", "safety", "set difference", "random"):
+        shares: dict[str, list[tuple[bool, float, float]]] = {"norm": [], "matched": []}
+        for number in range(10):
+            rng = np.random.default_rng([99, number])
+            site, values = covariates(12, rng)
+            other = rng.standard_normal(len(site))
+            score = {
+                "norm alone": values[:, 0],
+                "norm, mostly": values[:, 0] / SPREAD[0] + 0.5 * other,
+                "utility alone": values[:, 1],
+                "gradient alone": values[:, 2],
+                "safety": values[:, 3],
+                "set difference": values[:, 3],
+                "random": other,
+            }[name]
+            member = top(site, score, 0.03 if name == "set difference" else 0.01)
+            if name == "set difference":
+                member &= ~top(site, values[:, 1], 0.03)
+            for label, design in plan_of(12, number, member, values).designs.items():
+                worst = max((abs(b.after) for b in design.balance if b.gated), default=np.nan)
+                shares[label].append((not design.because, worst, design.without_control / design.members))
+        cells = []
+        for found in shares.values():
+            smd = np.nanmean([s for _, s, _ in found]) if np.isfinite([s for _, s, _ in found]).any() else np.nan
+            passes, alone = (np.mean([part[i] for part in found]) for i in (0, 2))
+            cells.append(f"{passes:>16.0%}{smd:>9.2f}{alone:>9.0%}")
+        print(f"{name:<34}{cells[0]}{cells[1]}")
 
 
 if __name__ == "__main__":

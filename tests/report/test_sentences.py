@@ -10,8 +10,11 @@ from neurondrift.report.causes import intervention_sentences
 from neurondrift.report.conclusion import weakness_clause
 from neurondrift.statistics.weaknesses import (
     FailedControl,
+    FailedPositive,
     FewSeeds,
     FewSites,
+    MissedInjection,
+    NotComparable,
     SharedNeurons,
     Unbalanced,
     UndefinedDrift,
@@ -31,6 +34,19 @@ SAID = {
     Unbalanced(group="g", difference=-0.25): "matching left |w| of g off by -0.25 SD",
     FewSites(group="g", sites=4): "g has matched members in 4 sites only",
     FailedControl(group="random", role="random", verdict="more"): "the random group, a negative control, is found more",
+    FailedPositive(
+        group="g", role="positive", verdict="similar"
+    ): "g, a positive control, is found similar: this outcome is unfit for this run",
+    MissedInjection(group="g", factor=1.25): "the drift of g, multiplied by 1.25, was not found",
+    NotComparable(
+        group="g",
+        comparison="matched",
+        because=("without_control",),
+        without_control=9,
+        of_members=20,
+        worst="norm",
+        difference=0.0,
+    ): "g has no comparable neurons (without_control)",
     SharedNeurons(first="g", second="h", shared=12, jaccard=0.5): "g and h share 12 neurons (Jaccard 0.50)",
 }
 

@@ -6,7 +6,8 @@ for that of an association, whose units are training seeds. In their order here:
 - `associate`: whether refusals are lost as a group drifts;
 - `cluster_mean`, `control_means`, `control_weights`, `distribution`: drift of members and of matched controls at one
   step, of which the figures over training and of the final drift are made;
-- `ratio_of_means`: members over controls where only sums per site are kept, as of single weights;
+- `ratio_of_means`, `ratio_of_medians`: members over controls where only sums or histograms per site are kept, as of
+  single weights;
 - `share`: what part of a change of weights lies in a subspace.
 
 Shapes: N neurons, S seeds, J sites, T steps, Q sums per site.
@@ -26,8 +27,11 @@ from neurondrift.base.errors import DataError
 from neurondrift.statistics.estimates import BoolArray, FloatArray, IntArray, ratio_statistic
 from neurondrift.statistics.inference import Inference, infer, infer_plain
 
+#: Fewest points of a seed whose rank correlation counts towards an interval over seeds.
+FEWEST_POINTS = 5
 #: All orders of this many points are enumerated for the p-value (8! = 40,320).
 MOST_ENUMERATED = 8
+FEW_POINTS = "fewer than five points per seed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ class Association:
     """How the loss of refusals goes with one group's drift (or with ``all neurons``).
 
     `spearman` is the mean over seeds of the rank correlation within a seed, with `p` by permutation of the
-    steps (S = 1) and `interval` by Student's t over seeds (S >= 3, on Fisher's z; NaN otherwise).
+    steps (S = 1) and `interval` by Student's t over seeds (S >= 3 of five points each, on Fisher's z; NaN otherwise).
     `slope` is the loss of refusals per unit of drift, least squares with an intercept per seed; `r2` its
     share of the variance within seeds.
     """
@@ -152,6 +156,10 @@ def _correlation(
         rho = float(within_S.mean())
     else:
         reasons["spearman"] = "fewer than three snapshots after the first, or no variation"
+    few = min((len(x) for x, _ in pairs), default=0) < FEWEST_POINTS
+    if len(within_S) >= 3 and few:
+        reasons["interval"] = reasons["p"] = FEW_POINTS
+        return rho, interval, p, reasons
     if len(within_S) >= 3:
         z_S = np.arctanh(np.clip(within_S, -0.999, 0.999))
         half = float(special.stdtrit(len(z_S) - 1, 0.975) * z_S.std(ddof=1) / np.sqrt(len(z_S)))
@@ -297,6 +305,42 @@ def ratio_of_means(first_J2: FloatArray, second_J2: FloatArray) -> Ratio:
         return Ratio(np.nan, np.nan, np.nan, "no member has moved, or none is defined")
     low, high = inferred.interval(0.95)
     return Ratio(inferred.value, low, high, inferred.reason)
+
+
+def ratio_of_medians(value_V: FloatArray, first_JV: IntArray, second_JV: IntArray) -> Ratio:
+    """Median of the first arm over that of the second, from histograms per site.
+
+    For quotients with a denominator near 0, whose means rest on few of them. The medians are those of all sites
+    together; the interval is that of a jackknife over sites, of the log of the ratio, with Student's t on sites - 1
+    degrees of freedom.
+
+    Parameters
+    ----------
+    value_V
+        The value that a column stands for, increasing, float64 [V].
+    first_JV, second_JV
+        How many values of each arm lie there in each site, int [J, V].
+    """
+    sites = len(first_JV)
+    whole = np.array([_medians(value_V, arm_JV.sum(axis=0)[None])[0] for arm_JV in (first_JV, second_JV)])
+    if not (np.isfinite(whole).all() and whole[1] > 0):
+        return Ratio(np.nan, np.nan, np.nan, "no median, or the controls' is 0")
+    value = float(whole[0] / whole[1])
+    without_J2 = np.stack([_medians(value_V, arm.sum(axis=0) - arm) for arm in (first_JV, second_JV)], axis=1)
+    if sites < 2 or not (np.isfinite(without_J2).all() and (without_J2 > 0).all() and value > 0):
+        return Ratio(value, np.nan, np.nan, "one site, or a median that is 0 without one of the sites")
+    log_J = np.log(without_J2[:, 0] / without_J2[:, 1])
+    error = float(np.sqrt((sites - 1) / sites * ((log_J - log_J.mean()) ** 2).sum()))
+    half = float(stats.t.ppf(0.975, sites - 1)) * error
+    return Ratio(value, value * np.exp(-half), value * np.exp(half), "")
+
+
+def _medians(value_V: FloatArray, counts_KV: IntArray) -> FloatArray:
+    """Median (the lower one) of each row of counts, [K]; NaN where a row is empty."""
+    cumulative_KV = np.cumsum(counts_KV, axis=1)
+    total_K = cumulative_KV[:, -1]
+    place_K = (2 * cumulative_KV < total_K[:, None]).sum(axis=1)
+    return np.where(total_K > 0, value_V[np.minimum(place_K, len(value_V) - 1)], np.nan)
 
 
 class RatioOfSums(NamedTuple):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from neurondrift.base.roles import Role, role_of_name
 from neurondrift.behaviour.rates import category_interval, paired_change, refusal_rate
-from neurondrift.drift.bins import WeightDrift, pooled, weight_drifts
+from neurondrift.drift.bins import WeightDrift, aligned, pooled, weight_drifts
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.group import Group, role_of
 from neurondrift.report.conclusion import analysis_findings
@@ -243,16 +243,22 @@ def _weight_fields(
             fields |= {f"{prefix}mean_{label}": whole.mean, f"{prefix}median_{label}": whole.quantile(0.5)}
     fields |= {f"sd_{label}": math.sqrt(own.variance), f"p99_{label}": own.quantile(0.99)}
     if controls:
-        sums = [
-            {part.site: (part.defined, part.defined * part.mean) for part in arm} for arm in (members or [], controls)
-        ]
-        sites = list(sums[0] | sums[1])
-        first, second = (np.nan_to_num([arm.get(site, (0.0, 0.0)) for site in sites]) for arm in sums)
-        ratio = descriptive.ratio_of_means(first, second)
+        values, counts = aligned([{part.site: part for part in arm} for arm in (members or [], controls)])
+        if label == "relative":  # a quotient with weights near zero: its mean rests on few of them
+            ratio = descriptive.ratio_of_medians(values, *counts)
+        else:
+            ratio = descriptive.ratio_of_means(*_sums_by_site(members or [], controls))
         fields |= {f"ratio_{label}": ratio.value, f"ratio_{label}_ci95": [ratio.low, ratio.high]}
         if ratio.reason:
             fields |= {f"ratio_{label}_reason": ratio.reason, f"ratio_{label}_ci95_reason": ratio.reason}
     return fields
+
+
+def _sums_by_site(*arms: list[WeightDrift]) -> list[npt.NDArray[np.float64]]:
+    """Count and sum of each arm over the sites of all, `[sites, 2]` each."""
+    sums = [{part.site: (part.defined, part.defined * part.mean) for part in arm} for arm in arms]
+    sites = list(dict.fromkeys(site for arm in sums for site in arm))
+    return [np.nan_to_num([arm.get(site, (0.0, 0.0)) for site in sites]) for arm in sums]
 
 
 def behaviour(

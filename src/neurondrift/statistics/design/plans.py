@@ -85,7 +85,6 @@ class Plans:
 
     def of(self, member_N: BoolArray, candidate_N: BoolArray, metric: str, on: tuple[str, ...]) -> Designs:
         """Of members among candidates, for the neurons with a log drift in a metric, balanced on `on`."""
-        usable_N = self.usable[metric]
         flags = np.stack([member_N, candidate_N, self.usable[metric]])
         key = hashlib.sha256(np.packbits(flags).tobytes()).digest(), on
         if key not in self.made:
