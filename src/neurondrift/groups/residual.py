@@ -78,7 +78,7 @@ def select_residual(
         for name, column in columns.items():
             if column.shape != own_N.shape:
                 raise GroupError(
-                    f"The covariate {name} does not fit {site}", received=column.shape, allowed=own_N.shape
+                    f"The covariate {name} does not fit {site}", received=column.shape, allowed=str(own_N.shape)
                 )
         residual_N = residuals(own_N, list(columns.values()))
         usable_U = np.flatnonzero(np.isfinite(residual_N))
@@ -110,7 +110,7 @@ def residuals(score_N: npt.NDArray[Any], covariates: list[npt.NDArray[Any]]) -> 
     ones than coefficients. Covariates that depend on each other (or do not vary) do no harm.
     """
     values_CN = np.stack([np.asarray(values, dtype=np.float64) for values in (score_N, *covariates)])
-    usable_N = (np.isfinite(values_CN) & (values_CN > 0)).all(axis=0)
+    usable_N: npt.NDArray[np.bool_] = np.all(np.isfinite(values_CN) & (values_CN > 0), axis=0)
     result_N = np.full(len(usable_N), np.nan)
     if usable_N.sum() <= len(values_CN):
         return result_N

@@ -227,7 +227,7 @@ def _top_of_site(values: npt.NDArray[np.float32], fraction: float, per: Per, sit
     return top_indices(flat, count_of(fraction, len(flat)), site)
 
 
-def top_indices(values: npt.NDArray[np.float32], count: int, name: str = "scores") -> Indices:
+def top_indices(values: npt.NDArray[np.floating[Any]], count: int, name: str = "scores") -> Indices:
     """Ascending indices of the `count` highest values; among equals the lower index wins.
 
     Raises `GroupError` where a value is not finite.

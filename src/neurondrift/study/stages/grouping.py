@@ -110,7 +110,7 @@ def scored_groups(
             provenance={**of_utility, "role": GROUP_ROLES["utility_top"]},
         ),
     }
-    if granularity != "neuron":
+    if granularity != "neuron" or shapes is None:
         return made
     made |= _of_neurons(scores, made, settings, about, norms)
     return {name: replace(group, shapes=shapes) for name, group in made.items()}
