@@ -7,7 +7,7 @@ import pytest
 from helpers.kinds_of_answers import CAR, KINDS, PROSE, STEPS, cases
 from helpers.paths import REPOSITORY
 from neurondrift.behaviour.judges import decided, judge
-from neurondrift.behaviour.languages import unread
+from neurondrift.models.text.languages import unread
 
 DATASETS = REPOSITORY / "src/neurondrift/models/datasets"
 HELD_OUT = 89  # of 97, when the rules were done

@@ -21,7 +21,7 @@ from importlib import resources
 from typing import Literal, NamedTuple
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.behaviour.languages import unread
+from neurondrift.models.text.languages import unread
 from neurondrift.models.text.thoughts import spoken
 
 Kind = Literal["full", "partial", "none", "undecided"]
