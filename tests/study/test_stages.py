@@ -22,6 +22,7 @@ CHEAP = {
     "finetune.data": {"source": "builtin:ordinary", "limit": 8},
     "finetune.max_length": 192,
     "evaluate.max_new_tokens": 2,
+    "evaluate.final_max_new_tokens": 3,
     "analyze.resamples": 200,
 }
 FEW = ["--draws", "1", "--doses", "1", "--prompts", "2", "--ordinary", "1", "--tokens", "2"]
