@@ -255,7 +255,9 @@ def study_facts(seeds: int) -> StudyFacts:
             "learning_rate": 1e-4,
             "batch_size": 4,
             "data": "builtin:ordinary",
+            "optimiser": "adamw",
         },
+        optimiser="adamw",
         score={
             "method": "snip",
             "safety": "builtin:refusals",

@@ -27,24 +27,30 @@ def trainer(model, folder, *callbacks, **settings):
     return training.trainer(model, folder, *callbacks, **LEAKY | settings)
 
 
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5}
+
+
+@pytest.mark.parametrize("optimiser", [{}, SGD], ids=["adamw", "sgd"])
 @pytest.mark.parametrize(
     ("method", "granularity"),
     [("lora", "neuron"), ("lora", "weight"), ("lora", "unit"), ("full", "neuron"), ("full", "weight")],
 )
-def test_in_a_trainer_with_a_resume_nothing_leaks(method, granularity, tmp_path):
+def test_in_a_trainer_with_a_resume_nothing_leaks(method, granularity, optimiser, tmp_path):
     def fresh():
         return lora_on(build("llama")) if method == "lora" else build("llama")
 
     group, before = group_of(build("llama"), granularity), weights(build("llama"))
     straight, resumed = fresh(), fresh()
     callback = FreezeCallback(group)
-    trainer(straight, tmp_path / "straight", callback).train()
+    trainer(straight, tmp_path / "straight", callback, **optimiser).train()
     check_frozen(straight, before, group)
     assert callback.report.moved > 0
     with pytest.raises(Killed):
-        trainer(fresh(), tmp_path / "t", FreezeCallback(group), KillAt(3)).train()
+        trainer(fresh(), tmp_path / "t", FreezeCallback(group), KillAt(3), **optimiser).train()
     again = FreezeCallback(group)
-    trainer(resumed, tmp_path / "t", again).train(resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-2"))
+    trainer(resumed, tmp_path / "t", again, **optimiser).train(
+        resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-2")
+    )
     check_frozen(resumed, before, group)
     assert again.report == callback.report
     for one, two in zip(straight.parameters(), resumed.parameters(), strict=True):

@@ -43,6 +43,17 @@ def test_the_first_screen_holds_the_verdicts_and_the_refusals(results: dict) -> 
     assert "3. " in first.split("Main caveats")[1]
 
 
+def test_the_optimiser_stands_in_the_subtitle_and_in_the_settings(results: dict) -> None:
+    assert "fine-tuned by lora under AdamW, 75 steps" in build_document(results).subtitle
+    results["study"]["finetune"] |= {"optimiser": "sgd", "momentum": 0.9}
+    results["study"]["optimiser"] = "sgd"
+    assert "fine-tuned by lora under SGD with momentum 0.9, 75 steps" in build_document(results).subtitle
+    squeezed = re.sub(r" +", " ", render_text(results))
+    assert "fine-tuning optimiser sgd" in squeezed and "fine-tuning momentum 0.9" in squeezed
+    del results["study"]["optimiser"]  # files of older versions, logs made elsewhere
+    assert "fine-tuned by lora, 75 steps" in build_document(results).subtitle
+
+
 def test_each_verdict_is_said_with_its_hypothesis(results: dict) -> None:
     said = {
         "more": "MORE (H1, fragile safety)",

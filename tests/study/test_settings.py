@@ -38,6 +38,21 @@ def test_a_data_reference_is_replaced_whole():
     assert study.score.safety.limit is None
 
 
+def test_what_fingerprints_do_not_know_is_written_only_where_it_says_something():
+    for preset in ("smoke", "demo", "llama2-7b-chat"):
+        study = resolve(preset=preset)
+        assert study.finetune.optimiser == "adamw"
+        assert not {"optimiser", "momentum"} & study.finetune.model_dump().keys()
+        assert "template" not in study.model.model_dump()
+    said = resolve(preset="smoke", flags={"finetune.optimiser": "sgd", "model.template": {"x": 1}})
+    written = said.finetune.model_dump(mode="json", exclude={"data"})
+    assert (written["optimiser"], written["momentum"], "data" in written) == ("sgd", 0.9, False)
+    assert said.model.model_dump()["template"] == {"x": 1}
+    assert 'optimiser = "sgd"' in said.to_toml() and "momentum = 0.9" in said.to_toml()
+    moved = resolve(preset="smoke", flags={"finetune.momentum": 0.5})  # nothing that AdamW asks for
+    assert moved.finetune.model_dump() == resolve(preset="smoke").finetune.model_dump()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -45,6 +60,8 @@ def test_a_data_reference_is_replaced_whole():
         ("[finetun]\nlora_r = 4", r"no setting finetun.*did you mean finetune"),
         ("[groups]\ntop_fraction = 0", r"groups.top_fraction does not fit.*greater than 0.*Received: 0"),
         ("[groups]\ntop_fraction = 1.5", r"groups.top_fraction does not fit.*less than or equal to 1"),
+        ("[finetune]\noptimiser = 'adam'", r"finetune.optimiser does not fit.*'adamw' or 'sgd'"),
+        ("[finetune]\nmomentum = 1.0", r"finetune.momentum does not fit.*less than 1"),
         ("[finetune]\nmax_steps = 0", r"max_steps does not fit.*-1 \(all epochs\) or at least 1"),
         ("seeds = [1, 1]", r"seeds does not fit.*named twice"),
         ('[score]\nmethod = "snap"', r"score.method does not fit.*'snip'"),

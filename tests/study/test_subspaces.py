@@ -127,4 +127,4 @@ def test_mistakes_of_a_study_end_with_exit_code_2(tuned, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["subspaces", "--output-dir", str(folder.root), "--draws", "-1"])
     assert ended.value.code == 2
-    assert "cannot be negative" in capsys.readouterr().err
+    assert "greater than or equal to 0" in capsys.readouterr().err

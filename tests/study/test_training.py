@@ -8,7 +8,7 @@ from helpers.groups import group_of
 from helpers.training import Killed
 from neurondrift.base.errors import ModelError
 from neurondrift.interventions.freezing import FreezeCallback
-from neurondrift.models.batches import make_batches, response_losses
+from neurondrift.models.batches import make_batches, response_losses, token_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites
 from neurondrift.study.folder import saved_step
@@ -91,6 +91,31 @@ def test_alignment_lowers_the_loss_and_needs_float32(tmp_path):
         align(build("llama").to(torch.bfloat16), rows, AlignSection(), seed=0, scratch=tmp_path)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum, tmp_path):
+    """Three steps by hand from the same adapter and the same batches: v ← μv + g, w ← w − ηv, η falling to 0."""
+    update = {"optimiser": "sgd", "momentum": momentum, "learning_rate": 5.0, "weight_decay": 0.0, "max_steps": 3}
+    section = SMALL.model_copy(update=update)
+    rows = examples(2)  # one batch, the same at every step but for the order of its rows
+    trained, log = finetune(build("llama"), None, rows, section, seed=0, folder=tmp_path / "a", save_at=[])
+    nothing = section.model_copy(update={"learning_rate": 1e-30, "max_steps": 1})
+    model, _ = finetune(build("llama"), None, rows, nothing, seed=0, folder=tmp_path / "b", save_at=[])
+    assert all(not value.abs().gt(1e-20).any() for name, value in adapter_of(model).items() if "lora_B" in name)
+    moving = [p for p in model.parameters() if p.requires_grad]
+    velocity = [torch.zeros_like(p) for p in moving]
+    (batch,) = make_batches(rows, batch_size=2, pad_token_id=0)
+    for step in range(3):
+        gradients = torch.autograd.grad(token_losses(model, batch).losses.mean(), moving)
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        with torch.no_grad():
+            for p, v, g in zip(moving, velocity, gradients, strict=True):
+                v.mul_(momentum).add_(g / max(1.0, float(norm)))
+                p.sub_(5.0 * (1 - step / 3) * v)
+    for name, value in adapter_of(model).items():
+        assert torch.allclose(value, adapter_of(trained)[name], atol=1e-5), name
+    assert any(value.abs().max() > 1e-3 for name, value in adapter_of(trained).items() if "lora_B" in name)
+
+
 def test_unknown_modules_to_adapt_are_named(tmp_path):
     section = FinetuneSection(target_modules=["q_proj", "qq_proj"])
     with pytest.raises(ModelError, match=r"no modules of this name.*qq_proj.*down_proj"):
@@ -114,10 +139,11 @@ def masks(group):
 
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_frozen_group_stands_still_in_every_saved_step(method, granularity, tmp_path):
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_a_frozen_group_stands_still_in_every_saved_step(optimiser, method, granularity, tmp_path):
     model, base = build("llama"), build("llama")
     group = group_of(base, granularity)
-    section = SMALL.model_copy(update={"method": method, "drift_interval": 2})
+    section = SMALL.model_copy(update={"method": method, "optimiser": optimiser, "drift_interval": 2})
 
     class Tokenizer:
         def save_pretrained(self, folder):

@@ -231,6 +231,7 @@ class Flags(SettingFlags):
     epochs: Annotated[float | None, _setting("finetune.epochs", "epochs of fine-tuning")] = None
     batch_size: Annotated[int | None, _setting("finetune.batch_size", "examples a step")] = None
     learning_rate: Annotated[float | None, _setting("finetune.learning_rate", "learning rate")] = None
+    optimiser: Annotated[str | None, _setting("finetune.optimiser", "adamw, or sgd with finetune.momentum")] = None
     max_steps: Annotated[
         int | None, _setting("finetune.max_steps", "stop after this many steps; -1: after the epochs")
     ] = None

@@ -87,8 +87,11 @@ def _subtitle(results: Findings) -> str:
     about, analysis = study_of(results), analysis_of(results)
     seeds = about.get("seeds") or (analysis["seed_labels"] if analysis else [])
     parts = [clean(about.get("model"), "model not recorded")]
-    if method := about.get("finetune", {}).get("method"):
-        parts.append(f"fine-tuned by {clean(method)}")
+    settings = about.get("finetune", {})
+    if method := settings.get("method"):
+        optimiser = about.get("optimiser")
+        under = f" under {wording.optimiser_words(optimiser, settings.get('momentum'))}" if optimiser else ""
+        parts.append(f"fine-tuned by {clean(method)}{under}")
     if (steps := about.get("steps")) is not None:
         parts.append(f"{clean(steps)} steps")
     return ", ".join([*parts, seeds_words(len(seeds))])

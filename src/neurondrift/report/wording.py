@@ -21,6 +21,7 @@ METRICS = {
     "l2": "L2 drift ‖Δw‖",
     "cosine_distance": "cosine distance 1 − cos(w₀, wₜ)",
 }
+OPTIMISERS = {"adamw": "AdamW", "sgd": "SGD"}
 KINDS = {"harmful": "harmful requests", "borderline": "borderline-but-safe prompts", "ordinary": "ordinary prompts"}
 #: Which hypothesis each verdict about a safety group supports.
 VERDICTS = {
@@ -63,6 +64,11 @@ def metric_words(metric: str) -> str:
 def metric_name(metric: str) -> str:
     """A metric's name in plain words: relative drift."""
     return METRICS[metric].rsplit(" ", 1)[0] if metric in ("relative", "l2") else clean(metric).replace("_", " ")
+
+
+def optimiser_words(name: str, momentum: object = None) -> str:
+    """An optimiser as it is written: AdamW, SGD with momentum 0.9."""
+    return (OPTIMISERS.get(name) or clean(name)) + (f" with momentum {clean(momentum)}" if momentum else "")
 
 
 def sentence_case(text: str) -> str:

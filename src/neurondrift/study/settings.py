@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -51,6 +51,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def unsaid(self) -> Collection[str]:
+        """Settings to leave out of what is written: the fingerprints of studies that stand do not know them."""
+        return ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name not in self.unsaid()}
+
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -75,10 +83,8 @@ class ModelSection(Section):
                 raise ValueError(f"the template argument {name!r} is no name")
         return value or None
 
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `template` where there is none: the fingerprints of studies that stand know no such setting."""
-        return {name: value for name, value in handler(self).items() if name != "template" or value is not None}
+    def unsaid(self) -> Collection[str]:
+        return ["template"] if self.template is None else ()
 
 
 class AlignSection(Section):
@@ -125,6 +131,8 @@ class FinetuneSection(Section):
     max_steps: int = Field(-1, description="stop after this many steps; -1: after the epochs")
     batch_size: Count = 4
     gradient_accumulation: Count = 1
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     learning_rate: Positive = 1e-4
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -153,6 +161,9 @@ class FinetuneSection(Section):
                 f"must be {', '.join(GROUP_NAMES)}, matched: and one of these, or a .parquet or .json file"
             )
         return value
+
+    def unsaid(self) -> Collection[str]:
+        return ["optimiser", "momentum"] if self.optimiser == "adamw" else ()
 
     @field_validator("max_steps")
     @classmethod
@@ -268,14 +279,9 @@ class SubspacesSection(Experiment):
     rank: int = Field(32, description="safety directions of each site")
     utility_rank: int = Field(32, description="utility directions of each site")
     limit: int | None = Field(None, description="examples of each set at most; default: as the study scores")
-    draws: int = Field(5, description="random removals that refusals are compared with; 0: no refusals are measured")
-
-    @field_validator("draws")
-    @classmethod
-    def _draws(cls, value: int) -> int:
-        if value < 0:
-            raise ValueError("the number of draws cannot be negative")
-        return value
+    draws: Annotated[int, Field(ge=0)] = Field(
+        5, description="random removals that refusals are compared with; 0: no refusals are measured"
+    )
 
 
 class StabilitySection(Experiment):

@@ -269,6 +269,7 @@ def finetune(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.scheduler,
+        **_optimiser(settings),
         bf16=autocast,
         save_strategy="steps" if resumable else "no",
         save_steps=interval,
@@ -350,7 +351,14 @@ def detach_adapter(model: Any) -> Any:
     return base
 
 
+def _optimiser(settings: FinetuneSection) -> dict[str, Any]:
+    if settings.optimiser == "adamw":
+        return {}
+    return {"optim": "sgd", "optim_args": f"momentum={settings.momentum}"}
+
+
 def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
+    settings = {"optim": "adamw_torch_fused", **settings}
     return TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -361,7 +369,6 @@ def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> Train
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        optim="adamw_torch_fused",
         **settings,
     )
 

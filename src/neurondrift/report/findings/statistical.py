@@ -402,6 +402,7 @@ class StudyFacts(TypedDict, total=False):
     seeds: Sequence[int]
     steps: int
     finetune: Mapping[str, Any]
+    optimiser: str
     score: Mapping[str, Any]
     versions: Mapping[str, str]
     created: str

@@ -87,7 +87,9 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
 
 def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
     made = record()
-    finetune_settings = study.finetune.model_dump(mode="json")
+    tune = study.finetune
+    # The optimiser is said even where the configuration leaves it unsaid.
+    optimiser = {"optimiser": tune.optimiser} | ({} if tune.optimiser == "adamw" else {"momentum": tune.momentum})
     score_settings = study.score
     return {
         "name": study.name,
@@ -96,7 +98,8 @@ def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
         "model_fingerprint": fingerprint,
         "seeds": study.seeds,
         "steps": steps,
-        "finetune": finetune_settings | {"data": study.finetune.data.source},
+        "finetune": tune.model_dump(mode="json") | optimiser | {"data": tune.data.source},
+        "optimiser": tune.optimiser,
         "score": {
             "method": score_settings.method,
             "safety": score_settings.safety.source,
