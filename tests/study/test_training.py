@@ -97,7 +97,7 @@ def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum,
     update = {"optimiser": "sgd", "momentum": momentum, "learning_rate": 5.0, "weight_decay": 0.0, "max_steps": 3}
     section = SMALL.model_copy(update=update)
     rows = examples(2)  # one batch, the same at every step but for the order of its rows
-    trained, log = finetune(build("llama"), None, rows, section, seed=0, folder=tmp_path / "a", save_at=[])
+    trained, _ = finetune(build("llama"), None, rows, section, seed=0, folder=tmp_path / "a", save_at=[])
     nothing = section.model_copy(update={"learning_rate": 1e-30, "max_steps": 1})
     model, _ = finetune(build("llama"), None, rows, nothing, seed=0, folder=tmp_path / "b", save_at=[])
     assert all(not value.abs().gt(1e-20).any() for name, value in adapter_of(model).items() if "lora_B" in name)
