@@ -1,0 +1,69 @@
+"""What `benchmarks/optimiser.py` decides by: the next learning rate, where two losses meet, what it writes where."""
+
+import importlib.util
+import math
+
+import pytest
+
+from helpers.paths import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("optimiser_benchmark", REPOSITORY / "benchmarks" / "optimiser.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
+def test_the_learning_rate_is_found_in_few_tries(benchmark, slope):
+    reached = lambda rate: 0.7 * rate**slope / (1 + 0.1 * rate)  # noqa: E731
+    tried, target = [(0.5, reached(0.5))], 0.3
+    while abs(tried[-1][1] / target - 1) > 0.05:
+        rate = benchmark.next_rate(tried, target)
+        tried.append((rate, reached(rate)))
+    assert len(tried) <= 4
+
+
+def test_a_diverged_run_lowers_the_rate(benchmark):
+    assert benchmark.next_rate([(1.0, 1e6)], 1.0) == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize("level", [0.98, 0.81, 0.5, 0.31, 0.2502])
+@pytest.mark.parametrize("interval", [1, 3, 50])
+def test_the_meeting_of_losses_is_the_nearest_step_and_is_found_by_halving(benchmark, level, interval):
+    steps = [*range(0, 150, interval), 150]
+    asked = set()
+
+    def loss(step):
+        asked.add(step)
+        return 0.25 + 0.75 * math.exp(-step / 20)
+
+    found = benchmark.where_it_meets(steps, loss, level)
+    assert len(asked) <= benchmark.LOSSES + 1 + math.ceil(math.log2(len(steps)))
+    assert found == min(steps, key=lambda step: abs(loss(step) - level))
+
+
+def test_the_first_crossing_counts_where_a_loss_rises_again(benchmark):
+    steps = list(range(41))
+    loss = {step: abs(step - 20) / 20 for step in steps}
+    assert benchmark.where_it_meets(steps, loss.__getitem__, 0.5) == 10
+    assert benchmark.where_it_meets(steps, loss.__getitem__, 1.0) == 0
+
+
+def test_a_table_is_replaced_between_its_markers_alone(benchmark, tmp_path):
+    file = tmp_path / "x.md"
+    begin, end = benchmark.MARKERS
+    file.write_text(f"before\n\n{begin}\n\nold\n\n{end}\n\nafter\n")
+    for table in ("| new |", "| newer |"):
+        benchmark.write_between(file, [table])
+        assert file.read_text() == f"before\n\n{begin}\n\n{table}\n\n{end}\n\nafter\n"
+    file.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        benchmark.write_between(file, ["x"])
+
+
+def test_the_methods_have_a_place_for_its_table(benchmark):
+    text = (REPOSITORY / "docs" / "methods.md").read_text()
+    assert all(text.count(marker) == 1 for marker in benchmark.MARKERS)
