@@ -16,6 +16,7 @@ from cyclopts import CycloptsError
 
 from neurondrift.base.errors import UserError
 from neurondrift.base.files import storage_error
+from neurondrift.base.progress import progress
 from neurondrift.base.terminal import PlainFormatter, give_up_output, open_streams, plain
 from neurondrift.cli.app import app
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # theirs to settle
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+        with progress(f"neurondrift {_command(sys.argv[1:] if arguments is None else arguments)}".rstrip()):
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
         sys.stdout.flush()
     except (UserError, CycloptsError) as error:
         _end_with(error)
@@ -59,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _end_with(error: Exception) -> NoReturn:
     print(f"neurondrift: {plain(str(error))}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command's name, for what is said while it works."""
+    return next((word for word in arguments if word.isidentifier()), "")
 
 
 def _log_level() -> str:

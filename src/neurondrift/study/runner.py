@@ -30,6 +30,7 @@ from neurondrift.base.files import (
 )
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import is_first_process, process_count, release_memory
+from neurondrift.base.progress import duration, progress
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.settings import Study, load_file, validated
@@ -151,7 +152,8 @@ class StudyRun:
         of: tuple[Any, ...] = (self.study, self.folder, *([] if step.seed is None else [step.seed]))
         given = {"key": step.inputs, "say": self.say}
         began = time.perf_counter()
-        summary = stage.run(*of, **{name: given[name] for name in stage.wants})
+        with progress(step.title):
+            summary = stage.run(*of, **{name: given[name] for name in stage.wants})
         seconds = time.perf_counter() - began
         if not is_first_process():
             return
@@ -163,7 +165,7 @@ class StudyRun:
             outputs=stage.outputs(*of),
             details={"seconds": round(seconds, 1), "summary": summary},
         )
-        self.say(f"{step.title:<20} {_duration(seconds):>7}  {summary}")
+        self.say(f"{step.title:<20} {duration(seconds):>7}  {summary}")
         release_memory()
 
     def _stands(self, step: Step) -> bool:
@@ -264,8 +266,3 @@ def _with_what_was_asked(study: Study, standing: dict[str, Any]) -> Study:
         if isinstance(standing.get(name), dict) and name not in study.model_fields_set
     }
     return study.model_copy(update=asked)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"

@@ -79,7 +79,8 @@ class _Advance(TrainerCallback):
         self.advance = advance
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.advance(state.global_step)
+        if state.global_step:  # resumed: a rate does not come from these
+            getattr(self.advance, "already", self.advance)(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(1)
