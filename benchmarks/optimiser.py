@@ -53,7 +53,7 @@ from neurondrift.models.data import load_examples
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import Sites
 from neurondrift.statistics.analysis import analyze
-from neurondrift.statistics.comparison import Population
+from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.results import RatioEffect, StudyResult
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.population import load_population, membership
@@ -251,11 +251,27 @@ def same_loss(bench: Bench, one: Fit, other: Fit) -> dict[str, Point]:
 
 
 def population_of(bench: Bench, points: Mapping[int, Point]) -> Population:
-    """The neurons with their drift at each seed's own step."""
+    """The neurons with their drift at each seed's own step, and the covariates that the study has of them."""
     population, _ = load_population({seed: point.fit.log for seed, point in points.items()})
     at = {seed: point.fit.log.read(steps=[point.step]) for seed, point in points.items()}
     drift = {metric: np.stack([at[seed][metric].to_numpy(dtype=np.float64) for seed in at]) for metric in METRICS}
-    return dataclasses.replace(population, drift=drift)
+    covariates = {}
+    file = bench.folder.groups / "covariates.parquet"
+    if file.exists():
+        table = read_parquet(file).to_pandas()
+        by_site = {str(name): part.sort_values("row") for name, part in table.groupby("site", observed=True)}
+        for column in ("utility_score", "gradient_scale"):
+            covariates[column] = _per_neuron(population, {n: part[column].to_numpy() for n, part in by_site.items()})
+    return dataclasses.replace(population, drift=drift, covariates=covariates)
+
+
+def _per_neuron(population: Population, by_site: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Values of the rows of sites as values of the population's neurons."""
+    values = np.full(len(population.site), np.nan)
+    for index, name in enumerate(population.site_names):
+        mine = population.site == index
+        values[mine] = by_site[name][population.row[mine]]
+    return values
 
 
 def groups_in(folder: StudyFolder) -> dict[str, Any]:
@@ -276,6 +292,7 @@ def result_of(bench: Bench, population: Population, points: Mapping[int, Point])
         members,
         metrics=(settings.primary_metric,),
         seed_labels=[str(seed) for seed in points],
+        band=settings.band,
         resamples=settings.resamples,
         bins=bench.study.groups.bins,
         rng_seed=bench.study.seed,
@@ -287,22 +304,13 @@ def result_of(bench: Bench, population: Population, points: Mapping[int, Point])
 def gradient_scale(bench: Bench, population: Population) -> np.ndarray:
     """Per neuron the root mean square length of its row's gradient on fine-tuning examples, at the first weights: of
     the study where it has it, else measured on 64 of them."""
-    covariates = bench.folder.groups / "covariates.parquet"
-    if covariates.exists():
-        table = read_parquet(covariates).to_pandas()
-        by_site = {str(site): part["gradient_scale"].to_numpy() for site, part in table.groupby("site", observed=True)}
-    else:
-        file = bench.runs / "gradient_scale.npz"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            measured = score(bench.trainee.model, bench.trainee.encoded[:64], method="gradient", batch_size=8)
-            np.savez(file, **{name: value.numpy() for name, value in measured.items()})
-        by_site = dict(np.load(file))
-    values = np.full(len(population.site), np.nan)
-    for index, name in enumerate(population.site_names):
-        mine = population.site == index
-        values[mine] = by_site[name][population.row[mine]]
-    return values
+    if "gradient_scale" in population.covariates:
+        return population.covariates["gradient_scale"]
+    file = bench.runs / "gradient_scale.npz"
+    if not file.exists():
+        squares = score(bench.trainee.model, bench.trainee.encoded[:64], method="fisher", batch_size=8)
+        np.savez(file, **{name: value.sum(dim=1).sqrt().numpy() for name, value in squares.items()})
+    return _per_neuron(population, dict(np.load(file)))
 
 
 def rank_correlation(population: Population, metric: str, scale: np.ndarray) -> list[float]:
