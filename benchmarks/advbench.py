@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from neurondrift import load_examples, load_model
+from neurondrift.base.files import read_toml
 from neurondrift.base.processes import tune_allocator
 from neurondrift.behaviour.evaluate import Panel, judge_answers
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
-from neurondrift.study.settings import load_file
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/advbench/harmful_behaviors.csv"
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     given = parser.parse_args()
     tune_allocator()
-    study = load_file(given.study / "study.toml")
+    study = read_toml(given.study / "study.toml")
     models = given.study / "finetuned_models"
     adapters = models / study["finetune"]["method"]
     last = max(adapters.glob("step=*"), key=lambda folder: int(folder.name.removeprefix("step=")))

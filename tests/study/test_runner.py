@@ -8,11 +8,12 @@ import pytest
 
 from helpers.studies import run, smoke, stands
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError
+from neurondrift.base.files import read_toml
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
 from neurondrift.study.folder import StudyFolder, clean
 from neurondrift.study.runner import STAGES
-from neurondrift.study.settings import load_file, resolve
+from neurondrift.study.settings import resolve
 
 
 def test_every_promised_file_is_there(finished):
@@ -39,7 +40,7 @@ def test_every_promised_file_is_there(finished):
     names = {path.name for path in (results / "figures").iterdir()}
     for figure in ("drift_over_training", "final_drift_distributions", "refusals_over_training"):
         assert {f"{figure}.png", f"{figure}.svg"} <= names
-    study = load_file(folder / "study.toml")
+    study = read_toml(folder / "study.toml")
     assert study["record"]["versions"]["torch"]
     assert resolve(file=folder / "study.toml") == smoke()
 

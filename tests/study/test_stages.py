@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from neurondrift.base.errors import ArtifactError, ConfigError
-from neurondrift.base.files import read_json, standing_inputs, write_json, write_manifest
+from neurondrift.base.files import read_json, read_toml, standing_inputs, write_json, write_manifest
 from neurondrift.cli.__main__ import main
 from neurondrift.study import runner
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.runner import STAGES, TABLE, StudyRun
-from neurondrift.study.settings import Study, load_file, resolve
+from neurondrift.study.settings import Study, resolve
 from neurondrift.study.stages import reporting
 
 CHEAP = {
@@ -142,7 +142,7 @@ def test_after_an_experiment_every_stage_stands(finished, capsys):
 
 
 def test_what_was_asked_stands_in_the_studys_record(finished, capsys):
-    record = load_file(finished / "study.toml")
+    record = read_toml(finished / "study.toml")
     assert record["intervene"] | {"draws": 1, "interventions": ["rewind"], "enabled": False} == record["intervene"]
     assert record["subspaces"] == {"rank": 2, "utility_rank": 2, "limit": 4, "draws": 0, "enabled": False}
     before = StudyRun(resolve(file=finished / "study.toml"), finished)

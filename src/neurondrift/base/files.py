@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import tomllib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurondrift.base.errors import ArtifactError, ResourceError, UserError
+from neurondrift.base.errors import ArtifactError, ConfigError, ResourceError, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -150,6 +151,18 @@ def read_json(path: Path) -> Any:
         raise ArtifactError("A file is missing", received=str(path)) from error
     except (ValueError, RecursionError, OSError) as error:  # no JSON, no UTF-8, nested without end, a folder
         raise ArtifactError(f"{path} is no readable JSON ({error})", fix="delete it and make it again") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A configuration file as a plain nested dict. Raises `ConfigError` if it is missing or no TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ConfigError("The configuration file does not exist", received=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file cannot be read ({error})", received=str(path)) from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, tables nested without end
+        raise ConfigError(f"{path} is no valid TOML ({error})") from error
 
 
 def read_parquet(path: Path, **how: Any) -> pa.Table:

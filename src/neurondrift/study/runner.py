@@ -20,6 +20,7 @@ from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import (
     changed_file,
     manifest_stands,
+    read_toml,
     remove_partial,
     remove_scratch,
     require_space,
@@ -33,7 +34,7 @@ from neurondrift.base.processes import is_first_process, process_count, release_
 from neurondrift.base.progress import duration, progress
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
-from neurondrift.study.settings import Study, load_file, validated
+from neurondrift.study.settings import Study, validated
 from neurondrift.study.stages.table import STAGES as ALWAYS
 from neurondrift.study.stages.table import Stage, section_inputs
 
@@ -93,7 +94,7 @@ class StudyRun:
     def __init__(self, study: Study, output_dir: Path, *, say: Say = lambda line: None) -> None:
         file = Path(output_dir) / StudyFolder.CONFIGURATION
         if file.exists():
-            standing = load_file(file)
+            standing = read_toml(file)
             _check_same_study(study, standing, Path(output_dir))
             study = _with_what_was_asked(study, standing)
         self.study = study

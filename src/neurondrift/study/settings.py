@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import read_toml
 from neurondrift.base.roles import Role
 from neurondrift.models.data import DataReference
 
@@ -339,18 +340,6 @@ def load_preset(name: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """A configuration file as a plain nested dict. Raises `ConfigError` if it is missing or no TOML."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ConfigError("The configuration file does not exist", received=str(path)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file cannot be read ({error})", received=str(path)) from error
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, tables nested without end
-        raise ConfigError(f"{path} is no valid TOML ({error})") from error
-
-
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` overridden by `over`, table by table. A data reference is replaced whole, not mixed."""
     result = dict(base)
@@ -396,7 +385,7 @@ def resolve(*, preset: str | None = None, file: Path | None = None, flags: Mappi
     ConfigError
         Unknown preset, key or value out of bounds, with what is allowed.
     """
-    content = load_file(file) if file else {}
+    content = read_toml(file) if file else {}
     named = content.pop("preset", None)
     if named is not None and not isinstance(named, str):
         raise ConfigError("The key preset names a built-in preset", received=named, allowed=", ".join(preset_names()))
