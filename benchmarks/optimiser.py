@@ -330,16 +330,16 @@ def rank_correlation(population: Population, metric: str, scale: np.ndarray) -> 
 
 
 def cell(effect: RatioEffect | None) -> str:
-    """A ratio with its interval and verdict."""
+    """A ratio with its interval and verdict; what could not be computed is left out."""
     if effect is None:
         return "–"
-    low, high = effect.ratio_ci95
-    said = (
-        VERDICTS[effect.verdict]
-        if effect.comparable
-        else f"not comparable ({', '.join(effect.not_comparable_because)})"
-    )
-    return f"{effect.ratio:.3f} [{low:.3f}, {high:.3f}] {said}"
+    reasons = ", ".join(effect.not_comparable_because).replace("_", " ")
+    parts = [VERDICTS[effect.verdict] if effect.comparable else f"not comparable ({reasons})"]
+    if math.isfinite(effect.ratio):
+        low, high = effect.ratio_ci95
+        interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) and math.isfinite(high) else ""
+        parts = [f"{effect.ratio:.2f}{interval}", *parts]
+    return " ".join(parts)
 
 
 def several(values: Sequence[float], form: str = ".3f") -> str:

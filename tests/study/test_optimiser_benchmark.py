@@ -67,3 +67,17 @@ def test_a_table_is_replaced_between_its_markers_alone(benchmark, tmp_path):
 def test_the_methods_have_a_place_for_its_table(benchmark):
     text = (REPOSITORY / "docs" / "methods.md").read_text()
     assert all(text.count(marker) == 1 for marker in benchmark.MARKERS)
+
+
+def test_a_cell_leaves_out_what_could_not_be_computed(benchmark):
+    class Effect:
+        ratio, ratio_ci95, verdict, comparable, not_comparable_because = 1.2, (1.1, 1.31), "more", True, ()
+
+    effect = Effect()
+    assert benchmark.cell(effect) == "1.20 [1.10, 1.31] further"
+    effect.comparable, effect.not_comparable_because = False, ("imbalance", "without_control")
+    effect.ratio_ci95 = (math.nan, math.nan)
+    assert benchmark.cell(effect) == "1.20 not comparable (imbalance, without control)"
+    effect.ratio = math.nan
+    assert benchmark.cell(effect) == "not comparable (imbalance, without control)"
+    assert benchmark.cell(None) == "–"
