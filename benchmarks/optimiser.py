@@ -447,7 +447,7 @@ def compared(bench: Bench, settings: Mapping[str, Mapping[int, Point]]) -> tuple
     ]
     wanted += [("effect_norm", primary, f"{normed}: the same")]
     for metric, inputs in (("outputs_safety", "refusals"), ("outputs_utility", "ordinary answers")):
-        wanted += [("effect_matched", metric, f"{matched}: how far outputs moved on {inputs}")]
+        wanted += [("primary_effect", metric, f"Beside the first of these: how far outputs moved on {inputs}")]
     sizes = {effect.group: effect.n_members for effect in first.effects}
     for comparison, metric, words in wanted:
         shown = {
@@ -455,7 +455,7 @@ def compared(bench: Bench, settings: Mapping[str, Mapping[int, Point]]) -> tuple
             for label, result in results.items()
         }
         if not any(effect is not None for effects in shown.values() for effect in effects.values()):
-            continue
+            continue  # no covariates, or no such measure
         lines += ["", f"{words}, with 95 % intervals.", ""]
         lines += rows_of(
             ("group", "neurons", *results),
