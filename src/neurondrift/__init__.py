@@ -19,7 +19,7 @@ _HOMES = {
     "select_top": "groups.selection",
     "set_difference": "groups.selection",
     "set_difference_like": "groups.selection",
-    "select_residual": "groups.residual",
+    "select_residual": "groups.selection",
     "random_group": "groups.selection",
     "matched": "groups.controls",
     "load_group": "groups.group",
@@ -54,8 +54,13 @@ if TYPE_CHECKING:
     from neurondrift.drift.meter import compare_models, measure_drift
     from neurondrift.groups.controls import matched
     from neurondrift.groups.group import Group, load_group
-    from neurondrift.groups.residual import select_residual
-    from neurondrift.groups.selection import random_group, select_top, set_difference, set_difference_like
+    from neurondrift.groups.selection import (
+        random_group,
+        select_residual,
+        select_top,
+        set_difference,
+        set_difference_like,
+    )
     from neurondrift.importance.scores import score
     from neurondrift.interventions.contexts import prune, rewind, save_model, transplant
     from neurondrift.interventions.freezing import FreezeCallback, freeze

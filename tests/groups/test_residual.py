@@ -6,7 +6,7 @@ import statsmodels.api as sm
 
 import neurondrift as nd
 from neurondrift.base.errors import GroupError
-from neurondrift.groups.residual import residuals
+from neurondrift.groups.selection import residuals
 
 SHAPES = {"a": (60, 5), "b": (33, 7)}
 

@@ -14,11 +14,11 @@ from neurondrift.groups.controls import matched
 from neurondrift.groups.covariates import write_covariates
 from neurondrift.groups.doses import importance_of, write_importance
 from neurondrift.groups.group import Granularity, Group, load_group
-from neurondrift.groups.residual import select_residual
 from neurondrift.groups.selection import (
     Scores,
     random_group,
     row_sums,
+    select_residual,
     select_top,
     set_difference,
     set_difference_like,
