@@ -94,7 +94,8 @@ def write_llama(folder: Path, layers: int, seed: int) -> None:
         save_file(tensors, folder / file)
         index |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": WIDTH}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = {"model_type": "llama", "num_hidden_layers": layers, **sizes}
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -7,7 +7,8 @@ from helpers import every_class
 from helpers.families import FAMILIES, build
 from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.behaviour import generate as module
-from neurondrift.behaviour.generate import answer, draw, generate
+from neurondrift.behaviour.decoding.draws import draw
+from neurondrift.behaviour.generate import answer, generate
 from neurondrift.behaviour.requests import Decoding, Request, render
 from neurondrift.models.data import PLAIN_TEMPLATE, render_prompt
 from neurondrift.models.loading import byte_tokenizer, load_model
@@ -69,6 +70,48 @@ def test_an_answer_ends_when_it_is_decided(tiny):
     assert [c for i, c in enumerate(cut) if i != 1] == [w for i, w in enumerate(whole) if i != 1]
 
 
+@pytest.mark.parametrize("loop", ["even", "own", "alone"])
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(max_new_tokens=20), Decoding(max_new_tokens=20, temperature=1.0, seed=3), Decoding(max_new_tokens=1)],
+    ids=["greedy", "sampled", "one token"],
+)
+@pytest.mark.parametrize("decided", [None, lambda prompt, text: prompt == PROMPTS[1]], ids=["whole", "decided"])
+def test_all_ways_of_decoding_give_the_same_answers(loop, decoding, decided, tiny, monkeypatch):
+    """Padded batches, batches of one length, and transformers' own loop, which models with a state of their own need."""
+    model, tokenizer = tiny
+    requests = [Request(prompt=prompt, text=render(prompt, tokenizer)) for prompt in (*PROMPTS, "How?")]
+    expected = answer(model, tokenizer, requests, decoding=decoding, batch_size=3, decided=decided)
+    monkeypatch.setattr(module._Loop, "_find_loop", lambda self: loop)
+    before = model.generation_config
+    assert answer(model, tokenizer, requests, decoding=decoding, batch_size=3, decided=decided) == expected
+    assert model.generation_config is before
+
+
+def test_penalties_of_the_models_own_settings_are_not_applied_by_its_own_loop(tiny, monkeypatch):
+    model, tokenizer = tiny
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    monkeypatch.setattr(module._Loop, "_find_loop", lambda self: "own")
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 50.0)
+    monkeypatch.setattr(model.generation_config, "max_length", 3)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "loop"),
+    [
+        ("llama", "LlamaForCausalLM", "padded"),
+        ("git", "GitForCausalLM", "even"),
+        ("kosmos-2.5", "Kosmos2_5ForConditionalGeneration", "even"),
+        ("mamba2", "Mamba2ForCausalLM", "own"),
+        ("rwkv", "RwkvForCausalLM", "alone"),
+    ],
+)
+def test_how_a_model_is_decoded_is_found_by_asking_it(kind, name, loop):
+    model = every_class.build(kind, name)
+    assert module._Loop(model, Numbers(), Decoding(max_new_tokens=2), None).loop == loop
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_decodes_as_without_cache_and_batch(family):
     """Prompts of different lengths that share their first 9 tokens, one of them twice; one batch, and batches of two."""
@@ -84,6 +127,7 @@ def test_every_family_decodes_as_without_cache_and_batch(family):
 
 def test_prompts_that_share_a_beginning_are_computed_once(tiny, monkeypatch):
     model, tokenizer = tiny
+    generate(model, tokenizer, PROMPTS[:1], max_new_tokens=1)  # what kind of model it is has been asked
     seen = []
     step = module._Loop._step
     monkeypatch.setattr(
@@ -223,8 +267,6 @@ def test_a_state_that_is_no_cache_of_keys_and_values(kind, name, batch_size):
 
 def test_a_cache_that_a_model_leaves_empty_is_not_used(monkeypatch):
     model = build("llama")
-    requests = [Request(prompt="", text=text) for text in ("5 6 7", "8 9 10 11 12")]
-    expected = answer(model, Numbers(), requests, decoding=Decoding(max_new_tokens=6))
     forward = type(model).forward
 
     def swallowing(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **more):
@@ -232,5 +274,6 @@ def test_a_cache_that_a_model_leaves_empty_is_not_used(monkeypatch):
             self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
 
+    monkeypatch.setattr(module, "_LOOPS", {})
     monkeypatch.setattr(type(model), "forward", swallowing)
-    assert answer(model, Numbers(), requests, decoding=Decoding(max_new_tokens=6)) == expected
+    assert module._Loop(model, Numbers(), Decoding(max_new_tokens=2), None).loop == "alone"

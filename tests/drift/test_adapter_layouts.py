@@ -39,7 +39,7 @@ def both(base, folder, tmp_path):
     for site, drift in expected.items():
         rows = frame[frame["site"] == site]
         for metric, values in zip(("l2", "relative", "cosine_distance"), drift, strict=True):
-            np.testing.assert_allclose(rows[metric], values.numpy(), rtol=1e-6, atol=1e-15, err_msg=site)
+            np.testing.assert_array_equal(rows[metric], values.numpy(), err_msg=f"{metric} of {site}")
     return expected
 
 
@@ -330,3 +330,69 @@ def test_neurons_that_are_no_numbers_are_counted(value, where, base, tmp_path):
         assert line.relative == pytest.approx(first.relative)
     else:
         assert np.isnan(line.relative)
+
+
+# Weights that are trained whole, stacked experts as PEFT adapts them, and files of other kinds.
+
+
+@pytest.mark.parametrize(
+    ("settings", "sites"),
+    [
+        ({"modules_to_save": ["down_proj"]}, 6),
+        ({"modules_to_save": ["up_proj", "lm_head"], "bias": "all"}, 6),
+        ({"modules_to_save": ["mlp"]}, 10),
+        ({"modules_to_save": ["down_proj"], "use_dora": True}, 6),
+        ({"trainable_token_indices": [3, 5]}, 4),
+    ],
+    ids=["a layer", "a layer, the head, biases", "an MLP", "with DoRA", "tokens"],
+)
+@pytest.mark.parametrize(
+    "layout", ["as written", "compiled", "data-parallel inside", "one block compiled", "multimodal"]
+)
+def test_modules_that_are_trained_whole(settings, sites, layout, base, tmp_path):
+    model = build_resized()
+    folder = adapter(model, tmp_path / "adapter", **settings)
+    rewrite(
+        folder / ADAPTER,
+        lambda tensors: {k: v + 0.01 if "lora" not in k and v.ndim == 2 else v for k, v in tensors.items()},
+    )
+    right = in_memory(base, folder)
+    assert len(right) == sites
+    if layout != "as written":
+        rename(folder / ADAPTER, LAYOUTS[layout])
+    assert same(both(base, folder, tmp_path), right)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "targets", [["experts.gate_up_proj"], ["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj"]]
+)
+@pytest.mark.parametrize("layout", ["as written", "compiled", "with the adapter's name", "without PEFT's prefix"])
+def test_stacked_experts_as_parameters(family, targets, layout, tmp_path):
+    """PEFT's `target_parameters` (from 0.17 on): one pair of factors for all experts of a layer."""
+    base = folder_with_tokenizer(build(family), tmp_path / "base")
+    folder = adapter(build(family), tmp_path / "adapter", target_parameters=targets)
+    right = in_memory(base, folder)
+    assert sum(".experts." in site for site in right) == 8 * len(targets)
+    if layout != "as written":
+        rename(folder / ADAPTER, LAYOUTS[layout])
+    assert same(both(base, folder, tmp_path), right)
+
+
+def test_an_adapter_with_a_name_is_read_from_its_own_folder(base, tmp_path):
+    model = build("llama")
+    plain = adapter(model, tmp_path / "plain")
+    wrapped = get_peft_model(
+        build("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), "safety"
+    )
+    wrapped.save_pretrained(tmp_path / "outer")
+    inner = tmp_path / "outer" / "safety"
+    (inner / ADAPTER).write_bytes((plain / ADAPTER).read_bytes())
+    assert same(both(base, inner, tmp_path), in_memory(base, plain))
+
+
+def test_pickled_adapters_are_refused_alike(base, tmp_path):
+    """PEFT wrote `adapter_model.bin` until 0.6, and does so still with safe_serialization=False."""
+    folder = adapter(build("llama"), tmp_path / "adapter")
+    (folder / ADAPTER).rename(folder / "adapter_model.bin")
+    assert re.search("pickled, and nothing is ever unpickled.*adapter_model.bin", refused(base, folder, tmp_path))

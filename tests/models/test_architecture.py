@@ -17,7 +17,8 @@ from neurondrift.base.errors import ModelError
 from neurondrift.drift.difference import diff
 from neurondrift.drift.meter import DriftMeter
 from neurondrift.models.architecture.blocks import decoder_blocks
-from neurondrift.models.architecture.experts import told_by_shapes
+from neurondrift.models.architecture.conventions import conventions_of
+from neurondrift.models.architecture.experts import is_transposed, told_by_shapes
 from neurondrift.models.architecture.saying import kinds_of, say_once
 from neurondrift.models.sites import Sites, linear_sites, magnitudes_of, mlp_units
 
@@ -73,13 +74,13 @@ class Beside(nn.Module):
 
 @pytest.mark.parametrize("order", [("looker", "writer"), ("writer", "looker")])
 def test_the_blocks_nearest_to_the_embedding_are_the_text_models(order):
-    assert decoder_blocks(Beside(*order)).name == "writer.layers"
+    assert decoder_blocks(Beside(*order))[0].name == "writer.layers"
 
 
 def test_lists_within_a_block_are_no_blocks():
     model = tiny("longcat_flash", "LongcatFlashForCausalLM")
     sites = linear_sites(model)
-    assert decoder_blocks(model).name == "model.layers"
+    assert decoder_blocks(model)[0].name == "model.layers"
     assert {site.layer for site in sites.values()} == set(range(len(model.model.layers)))
     assert sum(".mlps." in name for name in sites)
 
@@ -270,3 +271,83 @@ def test_an_adapter_outside_of_the_blocks_is_named(said):
         assert DriftMeter(get_peft_model(build("llama"), LoraConfig(r=2, **inside))).elsewhere == []
     settings = dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     assert DriftMeter(get_peft_model(build("mixtral"), LoraConfig(r=2, **settings))).elsewhere == []
+
+
+# Kinds of models (conventions).
+
+
+def bert(**settings):
+    config = t.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2, **settings
+    )
+    torch.manual_seed(0)
+    return t.BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("ask", [conventions_of, lambda model: conventions_of(model)], ids=["first", "again"])
+def test_a_model_is_causal_where_nothing_that_comes_later_changes_a_prediction(ask):
+    assert ask(bert(is_decoder=True)) == (True, True)
+    assert ask(bert(is_decoder=False)) == (False, True)
+    assert ask(build("llama")) == (True, True)
+    assert not ask(tiny("kosmos-2.5", "Kosmos2_5ForConditionalGeneration")).usual_positions
+
+
+def test_a_model_that_reads_both_ways_is_not_scored():
+    with pytest.raises(ModelError, match="no causal language model: what comes later in a text changes"):
+        nd.score(bert(is_decoder=False), rows(), method="snip")
+    assert nd.score(bert(is_decoder=True), rows(), method="snip")
+
+
+# Several lists of blocks, and experts in a class of their own.
+
+
+def test_all_lists_of_blocks_that_make_a_decoder_together_are_measured():
+    model = tiny("hrm_text", "HrmTextForCausalLM")
+    stacks = decoder_blocks(model)
+    assert [stack.name for stack in stacks] == ["model.L_module.layers", "model.H_module.layers"]
+    sites = linear_sites(model)
+    each = len(stacks[0].modules)
+    assert {site.layer for site in sites.values()} == set(range(2 * each))
+    assert {name.split(".")[1] for name, site in sites.items() if site.layer >= each} == {"H_module"}
+    linear = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    assert len(sites) == len(linear)
+
+
+class Turned(nn.Module):
+    """A stack of linear layers, stored [experts, in, out] if `turned`."""
+
+    turned = True
+
+    def __init__(self, num_experts, input_size, output_size):
+        super().__init__()
+        self.num_experts, self.input_size, self.output_size = num_experts, input_size, output_size
+        shape = (input_size, output_size) if self.turned else (output_size, input_size)
+        self.weight = nn.Parameter(torch.zeros(num_experts, *shape))
+
+    def forward(self, inputs, sizes):
+        parts = zip(inputs.split(sizes), self.weight, strict=True)
+        return torch.cat([part @ (one if self.turned else one.T) for part, one in parts])
+
+
+class Straight(Turned):
+    turned = False
+
+
+class Otherwise(Turned):
+    def forward(self, inputs, sizes):
+        return super().forward(inputs, sizes) ** 2
+
+
+@pytest.mark.parametrize("kind", [Turned, Straight, Otherwise])
+def test_which_way_round_a_stack_of_linear_layers_is_stored_is_found_by_asking_its_class(kind):
+    assert is_transposed(kind(4, 8, 8)) is (None if kind is Otherwise else kind.turned)
+
+
+def test_one_unit_of_an_expert_in_a_class_of_its_own_is_one_row():
+    model = tiny("jetmoe", "JetMoeForCausalLM")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.input_linear.weight[2, 5] += 1
+    moved = {name: int((one.l2 > 0).sum()) for name, one in nd.compare_models(model, tuned).items() if one.l2.any()}
+    assert moved == {"model.layers.0.mlp.input_linear.weight.2": 1}
+    assert linear_sites(model)["model.layers.0.mlp.input_linear.weight.2"].module_type == "input_linear"

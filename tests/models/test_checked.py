@@ -279,3 +279,30 @@ def test_weights_that_are_no_numbers_stop_an_evaluation(value, base, tmp_path):
 @pytest.mark.real
 def test_the_real_model_is_whole(real_model):
     check_finite(real_model[0])
+
+
+def hub_snapshot(base, root, monkeypatch):
+    """The folder as it lies in the hub's cache, as someone/model."""
+    place = root / "models--someone--model"
+    shutil.copytree(base, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(name, str(root))
+    return place / "snapshots" / ("0" * 40)
+
+
+def test_a_cached_model_of_the_hub_is_looked_at_by_its_headers(base, tmp_path, monkeypatch):
+    snapshot = hub_snapshot(base, tmp_path / "hub", monkeypatch)
+    assert describe_checkpoint("someone/model")["where"] == str(snapshot)
+    rewrite(snapshot / MODEL, without("layers.1."))
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.input_layernorm\.weight"):
+        describe_checkpoint("someone/model")
+    (snapshot / MODEL).write_bytes((snapshot / MODEL).read_bytes()[:-8])
+    with pytest.raises(ArtifactError, match="truncated"):
+        describe_checkpoint("someone/model")
+    (snapshot / MODEL).unlink()
+    with pytest.raises(ModelError, match="not in the hub's cache, and the hub cannot be reached"):
+        describe_checkpoint("someone/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert "only its configuration has been looked at" in describe_checkpoint("someone/model")["where"]

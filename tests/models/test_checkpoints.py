@@ -4,8 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.every_class import build as tiny
 from helpers.families import FAMILIES, build, gpt_oss, save
+from neurondrift.base.errors import ModelError
+from neurondrift.drift.difference import diff
 from neurondrift.models.disk.checkpoints import Checkpoint
+from neurondrift.models.loading import byte_tokenizer, load_model
 from neurondrift.models.sites import fingerprint, linear_sites
 
 
@@ -37,10 +41,33 @@ def test_experts_stored_in_out_are_read_transposed(tmp_path):
     assert checkpoint.fingerprint() == fingerprint(model)
 
 
-def test_layers_behind_the_last_block_are_no_sites(tmp_path):
+def with_a_block_more(model, folder, last):
+    """The model's folder, with the last block once more, as block `last`."""
+    own = model.config.num_hidden_layers - 1
+    tensors = load_file(save(model, folder) / "model.safetensors")
+    extra = {
+        k.replace(f"layers.{own}.", f"layers.{last}."): v.clone() for k, v in tensors.items() if f"layers.{own}." in k
+    }
+    save_file(tensors | extra, folder / "model.safetensors")
+    return folder
+
+
+def test_blocks_behind_the_last_one_are_no_sites_where_the_class_says_that_there_may_be_some(tmp_path):
     """DeepSeek and GLM keep blocks for multi-token prediction, which transformers does not load."""
-    model = build("llama")
-    tensors = load_file(save(model, tmp_path) / "model.safetensors")
-    extra = {k.replace("layers.1.", "layers.2."): v.clone() for k, v in tensors.items() if "layers.1." in k}
-    save_file(tensors | extra, tmp_path / "model.safetensors")
-    assert Checkpoint(tmp_path, "here").fingerprint() == fingerprint(model)
+    model = tiny("glm4_moe", "Glm4MoeForCausalLM")
+    assert Checkpoint(with_a_block_more(model, tmp_path, 46), "here").fingerprint() == fingerprint(model)
+
+
+def test_other_blocks_behind_the_last_one_are_the_same_error_in_the_files_as_in_memory(tmp_path):
+    folder = with_a_block_more(build("llama"), tmp_path, 2)
+    byte_tokenizer().save_pretrained(folder)
+    said = []
+    for read in (
+        lambda: Checkpoint(folder, str(folder)),
+        lambda: load_model(folder),
+        lambda: diff(folder, [folder], tmp_path / "log"),
+    ):
+        with pytest.raises(ModelError, match="no place for model.layers.2.*names fewer blocks") as caught:
+            read()
+        said.append(str(caught.value))
+    assert len(set(said)) == 1

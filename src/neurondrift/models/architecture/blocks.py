@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from neurondrift.base.errors import ModelError
-from neurondrift.base.names import WRAPPERS
+from neurondrift.base.names import WRAPPERS, plain
 
 # Names of parts that are no text model. An encoder's blocks are none either, unless they are the decoder's own
 # (`bert.encoder.layer`).
@@ -26,9 +26,14 @@ class Blocks(NamedTuple):
     name: str
     modules: nn.ModuleList
 
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """Each block with its name, without wrappers."""
+        return [(f"{plain(self.name)}.{number}", block) for number, block in enumerate(self.modules)]
 
-def decoder_blocks(model: nn.Module) -> Blocks:
-    """Name and list of the decoder blocks of an (unwrapped) causal language model.
+
+def decoder_blocks(model: nn.Module) -> list[Blocks]:
+    """Name and list of the decoder blocks of an (unwrapped) causal language model: one list, or several of one kind of
+    block that make the decoder together, in the order of its modules.
 
     Raises `ModelError` where no list of blocks is found.
     """
@@ -42,11 +47,12 @@ def decoder_blocks(model: nn.Module) -> Blocks:
     for candidates in (within, outside):
         of_depth = [block for block in candidates if len(block.modules) in depths]
         if of_depth:
-            return max(of_depth, key=lambda block: _nearness(block.name, near))  # the first of equals
+            return [max(of_depth, key=lambda block: _nearness(block.name, near))]  # the first of equals
     for candidates in (within, outside):  # the depth is told otherwise: the list that holds the most weights
         holding = [block for block in candidates if _size(block.modules)]
         if holding and depths:
-            return max(holding, key=lambda block: _size(block.modules))
+            largest = max(holding, key=lambda block: _size(block.modules))
+            return [block for block in holding if _kinds(block.modules) == _kinds(largest.modules)]
     raise ModelError(
         "The decoder blocks of this model were not found",
         received=type(model).__name__,
@@ -115,6 +121,10 @@ def _nearness(name: str, near: str) -> tuple[int, int]:
 
 def _size(modules: nn.ModuleList) -> int:
     return sum(parameter.numel() for parameter in modules.parameters() if parameter.ndim > 1)
+
+
+def _kinds(modules: nn.ModuleList) -> set[type[nn.Module]]:
+    return {type(within_wrappers(module)) for module in modules}
 
 
 def within_wrappers(module: nn.Module) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from neurondrift.base.errors import ModelError, UserError
 from neurondrift.base.names import plain
-from neurondrift.models.checked.weights import first_line
+from neurondrift.models.architecture.classes import first_line
 from neurondrift.models.disk.adapter_files import PREFIX, AdapterFile, Placed, factor_key
-from neurondrift.models.disk.keys import Names
-from neurondrift.models.sites import linear_sites, unwrap
+from neurondrift.models.disk.keys import names_of
+from neurondrift.models.sites import unwrap
 
 # Last parts of names that PEFT takes for those of experts in mixtures, even where they are of a dense MLP beside them.
 TAKEN_FOR_EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -74,16 +73,6 @@ def put_on(model: Any, folder: Path, *, trainable: bool) -> Any:
     if not trainable:
         adapted.eval()
     return adapted
-
-
-def names_of(model: Any) -> Names:
-    """The names of a loaded model, its sites among them where they are found."""
-    try:
-        shapes: Mapping[str, tuple[int, int]] = linear_sites(model).shapes
-    except ModelError:  # an adapter can be run on a model whose drift cannot be measured
-        shapes = {}
-    modules = (plain(name) for name, _ in model.named_modules() if name)
-    return Names(shapes, modules, model.config.to_dict())
 
 
 def _wrapped(model: Any, config: Any) -> Any:

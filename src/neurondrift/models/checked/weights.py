@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from neurondrift.base.errors import ArtifactError, ModelError, UserError
 from neurondrift.base.names import plain
+from neurondrift.models.architecture.classes import auto_class, first_line, model_class
+from neurondrift.models.architecture.complete import check_complete
 from neurondrift.models.disk.checkpoints import stored_tensors, weight_files
 from neurondrift.models.disk.keys import plain_names
 
-# Tensors that older versions of transformers saved and newer ones compute.
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|position_ids)$")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,7 +60,7 @@ def load_weights(reference: str, config: Any, **settings: Any) -> PreTrainedMode
         if renamed:
             model, found = _load_renamed(folder, renamed, settings)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(reference, use_safetensors=True, **settings)
+            model, found = auto_class(config, reference).from_pretrained(reference, use_safetensors=True, **settings)
     check_complete(model, found, reference)
     return model
 
@@ -75,8 +75,7 @@ def _load_renamed(folder: Path, renamed: Mapping[str, str], settings: Mapping[st
             opened = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
             state |= {renamed[name]: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         others = {name: value for name, value in settings.items() if name not in ("revision", "trust_remote_code")}
-        kind = AutoModelForCausalLM._model_mapping[type(settings["config"])]
-        kind = kind[0] if isinstance(kind, tuple) else kind
+        kind, others["config"] = model_class(settings["config"], str(folder))
         model, found = kind.from_pretrained(None, state_dict=state, **others)
     model.config._name_or_path = model.name_or_path = str(folder)
     if (folder / "generation_config.json").exists():
@@ -115,36 +114,6 @@ def as_errors(reference: str, config: Any = None) -> Iterator[None]:
         raise ModelError(f"The model cannot be loaded ({first_line(error)})", received=reference) from error
 
 
-def check_complete(model: PreTrainedModel, found: Mapping[str, Any], reference: str) -> None:
-    """Raise `ModelError` where transformers' loading info tells of anything missing, left over, or of another size."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(set(found["missing_keys"]) & parameters, key=_by_number)
-    unexpected = sorted((name for name in found["unexpected_keys"] if not COMPUTED.search(name)), key=_by_number)
-    sizes = sorted(found["mismatched_keys"])
-    if found.get("error_msgs"):
-        raise ModelError(f"The model cannot be loaded ({found['error_msgs'][0]})", received=reference)
-    if sizes:
-        name, stored, wanted = sizes[0]
-        raise ModelError(
-            f"{name} of {reference} has another size than its config.json says",
-            received=f"{list(stored)}, and {len(sizes) - 1} others",
-            allowed=str(list(wanted)),
-            fix="use the config.json that belongs to these files",
-        )
-    if missing:
-        raise ModelError(
-            f"The files of {reference} lack {missing[0]}",
-            received=f"{len(missing)} of {len(parameters)} parameters are in no file: {_some(missing)}",
-            fix=_cause(missing, unexpected, parameters),
-        )
-    if unexpected:
-        raise ModelError(
-            f"The model has no place for {unexpected[0]} of {reference}",
-            received=f"{len(unexpected)} tensors of its files are left over: {_some(unexpected)}",
-            fix="use the config.json that belongs to these files: this one is of another model, or names fewer blocks",
-        )
-
-
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Raise `ModelError` where weights of a model or of its adapters are NaN or infinite, with how many."""
@@ -162,32 +131,3 @@ def check_finite(model: nn.Module) -> None:
             received=f"{sum(bad.values())} values of {len(bad)} tensors are NaN or infinite",
             fix="its training has diverged, or a file is damaged: use an earlier checkpoint",
         )
-
-
-def _cause(missing: Sequence[str], unexpected: Sequence[str], parameters: set[str]) -> str:
-    """The likely cause, and what to do."""
-    if unexpected:
-        return f"the files have other names, such as {unexpected[0]}: use the config.json that belongs to them"
-    blocks = {match[0] for name in missing if (match := re.match(r".*?\.\d+\.", name))}
-    whole = all(name in missing for name in parameters if any(name.startswith(block) for block in blocks))
-    if blocks and whole and all(any(name.startswith(block) for block in blocks) for name in missing):
-        return (
-            f"config.json names more blocks than the files hold ({', '.join(sorted(blocks)[:3])}), or a file is lost: "
-            "copy or download the folder again"
-        )
-    if all("lm_head" in name or "embed_out" in name for name in missing):
-        return "config.json says that the LM head is not tied to the embeddings: set tie_word_embeddings, or save it"
-    return "the files are incomplete: copy or download the folder again"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters; its type where it has none."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

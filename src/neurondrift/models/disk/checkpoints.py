@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read site by site: no model is instantiated and no more than a block of rows is in memory.
+"""Checkpoints on disk, read site by site: the model is made without numbers, and a block of rows is in memory.
 
 Owns which files of a folder are the model's, and how the rows of a site are read. Which tensors make a site is the
 business of `names.py`, where their bytes lie that of `tensors.py`. Nothing is unpickled: a checkpoint that has only
@@ -19,8 +19,9 @@ import torch
 
 from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import inside, read_json
-from neurondrift.models.disk.keys import Names, plain_names
-from neurondrift.models.disk.names import SiteName, find_sites, loaded_names
+from neurondrift.models.architecture.classes import configuration, skeleton
+from neurondrift.models.disk.keys import Names, names_of, plain_names
+from neurondrift.models.disk.names import SiteName, find_sites
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
 from neurondrift.models.disk.tensors import DTYPES, TensorFile, read_header, read_into
 
@@ -139,14 +140,17 @@ class Checkpoint:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self._structure = shapes, config
         known = like is not None and like._structure == self._structure
-        self._names: list[SiteName] = like._names if like is not None and known else find_sites(shapes, config)
+        if like is not None and known:
+            self._model, self._names = like._model, like._names
+        else:
+            self._model = skeleton(configuration(str(folder), called=reference), reference)
+            self._names: list[SiteName] = find_sites(shapes, self._model, reference)
         self.sites = {name.name: self._locate(name) for name in self._names}
 
     @cached_property
     def names(self) -> Names:
         """The names of the model, for what is laid on top of it."""
-        holders = {name.rpartition(".")[0] for name in loaded_names(self._structure[0], self._structure[1])}
-        return Names({name: site.shape for name, site in self.sites.items()}, holders, self._structure[1])
+        return names_of(self._model)
 
     def _locate(self, site: SiteName) -> DiskSite:
         slabs = []

@@ -2,19 +2,22 @@
 
 Owns the text model's place within a multimodal one, older names of experts, and the prefixes of other trainers; what
 wraps a module is `base/names.py`'s. Checkpoints and adapters, read from their files or loaded, all ask here, so that
-they cannot disagree. Text only: knows no file and no module.
+they cannot disagree. Knows no file and no number.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
 
 from neurondrift.base.errors import ModelError
 from neurondrift.base.names import plain
 from neurondrift.models.disk.names import conversions
+from neurondrift.models.sites import linear_sites
 
 # What may stand before the decoder's own names, in one trainer's or version's files and not in another's.
 LEADING = ("model", "language_model", "text_model", "base_model", "transformer", "decoder", "backbone", "llm")
@@ -60,6 +63,15 @@ class Place(NamedTuple):
     pieces: int = 1
 
 
+def names_of(model: PreTrainedModel) -> Names:
+    """The names of a model, with or without its numbers, its sites among them where they are found."""
+    try:
+        shapes: Mapping[str, tuple[int, int]] = linear_sites(model).shapes
+    except ModelError:  # an adapter can be run on a model whose drift cannot be measured
+        shapes = {}
+    return Names(shapes, (plain(name) for name, _ in model.named_modules() if name), conversions(model))
+
+
 class Names:
     """The names of one model.
 
@@ -69,8 +81,8 @@ class Names:
         Site name -> `(out, in)`.
     modules
         Names of all modules that hold tensors.
-    config
-        The content of config.json, for transformers' own renamings.
+    conversions
+        transformers' own renamings and conversions for the model.
 
     Attributes
     ----------
@@ -79,10 +91,13 @@ class Names:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], modules: Iterable[str], config: Mapping[str, Any]
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        modules: Iterable[str],
+        conversions: tuple[Sequence[Any], Sequence[Any]],
     ) -> None:
         self.shapes = shapes
-        self._config = config
+        self._conversions = conversions
         self.experts: dict[str, int] = {}
         cores = {_core(site) for site in shapes}  # a tensor on disk may lack the prefix that its site has
         own = {name for name in modules if name in shapes or _core(name) not in cores}
@@ -118,16 +133,6 @@ class Names:
 
     def _exact(self, name: str) -> Place | None:
         return Place(name) if name in self.modules else None
-
-    @cached_property
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        from transformers.core_model_loading import WeightConverter
-
-        found = [] if "auto_map" in self._config else conversions(self._config)
-        return (
-            [entry for entry in found if not isinstance(entry, WeightConverter)],
-            [entry for entry in found if isinstance(entry, WeightConverter)],
-        )
 
     def _converted(self, module: str) -> Place | None:
         """By transformers' own renamings, and its ways of stacking experts."""

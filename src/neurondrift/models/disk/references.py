@@ -30,6 +30,29 @@ def refuse_other_formats(folder: Path, reference: str) -> None:
         )
 
 
+def cached(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub id in the hub's cache, where its configuration and all its safetensors are there; None where
+    some would have to be fetched.
+
+    Raises `ModelError` where they would, and the hub is not to be asked (`HF_HUB_OFFLINE`).
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    def found(file: str) -> Path | None:
+        path = try_to_load_from_cache(name, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+
+    config, index = found("config.json"), found(INDEX)
+    wanted = ["model.safetensors"]
+    if index is not None:
+        wanted = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    if config is not None and all(found(file) is not None for file in wanted):
+        return config.parent
+    if constants.HF_HUB_OFFLINE:
+        return download(f"{name}@{revision}" if revision else name)
+    return None
+
+
 def download(reference: str) -> Path:
     """The folder of a hub id (`name@revision`) in the hub's cache, fetched where it is not there.
 

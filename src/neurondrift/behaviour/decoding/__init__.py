@@ -1,0 +1,1 @@
+"""What decoding is made of: the cache, the draws, and transformers' own loop."""

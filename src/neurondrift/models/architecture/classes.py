@@ -1,0 +1,79 @@
+"""Which class of transformers a configuration makes, and the model of it without numbers.
+
+Owns the choice that `load_model` and everything that reads a checkpoint's files share, so that both know one model:
+the causal language model of a configuration, or, of types that have none, the one that also takes images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from neurondrift.base.errors import ModelError
+
+
+def configuration(reference: str, *, called: str = "", **settings: Any) -> Any:
+    """The configuration of a folder or hub id, which messages call `called`.
+
+    Raises `ModelError` where it is missing or does not say what is needed.
+    """
+    try:
+        return AutoConfig.from_pretrained(reference, **settings)
+    except Exception as error:  # classes of configurations check their fields each in its own way
+        where = "" if Path(reference).exists() else ", or the hub cannot be reached"
+        raise ModelError(
+            f"The model cannot be found or read{where} ({first_line(error)})",
+            received=called or reference,
+            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
+        ) from error
+
+
+def auto_class(config: Any, reference: str) -> Any:
+    """The `AutoModel...` that makes the language model of a configuration.
+
+    Raises `ModelError` where transformers has none, and none comes with it (`auto_map`).
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ModelError("This is no causal language model", received=f"{reference} ({type(config).__name__})")
+
+
+def model_class(config: Any, reference: str) -> tuple[Any, Any]:
+    """The class of transformers' own that `auto_class` makes of a configuration, and the configuration that it takes:
+    that of the text model, where the class is a text model's."""
+    found = auto_class(config, reference)._model_mapping[type(config)]
+    if isinstance(found, tuple | list):
+        named = [kind for kind in found if kind.__name__ in (getattr(config, "architectures", None) or [])]
+        found = (named or list(found))[0]
+    text = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    return found, config.get_text_config() if text is not None and found.config_class is text else config
+
+
+def skeleton(config: Any, reference: str) -> PreTrainedModel:
+    """The model of a configuration with all its modules and shapes and no numbers: nothing is read or computed.
+
+    Raises `ModelError` where transformers cannot make it.
+    """
+    try:
+        kind, own = model_class(config, reference)
+        with torch.device("meta"):
+            model: PreTrainedModel = kind._from_config(own)
+        return model.eval()
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"{reference} needs a package that is not installed ({first_line(error)})") from error
+    except Exception as error:  # each class of models checks its configuration in its own way
+        raise ModelError(f"The model cannot be made ({first_line(error)})", received=reference) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters; its type where it has none."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
