@@ -28,6 +28,8 @@ GROUP_ROLES: dict[str, Role] = {
 }
 GROUP_NAMES = tuple(GROUP_ROLES)
 PUBLISHED_GROUPS = GROUP_NAMES[:4]
+#: Safety groups that are reported and judge nothing: most members of the top share are those of utility's as well.
+JUDGES_NOTHING = ("safety_top",)
 
 
 def group_names(granularity: str) -> tuple[str, ...]:

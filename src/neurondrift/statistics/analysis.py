@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurondrift.base.errors import ConfigError, GroupError
-from neurondrift.base.roles import CONTROLS, NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
+from neurondrift.base.roles import CONTROLS, JUDGES_NOTHING, NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
 from neurondrift.statistics import estimates, inference
 from neurondrift.statistics.comparison import Chosen, Settings, compare, group_effect, permutations
 from neurondrift.statistics.descriptive import BehaviourSeries, associate
@@ -44,8 +44,6 @@ from neurondrift.statistics.results import (
 )
 
 DEFAULT_CONTRASTS = (("safety_set_difference", "utility_top"), ("safety_top", "utility_top"))
-#: Safety groups that are reported and judge nothing: most members of the top share are those of utility's as well.
-JUDGES_NOTHING = ("safety_top",)
 NOT_COMPARABLE = "not comparable: outside the family of tests"
 
 

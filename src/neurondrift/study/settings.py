@@ -239,7 +239,7 @@ class InterveneSection(Experiment):
     """Acting on groups, and on matched random groups beside each."""
 
     granularity: Literal["neuron", "weight", "unit"] = "neuron"
-    groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups")
+    groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups that judge")
     interventions: list[Literal["prune", "rewind", "transplant", "freeze"]] = Field(
         [], description="empty: all that can be run"
     )

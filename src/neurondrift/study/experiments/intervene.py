@@ -16,7 +16,7 @@ from torch import nn
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
-from neurondrift.base.roles import GROUP_ROLES, PUBLISHED_GROUPS, group_names
+from neurondrift.base.roles import GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
 from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
@@ -276,11 +276,12 @@ def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
 
 
 def _safety_groups(folder: StudyFolder, options: InterveneSection) -> tuple[str, ...]:
-    """The safety groups of a granularity: the published ones, and others as far as they are there."""
+    """The safety groups of a granularity that judge: the published ones, and others as far as they are there."""
     return tuple(
         name
         for name in group_names(options.granularity)
         if GROUP_ROLES[name] == "safety"
+        and name not in JUDGES_NOTHING
         and (name in PUBLISHED_GROUPS or folder.group_file(name, options.granularity).exists())
     )
 

@@ -53,7 +53,7 @@ def analyze(study: Study, folder: StudyFolder) -> str:
     return "; ".join(
         f"{effect['group']}: {effect['verdict']}"
         for effect in content["analysis"]["effects"]
-        if effect["metric"] == study.analyze.primary_metric and effect["role"] == "safety"
+        if effect["metric"] == study.analyze.primary_metric and effect["judging"]
     )
 
 
