@@ -162,8 +162,9 @@ def _command(arguments, told, refusal, environment, files, before):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.update(environment)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     import torch
 
     from neurondrift.cli.__main__ import main
@@ -364,6 +365,11 @@ def killed_job(job, reference, work, rng, seconds, most=100):
     return kills, problems + differences(reference, folder)
 
 
+def stages_alone(folder):
+    """Beside the reference: the same study before any experiment."""
+    return folder.with_name("stages")
+
+
 def make_reference(folder, work):
     """A study that nothing has disturbed, with all experiments.
 
@@ -375,6 +381,8 @@ def make_reference(folder, work):
         done = attempt(filled(command, folder), work / "told")
         assert done.code == 0, done.err
         seconds[" ".join(command[:2])] = done.seconds
+        if command == SMOKE:
+            copy_of(folder, stages_alone(folder))
     return seconds
 
 
