@@ -400,8 +400,12 @@ def use_data(drawn, folder):
         table, part, changes = content
         shutil.rmtree(path, ignore_errors=True)
         datasets.disable_progress_bars()
-        datasets.Dataset(table).save_to_disk(str(path))
-        (path / part).write_bytes(edited((path / part).read_bytes(), changes))
+        try:
+            datasets.Dataset(table).save_to_disk(str(path))
+        except Exception:  # not every table is a data set
+            return
+        part = path / part if (path / part).exists() else path / "state.json"  # one without rows has no Arrow file
+        part.write_bytes(edited(part.read_bytes(), changes))
     else:
         path.write_bytes(content)
     examples = load_examples(str(path), **how)
