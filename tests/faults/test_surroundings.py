@@ -163,6 +163,17 @@ def test_a_lock_ends_with_its_block_and_leaves_nothing(tmp_path):
         pass
 
 
+def test_what_killed_commands_have_left_of_a_commands_own_files_is_swept_up(tmp_path):
+    """In a folder that is no study's (`diff`, an evaluation of a model) nothing else is touched."""
+    left = [".a.json.0123abcd.partial", ".step=000006.0123abcd.partial", "results/.r.json.0123abcd.partial"]
+    kept = [".b.json.0123abcd.partial", "other/.a.json.0123abcd.partial", ".a.json.partial"]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with only_one(tmp_path, writes=("a.json", "step=*", "results")):
+        assert [name for name in (*left, *kept) if (tmp_path / name).exists()] == kept
+
+
 def test_a_lock_is_no_link_to_follow(tmp_path):
     (tmp_path / "precious").write_text("x")
     (tmp_path / "study").mkdir()

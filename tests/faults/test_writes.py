@@ -132,5 +132,11 @@ def test_what_killed_writes_have_left_is_swept_up_and_nothing_else(tmp_path):
     for kept in ("mine.partial", ".x.partial", "deep/.y.json"):
         (tmp_path / kept).write_text("x")
     remove_partial(tmp_path)
+    (tmp_path / "deep" / ".y.json.0123abcd.partial").write_text("x")
+    (tmp_path / "deep" / ".z.json.0123abcd.partial").write_text("x")
+    (tmp_path / "deep" / "y.json").write_text("x")
+    remove_partial(tmp_path / "deep" / "y.json")  # of a file: its own alone
+    assert (tmp_path / "deep" / ".z.json.0123abcd.partial").exists()
+    remove_partial(tmp_path / "deep")
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == [".x.partial", "deep", "deep/.y.json", "mine.partial"]
+    assert left == [".x.partial", "deep", "deep/.y.json", "deep/y.json", "mine.partial"]

@@ -37,9 +37,10 @@ def diff(
     groups of neurons in them.
     """
     from neurondrift.drift.difference import diff as measure
+    from neurondrift.drift.log import INITIAL, METADATA
 
     tune_allocator()
-    with only_one(output_dir):
+    with only_one(output_dir, writes=(METADATA, INITIAL, "step=*")):
         result = measure(base, tuned, output_dir, threads=threads)
     for note in result.notes:
         say(f"Note: {_shown(note)}.")

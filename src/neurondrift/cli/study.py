@@ -119,7 +119,7 @@ def analyze(
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.analysis import analyze_files
 
-    with only_one(source.output_dir):
+    with only_one(source.output_dir, writes=("results",)):
         findings = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
     say(findings["analysis"]["conclusion"])
     say(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
