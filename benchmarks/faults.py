@@ -1,60 +1,85 @@
 """What can break, and what then: commands killed, writes refused, bytes changed, inputs that nobody means.
 
     python benchmarks/faults.py kills --count 1000 --work ~/faults       # SIGKILL at random moments, until that many
-    python benchmarks/faults.py writes --every 1 --work ~/faults         # every write, ENOSPC, EROFS and EDQUOT in turn
+    python benchmarks/faults.py writes --work ~/faults                   # every write refused, and killed at it
     python benchmarks/faults.py damage --count 10000 --work ~/faults     # a byte flipped or cut off, of any artifact
     python benchmarks/faults.py tries --count 2000 --work ~/faults       # spoiled configurations, groups, logs, data
-    python benchmarks/faults.py figures --work ~/faults                  # the table of docs/architecture.md
+    python benchmarks/faults.py figures --work ~/faults                  # writes the table of docs/architecture.md
 
-All are of the preset `smoke` with interventions. Each try is a line of `WORK/faults.jsonl` as soon as it is done, with
-its seed; a campaign that is stopped goes on from there. Ends with 1 where a try has found something. The same in short
-is `tests/faults/`; how a fault is made and what must hold afterwards is in `tests/helpers/faults.py`.
+All are of the preset `smoke` with every experiment, `diff`, and an evaluation of a model alone (`JOBS` of
+`tests/helpers/faults.py`, which says what must hold afterwards). Each try is a line of `WORK/faults.jsonl` as soon as
+it is done, with its seed and the commit; a campaign that is stopped (`--minutes`, or in any way) goes on from there.
+What had found something is tried again at another commit. Ends with 1 where something is still found. The same in
+short is `tests/faults/`.
 """
 
 import argparse
 import errno
+import itertools
 import json
 import os
+import platform
 import random
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NUMBERS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 CHUNK = 50  # inputs in one try, of which each is counted
+DOCUMENT = REPOSITORY / "docs" / "architecture.md"
+BEGIN, END = "<!-- written by benchmarks/faults.py figures -->", "<!-- end of what benchmarks/faults.py writes -->"
 
 
 class Campaign:
     """What has been tried: one line a try, in a file that is only added to."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, minutes: float) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.work, self.file = work, work / "faults.jsonl"
+        self.work, self.file, self.until = work, work / "faults.jsonl", time.monotonic() + 60 * minutes
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.done: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
+        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
+        head = subprocess.run(
+            ["git", "-C", str(REPOSITORY), "rev-parse", "--short=10", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.commit = head.stdout.strip() or "unknown"
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.done if entry["kind"] == kind]
+    def of(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The last try of each key."""
+        return {entry["key"]: entry for entry in self.entries if entry["kind"] == kind}
 
-    def add(self, kind: str, key: str, *, count: int, problems: list[str]) -> None:
-        entry = {"kind": kind, "key": key, "count": count, "problems": problems}
-        self.done.append(entry)
+    def once(self, kind: str, key: str, attempt: Callable[[], tuple[int, list[str]]]) -> bool:
+        """Try what has not been tried, or not since it found something; False where the time is over."""
+        last = self.of(kind).get(key)
+        if last is not None and (not last["problems"] or last["commit"] == self.commit):
+            return True
+        if time.monotonic() > self.until:
+            return False
+        began = time.process_time()
+        count, problems = attempt()
+        entry = {
+            "kind": kind, "key": key, "count": count, "problems": problems, "commit": self.commit,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "seconds": round(time.process_time() - began, 2),
+        }  # fmt: skip
+        self.entries.append(entry)
         with self.file.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
         for problem in problems:
             print(f"{kind} {key}: {problem}", flush=True)
+        return True
 
-    def once(self, kind: str, key: str, attempt: Callable[[], tuple[int, list[str]]]) -> None:
-        if not any(entry["key"] == key for entry in self.of(kind)):
-            count, problems = attempt()
-            self.add(kind, key, count=count, problems=problems)
-
-    def reference(self) -> tuple[Path, list[float]]:
+    def reference(self) -> tuple[Path, dict[str, float]]:
         """A study that nothing has disturbed, made once."""
         from helpers.faults import make_reference, start_server
 
@@ -67,29 +92,49 @@ class Campaign:
 
 
 def kills(campaign: Campaign, count: int) -> None:
-    from helpers.faults import killed_study
+    """The jobs in turn, each killed up to four times; a whole study now and then."""
+    from helpers.faults import FROM_NOTHING, JOBS, killed_job
 
     folder, seconds = campaign.reference()
-    number = 0
-    while sum(entry["count"] for entry in campaign.of("kills")) < count:
+    jobs = {"everything": FROM_NOTHING, **JOBS}
+    for number, name in zip(itertools.count(), itertools.cycle(jobs), strict=False):
+        if sum(entry["count"] for entry in campaign.of("kills").values()) >= count:
+            return
         rng = random.Random(number)
-        campaign.once("kills", str(number), lambda rng=rng: killed_study(folder, campaign.work, rng, seconds))
-        number += 1
+        if not campaign.once(
+            "kills",
+            f"{number} {name}",
+            lambda rng=rng, name=name: killed_job(jobs[name], folder, campaign.work, rng, seconds, most=4),
+        ):
+            return
 
 
-def writes(campaign: Campaign, every: int) -> None:
-    from helpers.faults import STAGES, refused_write, writes_of
+def writes(campaign: Campaign, _: int) -> None:
+    """Every write of every job, in an order of chance, so that a part of the campaign is a sample of it."""
+    from helpers.faults import JOBS, KILLED, disturbed_write, writes_of
 
     folder, _ = campaign.reference()
-    for stage in STAGES:
-        for after in range(0, writes_of(stage, folder, campaign.work), every):
-            for number in NUMBERS if every == 1 else (NUMBERS[after // every % 3],):
-                key = f"{stage}, write {after + 1}, {errno.errorcode[number]}"
-                campaign.once(
-                    "writes",
-                    key,
-                    lambda s=stage, a=after, n=number: (1, refused_write(s, a, n, folder, campaign.work)),
-                )
+    found = campaign.work / "writes.json"
+    if not found.exists():
+        found.write_text(json.dumps({name: writes_of(name, folder, campaign.work) for name in JOBS}))
+    places = [
+        (name, index, after)
+        for name, counts in json.loads(found.read_text()).items()
+        for index, count in enumerate(counts)
+        for after in range(count)
+    ]
+    random.Random(0).shuffle(places)
+    for place, number in zip(places, itertools.cycle(NUMBERS), strict=False):
+        name, index, after = place
+        if not campaign.once(
+            f"writes of {len(places)}",
+            f"{name}, command {index + 1}, write {after + 1}, {errno.errorcode[number]}, then killed",
+            lambda n=name, i=index, a=after, e=number: (
+                1,
+                disturbed_write(n, i, a, (e, KILLED), folder, campaign.work),
+            ),
+        ):
+            return
 
 
 def damage(campaign: Campaign, count: int) -> None:
@@ -105,7 +150,8 @@ def damage(campaign: Campaign, count: int) -> None:
             found = [unnoticed_damage(copy, steps, rng) for _ in range(CHUNK)]
             return CHUNK, [problem for problem in found if problem]
 
-        campaign.once("damage", str(number), some)
+        if not campaign.once("damage", str(number), some):
+            return
 
 
 def tries(campaign: Campaign, count: int) -> None:
@@ -115,39 +161,58 @@ def tries(campaign: Campaign, count: int) -> None:
     folder, _ = campaign.reference()
     scratch = campaign.work / "inputs"
     scratch.mkdir(exist_ok=True)
-    for kind in KINDS:
-        for number in range(-(-count // CHUNK)):
-            campaign.once(
-                f"tries of {kind}", str(number), lambda k=kind, n=number: (CHUNK, tried(k, scratch, CHUNK, n, folder))
-            )
+    for number, kind in itertools.product(range(-(-count // CHUNK)), KINDS):
+        if not campaign.once(kind, str(number), lambda k=kind, n=number: tried(k, scratch, CHUNK, n, folder)):
+            return
 
 
 def figures(campaign: Campaign) -> Iterator[str]:
     """The table of the documents."""
-    names = {"kills": "commands killed", "writes": "writes refused", "damage": "bytes flipped or files cut off"}
-    yield "| what | times | lost, unnoticed or ended in a traceback |"
-    yield "| --- | ---: | ---: |"
-    for kind in dict.fromkeys(entry["kind"] for entry in campaign.done):
-        entries = campaign.of(kind)
-        count = sum(entry["count"] for entry in entries)
-        found = sum(len(entry["problems"]) for entry in entries)
-        yield f"| {names.get(kind, kind)} | {count:,} | {found} |"
+    names = {
+        "kills": "commands killed at random moments",
+        "damage": "bytes flipped or files cut off, of every artifact",
+    }
+    yield "| what | tried | had found something, until mended | still finds something | last at commit |"
+    yield "| --- | ---: | ---: | ---: | --- |"
+    for kind in sorted({entry["kind"] for entry in campaign.entries}, key=lambda kind: (kind not in names, kind)):
+        last = campaign.of(kind)
+        name = names.get(kind, kind)
+        if kind.startswith("writes of "):
+            name = f"writes refused, then killed at the same write ({kind.removeprefix('writes of ')} there are)"
+        count = sum(entry["count"] for entry in last.values())
+        ever = {entry["key"] for entry in campaign.entries if entry["kind"] == kind and entry["problems"]}
+        still = {key for key, entry in last.items() if entry["problems"]}
+        commit = next(entry["commit"] for entry in reversed(campaign.entries) if entry["kind"] == kind)
+        yield f"| {name} | {count:,} | {len(ever - still)} | {len(still)} | `{commit}` |"
+    machines = sorted({entry["machine"] for entry in campaign.entries})
+    yield ""
+    yield f"Written by `python benchmarks/faults.py figures`; {'; '.join(machines)}."
+
+
+def write_figures(campaign: Campaign) -> None:
+    """Put the table between its marks in the document."""
+    before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    assert mark, f"{DOCUMENT} has no place for the table"
+    DOCUMENT.write_text(before + "\n".join([BEGIN, "", *figures(campaign), "", END]) + after, "utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "writes", "damage", "tries", "figures"])
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--every", type=int, default=1, help="of the writes of a stage, every Nth")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="begin no try after so many")
     parser.add_argument("--work", type=Path, required=True)
     given = parser.parse_args()
-    campaign = Campaign(given.work.resolve())
-    if given.what == "writes":
-        writes(campaign, given.every)
-    elif given.what != "figures":
-        {"kills": kills, "damage": damage, "tries": tries}[given.what](campaign, given.count)
+    campaign = Campaign(given.work.resolve(), given.minutes)
+    if given.what == "figures":
+        write_figures(campaign)
+    else:
+        {"kills": kills, "writes": writes, "damage": damage, "tries": tries}[given.what](campaign, given.count)
     print("\n".join(figures(campaign)))
-    return int(any(entry["problems"] for entry in campaign.done))
+    return int(
+        any(entry["problems"] for kind in {e["kind"] for e in campaign.entries} for entry in campaign.of(kind).values())
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The drift log gives what is asked of it: steps, sites, groups, single weights; DuckDB and Polars read it."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helpers.adapters import UP, lora
@@ -23,6 +25,13 @@ def test_the_log_reads_what_is_asked_for(tmp_path):
     assert set(part["site"]) == {"model.layers.0.self_attn.q_proj"}
     with pytest.raises(ArtifactError, match=r"no drift snapshot of this step.*3.*\[0, 2, 4, 6\]"):
         log.read(steps=[3])
+    file = tmp_path / "drift" / "step=000004" / "neurons.parquet"
+    whole = pq.read_table(file, partitioning=None)
+    for name, kind in (("l2", pa.string()), ("row", pa.float64()), ("relative", None)):  # other values, and none
+        column = pa.nulls(len(whole), pa.float64()) if kind is None else whole[name].cast(kind)
+        pq.write_table(whole.set_column(whole.column_names.index(name), name, column), file)
+        with pytest.raises(ArtifactError, match="step=000004/neurons.parquet cannot be read as a drift snapshot"):
+            log.read(steps=[4])
     (tmp_path / "drift" / "step=000002" / "neurons.parquet").write_bytes(b"half")
     with pytest.raises(ArtifactError, match="cannot be read as a drift snapshot"):
         log.read(steps=[2])

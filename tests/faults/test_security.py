@@ -17,6 +17,7 @@ from neurondrift.base import files
 from neurondrift.base.errors import ArtifactError
 from neurondrift.base.terminal import plain
 from neurondrift.cli.study import say
+from neurondrift.models.data import load_examples
 from neurondrift.models.disk.checkpoints import weight_files
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
@@ -231,6 +232,50 @@ def test_no_table_is_written_that_a_spreadsheet_would_compute():
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"csv\.(writer|DictWriter)|\.to_csv\(|write_csv|\.to_excel\(", text), path
+
+
+def test_all_that_a_command_prints_goes_through_one_function():
+    """`say` takes away what a terminal would act on; sites of a group file, paths and first examples are not ours."""
+    printed = [
+        (path.name, line.strip())
+        for path in (SOURCE / "cli").glob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\bprint\(|=print\b", line)
+    ]
+    assert sorted(printed) == [
+        ("__main__.py", 'print("neurondrift: stopped; run the command again to go on from here", file=sys.stderr)'),
+        ("__main__.py", 'print(f"neurondrift: {plain(str(error))}", file=sys.stderr)'),
+        ("study.py", "print(plain(line), flush=True)"),
+    ]
+
+
+@pytest.mark.parametrize("outside", ["../secret", "/etc", "{}/secret"])
+def test_a_data_set_names_nothing_outside_of_its_folder(outside, tmp_path):
+    """Arrow files and splits of `save_to_disk`, and data files that a README.md in the hub's layout names."""
+    import datasets
+
+    outside = outside.format(tmp_path)
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"]})
+    rows.save_to_disk(tmp_path / "secret")
+    rows.to_json(tmp_path / "secret" / "rows.jsonl")
+    for name in ("files", "splits", "hub"):
+        (tmp_path / name).mkdir()
+    state = json.loads((tmp_path / "secret" / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"{outside}/data-00000-of-00001.arrow"}]
+    (tmp_path / "files" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "files" / "dataset_info.json").write_text("{}")
+    (tmp_path / "splits" / "dataset_dict.json").write_text(json.dumps({"splits": [outside]}))
+    card = (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {outside}/rows.jsonl\n---\n"
+    )
+    (tmp_path / "hub" / "README.md").write_text(card)
+    for name in ("files", "splits", "hub"):
+        with pytest.raises(ArtifactError, match="names a file outside of its folder"):
+            load_examples(str(tmp_path / name))
+    (tmp_path / "hub" / "README.md").write_text(card.replace(f"{outside}/", ""))
+    rows.to_json(tmp_path / "hub" / "rows.jsonl")
+    assert [example.prompt for example in load_examples(str(tmp_path / "hub"))] == ["a"]
+    assert [example.prompt for example in load_examples(str(tmp_path / "secret"))] == ["a"]
 
 
 def test_no_code_of_others_runs_unless_it_is_asked_for():

@@ -11,31 +11,39 @@ import subprocess
 import pytest
 
 from helpers.faults import (
-    INTERVENE,
+    JOBS,
+    KILLED,
     SMOKE,
-    STAGES,
     attempt,
     complaint,
     differences,
+    disturbed_write,
     partial_files,
-    refused_write,
-    writes_of,
+    stages_alone,
 )
 from neurondrift.base.errors import ResourceError
 from neurondrift.base.files import atomic_path, make_folder, remove_partial, storage_error
 from neurondrift.drift.callback import DriftCallback
 
 NUMBERS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+#: The fewest writes of the last command of each job, of which one is disturbed.
+FEWEST = {"finetune": 100, "score and groups": 60, "intervene": 50, "evaluate": 20, "align": 15, "report": 10}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_write_that_is_refused(stage, reference, tmp_path):
-    rng = random.Random(stage)
-    folder, _ = reference
-    count = writes_of(stage, folder, tmp_path)
-    assert count > 3
-    after, number = rng.randrange(count), NUMBERS[STAGES.index(stage) % 3]
-    assert refused_write(stage, after, number, folder, tmp_path) == [], (after, number)
+@pytest.mark.parametrize("name", JOBS)
+def test_a_write_that_is_refused_and_one_at_which_it_is_killed(name, reference, tmp_path):
+    after = random.Random(name).randrange(FEWEST.get(name, 6))
+    numbers = (NUMBERS[list(JOBS).index(name) % 3], KILLED)
+    last = len(JOBS[name].commands) - 1
+    assert disturbed_write(name, last, after, numbers, reference[0], tmp_path) == [], (after, numbers)
+
+
+def test_what_is_refused_is_told_from_what_is_not(reference, tmp_path):
+    """The helper itself: it sees a write that is not refused, and results that differ."""
+    assert disturbed_write("diff", 0, 1000, (errno.ENOSPC,), reference[0], tmp_path)[0].startswith("exit code 0")
+    assert disturbed_write("diff", 0, 1000, (KILLED,), reference[0], tmp_path) == ["not killed, but exit code 0"]
+    (tmp_path / "study" / "diff" / "initial.parquet").unlink()
+    assert differences(reference[0], tmp_path / "study") == ["diff/initial.parquet is gone"]
 
 
 def without_asking_for_space():
@@ -61,10 +69,9 @@ def test_a_disk_that_is_really_full(reference, tmp_path):
             assert "No space is left while writing" in full.err
             assert partial_files(small) == []
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
-        for command in (SMOKE, INTERVENE):
-            done = attempt([*command, "--output-dir", small / "study"], tmp_path / "told")
-            assert done.code == 0, done.err
-        assert differences(reference[0], small / "study") == []
+        done = attempt([*SMOKE, "--output-dir", small / "study"], tmp_path / "told")
+        assert done.code == 0, done.err
+        assert differences(stages_alone(reference[0]), small / "study") == []
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         assert complaint(attempt([*SMOKE, "--output-dir", small / "study"], tmp_path / "told")) == ""
     finally:
@@ -125,5 +132,11 @@ def test_what_killed_writes_have_left_is_swept_up_and_nothing_else(tmp_path):
     for kept in ("mine.partial", ".x.partial", "deep/.y.json"):
         (tmp_path / kept).write_text("x")
     remove_partial(tmp_path)
+    (tmp_path / "deep" / ".y.json.0123abcd.partial").write_text("x")
+    (tmp_path / "deep" / ".z.json.0123abcd.partial").write_text("x")
+    (tmp_path / "deep" / "y.json").write_text("x")
+    remove_partial(tmp_path / "deep" / "y.json")  # of a file: its own alone
+    assert (tmp_path / "deep" / ".z.json.0123abcd.partial").exists()
+    remove_partial(tmp_path / "deep")
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == [".x.partial", "deep", "deep/.y.json", "mine.partial"]
+    assert left == [".x.partial", "deep", "deep/.y.json", "deep/y.json", "mine.partial"]

@@ -6,6 +6,7 @@ Each command is a fork of a server that has everything imported, so that a try t
 import importlib.util
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,7 +26,12 @@ FORKS.set_forkserver_preload(
         "transformers.trainer",
         "peft",
         "pandas",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
         "neurondrift.cli.__main__",
+        "neurondrift.drift.difference",
+        "neurondrift.drift.kernels",
+        "neurondrift.models.masked_lora",
         "neurondrift.study.runner",
         "neurondrift.study.experiments.evaluate_model",
         "neurondrift.report.figures.draw",
@@ -36,14 +42,47 @@ FORKS.set_forkserver_preload(
 
 SMOKE = ("run", "--preset", "smoke")
 INTERVENE = (
-    *("intervene", "--draws", "2", "--dose-draws", "1", "--freeze-draws", "1", "--doses", "0.5,1"),
-    *("--prompts", "4", "--ordinary", "2", "--tokens", "4"),
+    *("intervene", "--group", "safety_top", "--draws", "2", "--dose-draws", "1", "--freeze-draws", "1"),
+    *("--doses", "0.5,1", "--prompts", "4", "--ordinary", "2", "--tokens", "4"),
 )
+SUBSPACES = ("subspaces", "--rank", "4", "--utility-rank", "4", "--draws", "1", "--limit", "4")
+STABILITY = ("stability", "--draws", "2")
+DIFF = ("diff", "{}/finetuned_models/aligned", "{}/finetuned_models/lora/step=000006", "--output-dir", "{}/diff")
+ALONE = ("evaluate", "tiny:llama", "--limit", "2", "--max-new-tokens", "4", "--output-dir", "{}/alone")
+WHOLE = (SMOKE, INTERVENE, SUBSPACES, STABILITY, DIFF, ALONE)
+
+
+class Job(NamedTuple):
+    """What is made again in a copy of the reference: by which commands, and the files that are taken away before."""
+
+    commands: tuple[tuple[str, ...], ...]
+    gone: tuple[str, ...]
+
+
+#: Every stage by its own command, every experiment, and what is asked of a model alone.
+JOBS = {
+    "align": Job((("align",),), (".neurondrift/align.json", "finetuned_models/aligned")),
+    "score and groups": Job(
+        (("score",), ("groups",)), (".neurondrift/score.json", ".neurondrift/groups.json", "neuron_groups")
+    ),
+    "finetune": Job((("finetune",),), (".neurondrift/finetune*", "finetuned_models/lora", "drift")),
+    "evaluate": Job((("evaluate",),), (".neurondrift/evaluate*", "behaviour")),
+    "analyze": Job((("analyze",),), (".neurondrift/analyze.json", "results/statistical_results.json")),
+    "report": Job((("report",),), (".neurondrift/report.json", "results/*.txt", "results/*.html", "results/figures")),
+    "intervene": Job((INTERVENE,), (".neurondrift/intervene.json", "results/interventions.*")),
+    "subspaces": Job((SUBSPACES,), (".neurondrift/subspaces.json", "results/subspaces.json")),
+    "stability": Job((STABILITY,), (".neurondrift/stability.json", "results/stability.json")),
+    "diff": Job((DIFF,), ("diff",)),
+    "evaluate a model": Job((ALONE,), ("alone",)),
+}
+FROM_NOTHING = Job(WHOLE, ("*",))
 NOT_COMPARED = {"seconds", "versions"}  # of interventions
+KILLED = 0  # no number of an error: the process is killed instead
 
 
 class Refusal(NamedTuple):
-    """Every write below a folder after the first `after` is answered with this error number; None: only counted."""
+    """Every write below a folder or in its scratch after the first `after` is answered with this error number, or is the process's last
+    (`KILLED`); None: only counted."""
 
     below: Path
     after: int = 0
@@ -62,16 +101,21 @@ class Outcome(NamedTuple):
 
 class _Writes:
     def __init__(self, refusal):
+        from neurondrift.base.files import _scratch_candidates
+
         self.refusal, self.count = refusal, 0
+        self.below = (str(refusal.below), *map(str, _scratch_candidates(refusal.below)))
 
     def meet(self, path):
         """Count a write; refuse it where it is its turn."""
         if not isinstance(path, str | bytes | os.PathLike):
             return
         path = os.path.abspath(os.fsdecode(path))
-        if path.startswith(str(self.refusal.below)):
+        if path.startswith(self.below):
             self.count += 1
             if self.refusal.number is not None and self.count > self.refusal.after:
+                if self.refusal.number == KILLED:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(self.refusal.number, os.strerror(self.refusal.number), path)
 
     def watch(self):
@@ -123,13 +167,16 @@ def _command(arguments, told, refusal, environment, files, before):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.update(environment)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     import torch
 
     from neurondrift.cli.__main__ import main
+    from neurondrift.report.figures import draw
 
     torch.set_num_threads(1)
+    draw.FIGURES = draw.FIGURES[:1]  # of six: to draw them takes longer than all the rest
     if before is not None:
         before()
     writes = None
@@ -222,9 +269,20 @@ def differences(first, second):
             for folder in (first, second)
         )
         found += list(same.differences(one, other, "", Counter()))
+    for file in sorted(file for kind in ("*.txt", "*.html", "figures/*") for file in (first / "results").glob(kind)):
+        other = second / "results" / file.relative_to(first / "results")
+        if not other.exists():
+            found.append(f"{other.name} is gone")
+        elif _report(file) != _report(other):
+            found.append(f"{other.name}: the reports differ")
     extra = {file.relative_to(second) for file in Path(second).rglob("*") if file.is_file()}
     found += [f"{file} is left over" for file in sorted(extra) if "trainer" in file.parts or file.name.endswith("lock")]
     return found
+
+
+def _report(file):
+    """What a file of the report says, but for when and from which commit the study was made."""
+    return re.sub(rb"20\d\d-\d\d-\d\dT[\d:]{8}\+00:00|\b[0-9a-f]{40}\b", b"", file.read_bytes())
 
 
 def copy_of(folder, target):
@@ -240,73 +298,96 @@ def to_be_done_again(folder, stage):
         manifest.unlink()
 
 
-STAGES = ("align", "score", "groups", "finetune", "evaluate", "analyze", "report", "intervene")
+def filled(command, folder):
+    """A command with its folder."""
+    command = [part.format(folder) for part in command]
+    return command if "--output-dir" in command else [*command, "--output-dir", str(folder)]
 
 
-def commands_of(stage):
-    """What does a stage again, and what stands where it did before."""
-    return [INTERVENE] if stage == "intervene" else [SMOKE]
+def without(job, reference, target):
+    """A copy of the reference from which what a job makes has been taken away."""
+    folder = copy_of(reference, target)
+    for pattern in job.gone:
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
 
 
-def writes_of(stage, reference, work):
-    """How often a stage, and what surrounds it, writes to the study's folder."""
-    folder = copy_of(reference, work / "study")
-    to_be_done_again(folder, stage)
-    (command,) = commands_of(stage)
-    done = attempt([*command, "--output-dir", folder], work / "told", refusal=Refusal(folder))
-    assert done.code == 0, done.err
-    return done.writes
+def writes_of(name, reference, work):
+    """How often each command of a job writes to the study's folder and its scratch."""
+    job = JOBS[name]
+    folder = without(job, reference, work / "study")
+    counts = []
+    for command in job.commands:
+        done = attempt(filled(command, folder), work / "told", refusal=Refusal(folder))
+        assert done.code == 0, done.err
+        counts.append(done.writes)
+    return counts
 
 
-def refused_write(stage, after, number, reference, work):
-    """A stage all of whose writes after the first `after` are refused, then the same without: what is wrong, in words.
+def disturbed_write(name, disturbed, after, numbers, reference, work):
+    """A job whose command of that index fails after so many writes, once for each of the `numbers`, and is then done.
 
-    Right is: one message and exit code 2, no partial file, nothing lost, and the same results afterwards.
+    Returns what is wrong, in words. Right is: of a refused write one message, exit code 2 and no partial file; of a
+    kill nothing but that; in the end no partial file, and the results of the reference.
     """
-    folder = copy_of(reference, work / "study")
-    to_be_done_again(folder, stage)
-    (command,) = commands_of(stage)
-    refused = attempt([*command, "--output-dir", folder], work / "told", refusal=Refusal(folder, after, number))
-    problems = []
-    if wrong := complaint(refused):
-        problems.append(wrong)
-    if left := partial_files(folder):
-        problems.append(f"left over: {left}")
-    again = attempt([*command, "--output-dir", folder], work / "told")
-    if again.code:
-        problems.append(f"does not go on: {again.err[-1500:]}")
-    problems += differences(reference, folder)
-    return problems
+    job, problems = JOBS[name], []
+    folder = without(job, reference, work / "study")
+    for index, command in enumerate(job.commands):
+        for number in numbers if index == disturbed else ():
+            failed = attempt(filled(command, folder), work / "told", refusal=Refusal(folder, after, number))
+            if number == KILLED:
+                problems += [] if failed.code == -signal.SIGKILL else [f"not killed, but exit code {failed.code}"]
+            else:
+                problems += [wrong] if (wrong := complaint(failed)) else []
+                problems += [f"left over: {left}"] if (left := partial_files(folder)) and KILLED not in numbers else []
+        done = attempt(filled(command, folder), work / "told")
+        problems += [f"does not go on: {done.err[-1500:]}"] if done.code else []
+    problems += [f"left over: {left}"] if (left := partial_files(folder)) else []
+    return problems + differences(reference, folder)
 
 
-def killed_study(reference, work, rng, seconds):
-    """A whole study whose commands are killed at random moments until both are done: how often, and what is wrong.
+def killed_job(job, reference, work, rng, seconds, most=100):
+    """A job whose commands are killed at random moments until they end, or so often: how often, and what is wrong.
 
-    `seconds` is what each command takes undisturbed.
+    `seconds` is what each command takes undisturbed, by its first two words; it is adapted to the machine's pace.
     """
-    folder = work / "killed"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = without(job, reference, work / "killed")
     kills, problems = 0, []
-    for command, most in zip((SMOKE, INTERVENE), seconds, strict=True):
-        for _ in range(100):
-            done = attempt([*command, "--output-dir", folder], work / "told", kill_after=rng.uniform(0.1, most * 0.7))
-            if done.code != -signal.SIGKILL:
+    for command in job.commands:
+        name = " ".join(command[:2])
+        for number in range(most + 1):
+            moment = None if number == most else rng.uniform(0.02, seconds.setdefault(name, 3.0))
+            done = attempt(filled(command, folder), work / "told", kill_after=moment)
+            killed = done.code == -signal.SIGKILL
+            seconds[name] *= 1.03 if killed else 1 if moment is None else 0.9
+            if not killed:
                 break
             kills += 1
         if done.code:
-            problems.append(f"{command[0]} after a kill: {done.err[-1500:]}")
-            return kills, problems
-    return kills, problems + [f"left over: {left}" for left in partial_files(folder)] + differences(reference, folder)
+            return kills, [f"{command[0]} after a kill: {done.err[-1500:]}"]
+    problems += [f"left over: {left}" for left in partial_files(folder)]
+    return kills, problems + differences(reference, folder)
+
+
+def stages_alone(folder):
+    """Beside the reference: the same study before any experiment."""
+    return folder.with_name("stages")
 
 
 def make_reference(folder, work):
-    """A study that nothing has disturbed, with interventions, and the seconds of its two commands."""
+    """A study that nothing has disturbed, with all experiments.
+
+    Returns the seconds of each command, by its first two words.
+    """
     start_server(work / "told")
-    seconds = []
-    for command in (SMOKE, INTERVENE):
-        done = attempt([*command, "--output-dir", folder], work / "told")
+    seconds = {}
+    for command in WHOLE:
+        done = attempt(filled(command, folder), work / "told")
         assert done.code == 0, done.err
-        seconds.append(done.seconds)
+        seconds[" ".join(command[:2])] = done.seconds
+        if command == SMOKE:
+            copy_of(folder, stages_alone(folder))
     return seconds
 
 
@@ -317,7 +398,7 @@ def steps_of(folder):
     from neurondrift.study.settings import resolve
 
     run = StudyRun(resolve(file=folder / "study.toml"), folder)
-    steps = [step for name in (*ALWAYS, "intervene") for step in run.steps(name)]
+    steps = [step for name in (*ALWAYS, "intervene", "subspaces", "stability") for step in run.steps(name)]
     return [
         (step, run.folder.manifest(step.stage.name, step.seed), step.stage.root(run.folder))
         for step in steps

@@ -113,9 +113,11 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what writes that were killed have left below a folder, under their temporary names."""
-    for left in list(Path(folder).rglob(".*.partial")):
+def remove_partial(path: Path) -> None:
+    """Delete what writes that were killed have left under their temporary names: below a folder, and beside a file or
+    folder what was to become it. The last part of the path may hold `*`."""
+    path = Path(path)
+    for left in [*path.parent.glob(f".{path.name}.*.partial"), *path.rglob(".*.partial")]:
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", left.name):
             _remove(left)
 

@@ -10,11 +10,11 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from neurondrift.base.errors import ResourceError
-from neurondrift.base.files import make_folder, storage_error
+from neurondrift.base.files import make_folder, remove_partial, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,10 @@ IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path, writes: Sequence[str] = ()) -> Iterator[None]:
     """Within the block no other command works in the folder, which is made where it is not there (and goes again where
-    nothing came into it).
+    nothing came into it). What killed commands have left of the files that the command `writes` is deleted: names in
+    the folder, of folders with all below them; `*` stands for anything.
 
     Raises `ResourceError` where one does already. File systems that cannot lock are used without.
     """
@@ -33,6 +34,8 @@ def only_one(folder: Path) -> Iterator[None]:
     make_folder(folder)
     descriptor = _locked(folder / NAME)
     try:
+        for name in writes:
+            remove_partial(folder / name)
         yield
     finally:
         if descriptor is not None:

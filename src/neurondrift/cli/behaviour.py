@@ -133,10 +133,10 @@ def evaluate(
     own = source.reading(alone.overrides(), {name: name for name in DATA_SETS}, configured=False)
     asked = validated(ModelEvaluation, nested({"model.reference": reference, **shared, **own}))
     from neurondrift.base.files import write_json
-    from neurondrift.study.experiments.evaluate_model import evaluate_model
+    from neurondrift.study.experiments.evaluate_model import WRITTEN, evaluate_model
 
     tune_allocator()
-    with only_one(source.output_dir):
+    with only_one(source.output_dir, writes=WRITTEN):
         figures = evaluate_model(asked, source.output_dir, show_responses=show_responses, say=say)
     if alone.json is not None:
         write_json(alone.json, figures)
@@ -167,7 +167,7 @@ def _with_responses(source: Source, flags: Flags) -> None:
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.reporting import report_with_responses
 
-    with only_one(source.output_dir):
+    with only_one(source.output_dir, writes=("results",)):
         written = report_with_responses(study, StudyFolder(source.output_dir, study))
     for path in written:
         say(str(path))

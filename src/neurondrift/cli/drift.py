@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
 from neurondrift.cli.app import app
+from neurondrift.cli.study import say
 
 if TYPE_CHECKING:
     from neurondrift.drift.difference import Line
@@ -36,22 +37,23 @@ def diff(
     groups of neurons in them.
     """
     from neurondrift.drift.difference import diff as measure
+    from neurondrift.drift.log import INITIAL, METADATA
 
     tune_allocator()
-    with only_one(output_dir):
+    with only_one(output_dir, writes=(METADATA, INITIAL, "step=*")):
         result = measure(base, tuned, output_dir, threads=threads)
     for note in result.notes:
-        print(f"Note: {_shown(note)}.")
+        say(f"Note: {_shown(note)}.")
     steps = list(result.references)
     last = steps[-1]
     if len(steps) > 1:
         rows = [(str(step), *_cells(result.summaries[step][0]), _shown(result.references[step])) for step in steps]
-        print(_table([("step", *HEADING, "model"), *rows]) + "\n")
-    print(f"{_shown(base)} to {_shown(result.references[last])}, step {last}: ‖Δ‖/‖w₀‖ of the neurons\n")
-    print(_table([("part", *HEADING), *((line.part, *_cells(line)) for line in result.summaries[last])]))
+        say(_table([("step", *HEADING, "model"), *rows]) + "\n")
+    say(f"{_shown(base)} to {_shown(result.references[last])}, step {last}: ‖Δ‖/‖w₀‖ of the neurons\n")
+    say(_table([("part", *HEADING), *((line.part, *_cells(line)) for line in result.summaries[last])]))
     if result.untrained:
-        print(f"\n{result.untrained} sites without an adapter have not moved and are not among these.")
-    print(f"\nModel {result.model}. Snapshots: {output_dir} (nd.DriftLog)")
+        say(f"\n{result.untrained} sites without an adapter have not moved and are not among these.")
+    say(f"\nModel {result.model}. Snapshots: {output_dir} (nd.DriftLog)")
 
 
 def _cells(line: Line) -> tuple[str, ...]:

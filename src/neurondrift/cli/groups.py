@@ -47,6 +47,6 @@ def overlap(
     from neurondrift.base.files import write_json
     from neurondrift.study.experiments.stability import compare_groups
 
-    result = compare_groups(first, second, floor=floor, say=print)
+    result = compare_groups(first, second, floor=floor, say=say)
     if json is not None:
         write_json(json, result)

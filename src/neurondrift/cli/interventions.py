@@ -109,7 +109,7 @@ def intervene(
         run_experiment("intervene", study, source.output_dir, lambda: show(folder, say=say))
     else:  # of no study: nothing has to stand, and no report takes it up
         tune_allocator()
-        with only_one(source.output_dir):
+        with only_one(source.output_dir, writes=("results",)):
             act(study, folder, study.intervene, say=say)
         show(folder, say=say)
     if json is not None:

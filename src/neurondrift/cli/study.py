@@ -40,7 +40,7 @@ def run_experiment(name: str, study: Study, output_dir: Path, show: Callable[[],
     show()
     if readers := study_run.readers(name):
         study_run.run(readers)
-        print(f"the report: cat {output_dir / 'results' / 'drift_analysis_report.txt'}")
+        say(f"the report: cat {output_dir / 'results' / 'drift_analysis_report.txt'}")
 
 
 def say(line: str) -> None:
@@ -63,7 +63,7 @@ def run(
     """Run the whole study, or what is left of it: stages that stand and whose inputs have not changed are skipped."""
     run_stages(None, source, flags, force or (), keep_scores=keep_scores)
     report_file = source.output_dir / "results" / "drift_analysis_report.txt"
-    print(f"\nThe answer: cat {report_file}")
+    say(f"\nThe answer: cat {report_file}")
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -119,10 +119,10 @@ def analyze(
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.stages.analysis import analyze_files
 
-    with only_one(source.output_dir):
+    with only_one(source.output_dir, writes=("results",)):
         findings = analyze_files(study, StudyFolder(source.output_dir, study), drift=drift, group_files=group)
     say(findings["analysis"]["conclusion"])
-    print(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
+    say(f"\nThe report: cat {source.output_dir / 'results' / 'drift_analysis_report.txt'}")
 
 
 @app.command
@@ -131,7 +131,7 @@ def verify(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS) -> None:
     study = study_of(source, flags)
     from neurondrift.study.verify import verify as check
 
-    check(study, source.output_dir, say=print)
+    check(study, source.output_dir, say=say)
 
 
 @app.command

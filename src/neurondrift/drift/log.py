@@ -289,6 +289,10 @@ def _is_metadata(content: Any) -> bool:
 def _require_columns(table: pa.Table, file: Path, names: Sequence[str]) -> None:
     if missing := [name for name in names if name not in table.column_names]:
         raise ArtifactError(f"{file} has no column {missing[0]}, as a drift log has")
+    kinds = {**dict.fromkeys([*METRICS, "norm"], pa.types.is_floating), "row": pa.types.is_integer}
+    for name, is_kind in kinds.items():
+        if name in names and (not is_kind(table.schema.field(name).type) or table[name].null_count):
+            raise ArtifactError(f"{file} has other values in {name} than a drift log has")
 
 
 def _write(

@@ -251,11 +251,16 @@ def load_group(path: str | Path) -> Group:
         granularity: Granularity = header["granularity"]
         chunked = table["site"].combine_chunks() if table.num_rows else None
         names = chunked.dictionary.to_pylist() if chunked is not None else []
+        if chunked is not None and chunked.null_count:
+            raise ValueError("a member has no site")
         codes = chunked.indices.to_numpy() if chunked is not None else np.empty(0, dtype=np.int32)
-        flat = table["row"].to_numpy().astype(np.int64)
+        flat = _whole(table, "row")
         if granularity == "weight":
             widths = np.array([shapes[name][1] for name in names], dtype=np.int64)
-            flat = flat * (widths[codes] if len(names) else 1) + table["col"].to_numpy().astype(np.int64)
+            width, column = widths[codes] if len(names) else np.empty(0, dtype=np.int64), _whole(table, "col")
+            if ((column < 0) | (column >= width)).any():
+                raise ValueError("a column lies outside of its site")
+            flat = flat * width + column
         members = {name: np.sort(flat[codes == code]) for code, name in enumerate(names)}
         group = Group(granularity=granularity, members=members, shapes=shapes, provenance=dict(header["provenance"]))
         _check_read(group)
@@ -266,6 +271,16 @@ def load_group(path: str | Path) -> Group:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, GroupError) as error:
         raise ArtifactError(f"{path} is no group file of neurondrift ({type(error).__name__}: {error})") from error
     return group
+
+
+def _whole(table: Any, name: str) -> Indices:
+    """A column of whole numbers, none of them missing. Raises `ValueError` for any other: 1.5 is no row."""
+    import pyarrow as pa
+
+    column = table[name]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise ValueError(f"the column {name} does not hold whole numbers")
+    return column.to_numpy().astype(np.int64)
 
 
 def _check_read(group: Group) -> None:

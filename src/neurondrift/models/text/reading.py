@@ -5,6 +5,7 @@ Owns formats, encodings, compression, delimiters and headers. Knows nothing of w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neurondrift.base.errors import DataError
+from neurondrift.base.errors import ArtifactError, DataError
+from neurondrift.base.files import inside, read_json
 
 DELIMITERS = (",", ";", "\t", "|")
 SUFFIXES = ".csv, .tsv, .json, .jsonl, .parquet, .txt, each also as .gz; or a folder of `datasets`"
@@ -94,6 +96,7 @@ def read_folder(folder: Path, split: str) -> Table | None:
         return None
     import datasets
 
+    _check_names(folder)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises many kinds for what is cut off; all are about the user's folder
@@ -109,6 +112,8 @@ def read_hub(name: str, *, split: str, subset: str | None, revision: str | None)
     """The rows of a set of the hub, or of a local folder in the hub's layout."""
     import datasets
 
+    if Path(name).is_dir():
+        _check_names(Path(name))
     try:
         loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # datasets raises many kinds for "not there"; all are about the user's reference
@@ -118,6 +123,40 @@ def read_hub(name: str, *, split: str, subset: str | None, revision: str | None)
             fix="name the part that is meant: --split and --subset, or split = and subset = in the configuration",
         ) from error
     return _of_datasets(loaded)
+
+
+def _check_names(folder: Path) -> None:
+    """Raise `ArtifactError` where a folder of `datasets` names files that lie outside of it.
+
+    Splits and Arrow files are named by what `save_to_disk` writes, data files and their folders by the head of a
+    README.md in the hub's layout.
+    """
+    named: list[tuple[Path, Any]] = []
+    for file in (folder / "dataset_dict.json", *folder.glob("state.json"), *folder.glob("*/state.json")):
+        with contextlib.suppress(ArtifactError):  # damaged: datasets says so
+            content = read_json(file)
+            if isinstance(content, dict):
+                named.append((file.parent, [content.get("splits"), content.get("_data_files")]))
+    if (card := folder / "README.md").is_file():
+        import yaml
+
+        head = re.match(r"\s*---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+        with contextlib.suppress(yaml.YAMLError):
+            content = yaml.safe_load(head[1]) if head else None
+            if isinstance(content, dict):
+                named.append((folder, content.get("configs")))
+    for place, content in named:
+        for name in _strings(content):
+            inside(place, name or ".")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """Every text within a JSON value, the keys of objects not among them."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for entry in content.values() if isinstance(content, dict) else content:
+            yield from _strings(entry)
 
 
 def _of_datasets(loaded: Any) -> Table:

@@ -26,6 +26,9 @@ from neurondrift.study.stages.evaluation import attack_of
 Say = Callable[[str], None]
 
 
+WRITTEN = ANSWERS, ASKED = "answers.parquet", "evaluation.toml"
+
+
 def evaluate_model(
     asked: ModelEvaluation, output: Path, *, show_responses: bool = False, say: Say = lambda line: None
 ) -> dict[str, Any]:
@@ -91,8 +94,8 @@ def evaluate_model(
                 advance=advance,
             )
     panel.release()
-    write_answers(output / "answers.parquet", rows, step=None, seed=None)
-    write_text(output / "evaluation.toml", asked.to_toml() + "\n" + tomli_w.dumps({"record": record()}))
+    write_answers(output / ANSWERS, rows, step=None, seed=None)
+    write_text(output / ASKED, asked.to_toml() + "\n" + tomli_w.dumps({"record": record()}))
     figures = {
         "model": asked.model.reference,
         "adapter": str(asked.adapter) if asked.adapter else None,
@@ -108,7 +111,7 @@ def evaluate_model(
         for row in rows:
             if row["kind"] == "harmful" and row["primary"]:
                 say(f"- [{row['verdict']}] {shown(row['prompt'])}\n  {shown(row['response']) or '(no text)'}")
-    say(f"\nEvery answer: {output / 'answers.parquet'}")
+    say(f"\nEvery answer: {output / ANSWERS}")
     return figures
 
 
