@@ -12,7 +12,7 @@ from helpers.families import build
 from helpers.groups import group_of
 from helpers.training import trainer
 from neurondrift.base.errors import GroupError
-from neurondrift.drift.bins import WeightDrift, bin_edges, pooled, weight_drifts
+from neurondrift.drift.bins import WeightDrift, aligned, bin_edges, pooled, weight_drifts
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.kernels import Tallies
 from neurondrift.drift.log import DriftLog
@@ -75,6 +75,25 @@ def test_pooling_equals_summarising_together():
     parts = [np.exp(generator.normal(m, 1, n)).astype(np.float32) for m, n in ((-3, 500), (2, 90), (0, 7))]
     parts += [np.zeros(4, dtype=np.float32), np.full(3, np.nan, dtype=np.float32)]
     check(pooled(summarise(part) for part in parts), np.concatenate(parts))
+
+
+def test_aligned_histograms_are_those_of_each_site_on_common_bins():
+    generator = np.random.default_rng(2)
+    arms = [
+        {site: np.exp(generator.normal(m, 0.5, 80)).astype(np.float32) for site, m in sites}
+        for sites in ((("a", -3), ("b", 1)), (("b", 4), ("c", -1)))
+    ]
+    arms[0]["a"][:5] = 0
+    edges, counts = aligned([{site: summarise(values) for site, values in arm.items()} for arm in arms])
+    for arm, array in zip(arms, counts, strict=True):
+        assert array.shape == (3, len(edges))
+        for row, site in enumerate("abc"):
+            values = arm.get(site, np.zeros(0))
+            assert array[row, 0] == (values == 0).sum()
+            np.testing.assert_array_equal(array[row, 1:], np.histogram(values[values > 0], bins=edges)[0])
+    still = {"a": summarise(np.zeros(3, dtype=np.float32))}
+    edges, counts = aligned([still, still])
+    assert len(edges) == 2 and counts[0].tolist() == [[3, 0]]
 
 
 def test_nothing_defined_is_nan_not_zero():

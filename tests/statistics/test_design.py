@@ -185,3 +185,16 @@ def test_a_design_does_not_depend_on_the_order_of_neurons():
         strict=True,
     ):
         np.testing.assert_allclose(other.coefficient_N, one.coefficient_N[order], atol=1e-6)
+
+
+@pytest.mark.parametrize(("far", "passes"), [(1, True), (2, False)])
+def test_more_than_five_in_a_hundred_members_without_a_control_withhold_the_verdict(far, passes):
+    rng = np.random.default_rng(8)
+    site, logs, _ = drawn(rng)
+    member = np.zeros(len(site), dtype=bool)
+    member[rng.choice(len(site), 30, replace=False)] = True
+    for values in logs.values():
+        values[np.flatnonzero(member)[:far]] = 9.0
+    _, matched, _ = designs_of(site, logs, member)
+    assert matched.without_control == far
+    assert matched.because == (() if passes else ("without_control",))

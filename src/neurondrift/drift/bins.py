@@ -105,19 +105,19 @@ def pooled(parts: Iterable[WeightDrift]) -> WeightDrift:
 
 
 def aligned(arms: Sequence[Mapping[str, WeightDrift]]) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.int64]]]:
-    """Histograms of several arms (site -> its part) over the same sites and values.
+    """Histograms of several arms (site -> its part) over the same sites and bins.
 
     Returns
     -------
-    values
-        0 and the middle of every bin from the lowest to the highest that is filled, float64 [V].
+    edges
+        Of the bins from the lowest to the highest that is filled (one bin where none is), float64 [E].
     counts
-        Of each arm, int64 [sites, V], over the sites of all arms in their order; zeros are the first column.
+        Of each arm, int64 [sites, E], over the sites of all arms in their order: zeros, then each bin.
     """
     sites = list(dict.fromkeys(site for arm in arms for site in arm))
     filled = [part for arm in arms for part in arm.values() if len(part.bins)]
     first = min((part.first_bin for part in filled), default=0)
-    width = max((part.first_bin + len(part.bins) for part in filled), default=first) - first
+    width = max((part.first_bin + len(part.bins) for part in filled), default=first + 1) - first
     edges = bin_edges(first, width + 1)
     counts = [np.zeros((len(sites), 1 + width), dtype=np.int64) for _ in arms]
     for arm, array in zip(arms, counts, strict=True):
@@ -125,7 +125,7 @@ def aligned(arms: Sequence[Mapping[str, WeightDrift]]) -> tuple[npt.NDArray[np.f
             row = array[sites.index(site)]
             row[0] = part.zeros
             row[1 + part.first_bin - first :][: len(part.bins)] = part.bins
-    return np.concatenate([[0.0], (edges[:-1] + edges[1:]) / 2]), counts
+    return edges, counts
 
 
 def weight_drifts(rows: pd.DataFrame) -> list[WeightDrift]:

@@ -307,40 +307,45 @@ def ratio_of_means(first_J2: FloatArray, second_J2: FloatArray) -> Ratio:
     return Ratio(inferred.value, low, high, inferred.reason)
 
 
-def ratio_of_medians(value_V: FloatArray, first_JV: IntArray, second_JV: IntArray) -> Ratio:
+def ratio_of_medians(edge_E: FloatArray, first_JV: IntArray, second_JV: IntArray) -> Ratio:
     """Median of the first arm over that of the second, from histograms per site.
 
     For quotients with a denominator near 0, whose means rest on few of them. The medians are those of all sites
-    together; the interval is that of a jackknife over sites, of the log of the ratio, with Student's t on sites - 1
-    degrees of freedom.
+    together, interpolated within their bin; the interval is that of a jackknife over sites, of the log of the ratio,
+    with Student's t on sites - 1 degrees of freedom.
 
     Parameters
     ----------
-    value_V
-        The value that a column stands for, increasing, float64 [V].
+    edge_E
+        Edges of the bins, increasing, float64 [E].
     first_JV, second_JV
-        How many values of each arm lie there in each site, int [J, V].
+        How many values of each arm are 0 (first column) and lie in each bin, int [J, E] in each site.
     """
     sites = len(first_JV)
-    whole = np.array([_medians(value_V, arm_JV.sum(axis=0)[None])[0] for arm_JV in (first_JV, second_JV)])
+    whole = [float(_medians(edge_E, arm_JV.sum(axis=0)[None])[0]) for arm_JV in (first_JV, second_JV)]
     if not (np.isfinite(whole).all() and whole[1] > 0):
         return Ratio(np.nan, np.nan, np.nan, "no median, or the controls' is 0")
-    value = float(whole[0] / whole[1])
-    without_J2 = np.stack([_medians(value_V, arm.sum(axis=0) - arm) for arm in (first_JV, second_JV)], axis=1)
+    value = whole[0] / whole[1]
+    without_J2 = np.stack([_medians(edge_E, arm.sum(axis=0) - arm) for arm in (first_JV, second_JV)], axis=1)
     if sites < 2 or not (np.isfinite(without_J2).all() and (without_J2 > 0).all() and value > 0):
         return Ratio(value, np.nan, np.nan, "one site, or a median that is 0 without one of the sites")
     log_J = np.log(without_J2[:, 0] / without_J2[:, 1])
     error = float(np.sqrt((sites - 1) / sites * ((log_J - log_J.mean()) ** 2).sum()))
     half = float(stats.t.ppf(0.975, sites - 1)) * error
-    return Ratio(value, value * np.exp(-half), value * np.exp(half), "")
+    return Ratio(value, value * float(np.exp(-half)), value * float(np.exp(half)), "")
 
 
-def _medians(value_V: FloatArray, counts_KV: IntArray) -> FloatArray:
-    """Median (the lower one) of each row of counts, [K]; NaN where a row is empty."""
+def _medians(edge_E: FloatArray, counts_KV: IntArray) -> FloatArray:
+    """Median of each row of counts (of zeros, and of each bin), [K]; NaN where a row is empty."""
     cumulative_KV = np.cumsum(counts_KV, axis=1)
-    total_K = cumulative_KV[:, -1]
-    place_K = (2 * cumulative_KV < total_K[:, None]).sum(axis=1)
-    return np.where(total_K > 0, value_V[np.minimum(place_K, len(value_V) - 1)], np.nan)
+    middle_K = cumulative_KV[:, -1] / 2
+    place_K = (cumulative_KV < middle_K[:, None]).sum(axis=1)
+    row_K = np.arange(len(counts_KV))
+    bin_K = np.maximum(place_K, 1)
+    before_K = cumulative_KV[row_K, bin_K - 1]
+    share_K = (middle_K - before_K) / np.maximum(counts_KV[row_K, bin_K], 1)
+    inside_K = edge_E[bin_K - 1] + share_K * (edge_E[np.minimum(bin_K, len(edge_E) - 1)] - edge_E[bin_K - 1])
+    return np.where(middle_K > 0, np.where(place_K > 0, inside_K, 0.0), np.nan)
 
 
 class RatioOfSums(NamedTuple):

@@ -251,9 +251,9 @@ def _weight_fields(
             fields |= {f"{prefix}mean_{label}": whole.mean, f"{prefix}median_{label}": whole.quantile(0.5)}
     fields |= {f"sd_{label}": math.sqrt(own.variance), f"p99_{label}": own.quantile(0.99)}
     if controls:
-        values, counts = aligned([{part.site: part for part in arm} for arm in (members or [], controls)])
+        edges, counts = aligned([{part.site: part for part in arm} for arm in (members or [], controls)])
         if label == "relative":  # a quotient with weights near zero: its mean rests on few of them
-            ratio = descriptive.ratio_of_medians(values, *counts)
+            ratio = descriptive.ratio_of_medians(edges, *counts)
         else:
             ratio = descriptive.ratio_of_means(*_sums_by_site(members or [], controls))
         fields |= {f"ratio_{label}": ratio.value, f"ratio_{label}_ci95": [ratio.low, ratio.high]}
