@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neurondrift.base.errors import ModelError
 from neurondrift.groups.group import Granularity
-from neurondrift.models.architecture.blocks import decoder_blocks, within_wrappers
+from neurondrift.models.architecture.blocks import decoder_blocks, peft_kinds, within_wrappers
 from neurondrift.models.architecture.experts import is_experts, is_interleaved, is_router, is_transposed
 from neurondrift.models.architecture.saying import kinds_of, say_once
 
@@ -273,13 +273,11 @@ def _is_own(tensor: torch.Tensor) -> bool:
 
 def _sites_at(name: str, layer: int, module: nn.Module, left_out: list[str]) -> Iterator[Site]:
     """The sites of a module of a decoder block, and of all below it; what is none is added to `left_out`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
+    copied, adapted = peft_kinds()
     module = within_wrappers(module)
-    if isinstance(module, AuxiliaryTrainingWrapper):  # passes attributes on: to be asked before all others
+    if isinstance(module, copied):  # passes attributes on: to be asked before all others
         yield from _sites_of_copied(name, layer, module, left_out)
-    elif isinstance(module, BaseTunerLayer):
+    elif isinstance(module, adapted):
         yield from _sites_of_owner(name.removesuffix(".base_layer"), layer, module, module.get_base_layer(), left_out)
     else:
         yield from _sites_of_owner(name, layer, module, module, left_out)

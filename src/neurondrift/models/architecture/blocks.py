@@ -7,6 +7,7 @@ the embedding of the tokens. The number of blocks alone would not do: a vision m
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -132,3 +133,14 @@ def within_wrappers(module: nn.Module) -> nn.Module:
     while (inner := next((module._modules[key] for key in WRAPPERS if key in module._modules), None)) is not None:
         module = inner
     return module
+
+
+def peft_kinds() -> tuple[Any, Any]:
+    """PEFT's wrappers of a module that is trained as a copy, and of an adapted layer; nothing that a module could be
+    where PEFT has not been imported, which takes seconds."""
+    if "peft" not in sys.modules:
+        return (), ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return AuxiliaryTrainingWrapper, BaseTunerLayer
