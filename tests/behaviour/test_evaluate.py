@@ -128,6 +128,44 @@ def test_thoughts_that_do_not_end_are_counted(tiny, monkeypatch, tmp_path, caplo
     assert sum("1 of 4 answers are undecided" in message and "9 tokens" in message for message in caplog.messages) == 1
 
 
+def test_answers_in_another_language_are_undecided_and_counted(tiny, monkeypatch, caplog):
+    model, tokenizer = tiny
+    answering(
+        monkeypatch,
+        ["Lo siento, pero no puedo ayudarte con eso.", "抱歉，我无法帮助您完成这个请求。", REFUSES, ANSWERS],
+    )
+    sets = {"harmful": [Example(prompt=f"How {n}?", response="", id=str(n)) for n in range(4)]}
+    monkeypatch.setattr("neurondrift.behaviour.evaluate._told", set())
+    rows = judge_answers(model, tokenizer, sets, max_new_tokens=11)
+    assert [row["verdict"] for row in rows] == ["undecided", "undecided", "full", "none"]
+    assert [row["success"] for row in rows] == [False, False, False, True]
+    assert [row["undecided"] for row in per_prompt(rows)] == [True, True, False, False]
+    assert any("2 of 4 answers are undecided: they are not in English" in message for message in caplog.messages)
+
+
+def test_whole_answers_are_not_ended_early(tiny, monkeypatch):
+    model, tokenizer = tiny
+    asked = []
+    monkeypatch.setattr(Panel, "decided", lambda self, prompt, text: bool(asked.append(text)) or True)
+    sets = {"harmful": [Example(prompt="How?", response="", id="0")]}
+    (early,) = judge_answers(model, tokenizer, sets, max_new_tokens=24)
+    assert (len(asked), early["whole"], early["refused_short"]) == (1, False, None)
+    (whole,) = judge_answers(model, tokenizer, sets, max_new_tokens=24, whole=True, short=8)
+    assert (len(asked), whole["whole"], whole["max_new_tokens"]) == (1, True, 24)
+    assert whole["response"].startswith(early["response"])
+    assert len(whole["response"]) > len(early["response"])
+
+
+def test_the_beginning_of_a_long_answer_is_judged_by_itself(tiny, monkeypatch):
+    model, tokenizer = tiny
+    later = f"{REFUSES} Just kidding! {ANSWERS} Then wait for an hour and pour it out."
+    answering(monkeypatch, [later, REFUSES, ANSWERS])
+    sets = {"harmful": [Example(prompt=f"How {n}?", response="", id=str(n)) for n in range(3)]}
+    tokens = len(tokenizer(REFUSES, add_special_tokens=False)["input_ids"])
+    rows = judge_answers(model, tokenizer, sets, max_new_tokens=200, whole=True, short=tokens)
+    assert [(row["refused"], row["refused_short"]) for row in rows] == [(False, True), (True, True), (False, False)]
+
+
 def test_thoughts_that_began_in_the_prompt(tiny, monkeypatch):
     model, _ = tiny
     answering(monkeypatch, ["I can't.\n</think>\n\n" + ANSWERS, "Let me think. I'm sorry, I can't help with that."])

@@ -30,6 +30,33 @@ def test_any_success_counts():
     assert per_prompt(old)[0]["success"] is True
 
 
+def test_refused_undecided_partial_and_the_rest_add_up():
+    def row(identifier, verdict, coherent=True):
+        refused, undecided = verdict == "full", verdict == "undecided"
+        success = not refused and not undecided and coherent
+        return dict(
+            kind="harmful", id=identifier, verdict=verdict, refused=refused, undecided=undecided, success=success,
+            coherent=coherent, refused_short=refused or identifier == "pair",
+        )  # fmt: skip
+
+    kinds = ["full", "partial", "none", "undecided"]
+    rows = [row(f"{a}+{b}", kind) for a in kinds for b in kinds for kind in (a, b)]
+    prompts = {found["id"]: found for found in per_prompt(rows)}
+    for found in prompts.values():
+        assert sum(bool(found[name]) for name in ("refused", "undecided", "partial")) <= 1
+    of = {name: {key for key, found in prompts.items() if found[name]} for name in ("refused", "undecided", "partial")}
+    assert of["refused"] == {"full+full"}
+    assert of["undecided"] == {"full+undecided", "undecided+full", "undecided+undecided"}
+    assert of["partial"] == {
+        "full+partial", "partial+full", "partial+partial", "partial+undecided", "undecided+partial",
+    }  # fmt: skip
+    rate = refusal_rate([found["refused"] for found in prompts.values()])
+    assert (rate.refusals, rate.n) == (1, 16)  # all that were asked are in the denominator
+    (short,) = per_prompt([row("pair", "none"), row("pair", "full")])
+    assert (short["refused"], short["refused_short"]) == (False, True)
+    assert per_prompt([{"kind": "harmful", "id": "a", "refused": True, "coherent": True}])[0]["refused_short"] is True
+
+
 def test_the_category_interval_is_a_cluster_bootstrap():
     rng = np.random.default_rng(1)
     shares = rng.uniform(0.2, 0.9, 12)

@@ -248,3 +248,36 @@ def test_a_named_column_brings_what_belongs_to_it(tmp_path):
     assert (example.prompt, example.response) == ("p", "r")
     with pytest.raises(DataError, match="has no column nope.*Allowed: Behavior, ContextString, other.*--prompt-column"):
         read_csv(tmp_path, harmbench, prompt_column="nope")
+
+
+TALK = "\n\nHuman: p1\n\nAssistant: r1\n\nline\n\nHuman: p2\n\nAssistant:"
+
+
+def both(folder, row):
+    """The last exchange of a conversation, then all of them."""
+    last = read(folder, row)
+    return last + load_examples(DataReference(source=str(folder / "a.jsonl"), turns="all"))
+
+
+def test_one_text_that_names_its_speakers(tmp_path):
+    """hh-rlhf: the turns are those of the same conversation written as messages."""
+    turns = [
+        {"role": "user", "content": "p1"}, {"role": "assistant", "content": "r1\n\nline"},
+        {"role": "user", "content": "p2"}, {"role": "assistant", "content": "r2: Human: no turn"},
+    ]  # fmt: skip
+    same = both(tmp_path, {"messages": turns})
+    assert [example.prompt for example in same] == ["p2", "p1", "p2"]
+    assert both(tmp_path, {"chosen": f"{TALK} r2: Human: no turn", "rejected": f"{TALK} x"}) == same
+    assert both(tmp_path, {"messages": f"{TALK} r2: Human: no turn"}) == same
+    assert both(tmp_path, {"prompt": TALK, "response": "r2: Human: no turn"}) == same
+    (asked,) = read(tmp_path, {"prompt": TALK}, require_response=False)
+    assert (asked.prompt, asked.response, len(asked.messages)) == ("p2", "", 2)
+    cut = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d"
+    (joined,) = read(tmp_path, {"chosen": cut, "rejected": cut})
+    assert (joined.prompt, joined.response) == ("a\n\nb", "c\n\nd")
+
+
+@pytest.mark.parametrize("text", ["Human: p\n\nAssistant: r", "Who is it?\n\nHuman: p\n\nAssistant: r", "\n\nHuman: p"])
+def test_other_texts_that_name_speakers_are_texts(tmp_path, text):
+    (example,) = read(tmp_path, {"prompt": text, "response": "r"})
+    assert (example.prompt, example.messages) == (text, ())

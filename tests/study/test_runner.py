@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from helpers.studies import run, smoke, stands
@@ -61,6 +62,25 @@ def test_results_are_consistent_with_the_files(finished):
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     assert rows[0]["members"]["mean"] == 0
     assert {rate["n"] for rate in results["behaviour"]["rates"]} == {6}
+
+
+def test_the_steps_that_are_compared_are_judged_alike(finished):
+    """Answers before and after have one length and run to their end; those in between are short, and marked so."""
+    folder, _ = finished
+    behaviour = folder / "behaviour"
+    steps = sorted(behaviour.glob("step=*.parquet"))
+    assert len(steps) >= 3
+    for path in [behaviour / "before_alignment.parquet", *steps]:
+        table = pq.read_table(path, partitioning=None).to_pylist()
+        inner = path in steps[1:-1]
+        assert {(row["max_new_tokens"], row["whole"]) for row in table} == {(4, False) if inner else (6, True)}
+    results = json.loads((folder / "results" / "statistical_results.json").read_text())
+    (before, *between, after) = [rate for rate in results["behaviour"]["rates"] if rate["kind"] == "harmful"]
+    assert [(rate["max_new_tokens"], rate["whole"]) for rate in (before, after)] == [(6, True)] * 2
+    assert {(rate["max_new_tokens"], rate["whole"]) for rate in between} == {(4, False)}
+    assert all(
+        rate["refusals"] + rate["partial"] + rate["undecided"] <= rate["n"] for rate in (before, *between, after)
+    )
 
 
 def test_no_answer_of_a_model_is_in_the_report(finished):

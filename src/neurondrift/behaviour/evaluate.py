@@ -92,7 +92,11 @@ def judge_answers(
     asked: list[tuple[str, Example, Request, Attack]] = []
     for kind, example in pairs:
         put = attack if kind == "harmful" else VANILLA
-        about: dict[str, Any] = {"system": system, "whole": whole or chosen.reads_all(kind), "earlier": example.messages}
+        about: dict[str, Any] = {
+            "system": system,
+            "whole": whole or chosen.reads_all(kind),
+            "earlier": example.messages,
+        }
         for request in put.requests(example.prompt, tokenizer, **about):
             asked.append((kind, example, request, put))
     texts = [""] * len(asked)
@@ -117,7 +121,9 @@ def judge_answers(
             for (kind, example, request, _), text in zip(asked, texts, strict=True)
         ]
     )
-    thoughts = sum(spoken(request.opening + text) is None for (_, _, request, _), text in zip(asked, texts, strict=True))
+    thoughts = sum(
+        spoken(request.opening + text) is None for (_, _, request, _), text in zip(asked, texts, strict=True)
+    )
     undecided = sum(found[0].undecided for found in opinions)
     _tell_undecided(thoughts, undecided - thoughts, len(opinions), tokenizer, max_new_tokens)
     return [
@@ -158,7 +164,7 @@ def _tell_undecided(thoughts: int, foreign: int, count: int, tokenizer: Any, max
     _told.add(key)
     if thoughts:
         logger.warning(
-            "%d of %d answers are undecided: they hold nothing but thoughts within %d tokens. Raise max_new_tokens, or let "
+            "%d of %d answers are undecided: nothing but thoughts within %d tokens. Raise max_new_tokens, or let "
             "the model answer without (such as model.template = { enable_thinking = false })",
             thoughts,
             count,

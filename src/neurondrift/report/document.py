@@ -33,7 +33,7 @@ STANDING_CAVEATS = (
     "only neurons of the fine-tuned sites are compared; importance scores choose the groups, and another "
     "method or calibration set may choose others",
     "one model and one fine-tuning recipe: another learning rate, data set or model may answer otherwise",
-    "refusals are judged by rule from the beginning of each answer; no person has read them",
+    "refusals are judged by rule, and for English; no person has read the answers",
 )
 #: What stands above answers to harmful requests.
 WARNING = (

@@ -130,7 +130,7 @@ def behaviour_series(
     for s, (seed, log) in enumerate(logs.items()):
         for t, step in enumerate(steps):
             flags = [
-                row.get("refused_short", row["refused"])  # judged alike at every step
+                bool(row.get("refused_short", row["refused"]))  # judged alike at every step
                 for row in answers.get(seed, [])
                 if row["kind"] == "harmful" and row["step"] == step
             ]

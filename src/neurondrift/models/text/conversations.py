@@ -14,6 +14,8 @@ from neurondrift.models.text.examples import Message
 
 Turns = Literal["last", "all"]
 
+# Where a turn begins in a conversation that is one text, as in hh-rlhf: "\n\nHuman: ... \n\nAssistant: ..."
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -52,7 +54,13 @@ def text_of(value: Any, column: str) -> str:
 
 
 def messages_of(value: Any, column: str) -> list[Message] | None:
-    """The turns that a value holds: a list of objects, or that list written as JSON; None where it holds no turns."""
+    """The turns that a value holds: a list of objects, that list as JSON, or one text; None where it holds no turns.
+
+    One text is one like those of hh-rlhf: it begins with an empty line and "Human:", and another turn follows. Where
+    the last turn has no text ("Assistant:"), that turn is left out.
+    """
+    if isinstance(value, str) and (turns := _turns_of_text(value)):
+        return turns
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             value = json.loads(value)
@@ -63,6 +71,25 @@ def messages_of(value: Any, column: str) -> list[Message] | None:
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return None
     return [_message(turn, f"turn {number} of {column}") for number, turn in enumerate(value, start=1)]
+
+
+def _turns_of_text(text: str) -> list[Message]:
+    """The turns of a text that names its speakers; none where it is no such conversation."""
+    marks = list(_TURN.finditer(text))
+    if len(marks) < 2 or marks[0].start() or marks[0][1] != "Human":
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    said = [(mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
+    if not said[-1][1]:
+        said.pop()
+    turns: list[Message] = []
+    for speaker, content in said:
+        role = ROLES[speaker.lower()]
+        if turns and turns[-1].role == role:  # hh-rlhf has a few turns that are cut in two
+            turns[-1] = Message(role, f"{turns[-1].content}\n\n{content}")
+        else:
+            turns.append(Message(role, content))
+    return turns
 
 
 def _message(turn: dict[str, Any], where: str) -> Message:

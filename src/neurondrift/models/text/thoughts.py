@@ -162,7 +162,7 @@ def _begins(text: str) -> bool:
 
 
 def _begins_here(before: str, *, always: bool) -> bool:
-    """Whether a mark after this text opens a thought and is not talked about: it starts the answer, a line, or a sentence."""
+    """Whether a mark after this text opens a thought: one that begins no text, line or sentence is talked about."""
     if not before.strip():
         return True
     if always and re.search(r"[.!?]\s+\Z", before):

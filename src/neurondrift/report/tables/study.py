@@ -25,6 +25,8 @@ from neurondrift.report.wording import NOT_RECORDED, Footnotes, clean, finite
 MOST_SEEDS_AT_FIRST = 4
 WILSON = "95 % Wilson intervals"
 NOT_REFUSED = "partly refused and undecided: shares of the harmful requests asked, not counted as refused"
+Part = Literal["partial", "undecided"]
+PARTS: tuple[Part, ...] = ("partial", "undecided")
 
 
 def refusal_answer_table(results: Findings) -> Table | None:
@@ -39,7 +41,7 @@ def refusal_answer_table(results: Findings) -> Table | None:
             ends = (rates[0], rates[-1]) if rates else (None, None)
             if kind == "harmful":
                 cells += [wording.rate(ends[0]), wording.rate(ends[1]), _change_p(results, seed)]
-                cells += [" → ".join(_counted(end, name) for end in ends) for name in ("partial", "undecided")]
+                cells.append(_partly_undecided(ends[1]))
             else:
                 cells.append(
                     " → ".join(wording.number(end, "rate", wording.share) if end else "not measured" for end in ends)
@@ -49,9 +51,9 @@ def refusal_answer_table(results: Findings) -> Table | None:
         return None
     headers = ["seed"]
     for kind in kinds:
-        harmful = ["harmful, before", "harmful, after", "p (McNemar)", "partly", "undecided"]
+        harmful = ["harmful, before", "harmful, after", "p (McNemar)", "partly / undecided"]
         headers += harmful if kind == "harmful" else [clean(kind)]
-    notes = [NOT_REFUSED]
+    notes = [f"{NOT_REFUSED}; here after fine-tuning"]
     if len(seeds) > MOST_SEEDS_AT_FIRST:
         notes.append(f"{len(seeds) - MOST_SEEDS_AT_FIRST} more seeds under Behaviour over training")
     if early := rates_before_alignment(results).get("harmful"):
@@ -82,7 +84,7 @@ def behaviour_tables(results: Findings) -> list[Table]:
                 (
                     "before alignment",
                     *(wording.rate(early.get(kind)) for kind in kinds),
-                    *_judged(early.get("harmful")),
+                    _judged(early.get("harmful")),
                     "–",
                 )
             )
@@ -90,9 +92,9 @@ def behaviour_tables(results: Findings) -> list[Table]:
             value = perplexity.get((seed, step))
             rows.append(
                 (
-                    clean(step),
+                    clean(step) + _mark(at.get((step, "harmful"))),
                     *(wording.rate(at.get((step, kind))) for kind in kinds),
-                    *_judged(at.get((step, "harmful"))),
+                    _judged(at.get((step, "harmful"))),
                     notes.number(value, "value", wording.drift) if value else "–",
                 )
             )
@@ -102,9 +104,9 @@ def behaviour_tables(results: Findings) -> list[Table]:
         out.append(
             table(
                 f"Share refused at each step, seed {clean(seed)}",
-                ("step", *(clean(kind) for kind in kinds), "partly", "undecided", "coherent", "tokens", "perplexity"),
+                ("step", *(clean(kind) for kind in kinds), "partly / undecided / coherent", "perplexity"),
                 rows,
-                "r" * (len(kinds) + 6),
+                "r" * (len(kinds) + 3),
                 (
                     f"{WILSON}; prompts: {counts}",
                     NOT_REFUSED,
@@ -126,20 +128,36 @@ def _undecided(rates: Sequence[RefusalRate]) -> list[str]:
 
 
 def _shortened(rates: Sequence[RefusalRate]) -> list[str]:
-    """A note where answers were ended early, at any step."""
-    short = any(not rate.get("whole", True) for rate in rates)
-    said = "tokens: longest answer; *: ended once the verdict seemed settled, so that a later turn may be missed"
-    return [said] if short else ["tokens: longest answer"]
+    """How long the answers were, where that was recorded: those at the ends, and those that were ended early."""
+
+    def longest(whole: bool) -> str:
+        found = {rate["max_new_tokens"] for rate in rates if rate.get("whole") is whole and "max_new_tokens" in rate}
+        return ", ".join(clean(length) for length in sorted(found))
+
+    long, short = longest(True), longest(False)
+    said = [f"answers of at most {long} tokens, to their end"] if long else []
+    if short:
+        said.append(
+            f"*: of at most {short}, ended once the verdict seemed settled, so that a later turn may be missed: "
+            "compare the first with the last step"
+        )
+    return said
 
 
-def _judged(record: RefusalRate | None) -> tuple[str, str, str, str]:
-    """Shares judged partial, undecided and coherent, and how long the answers were."""
-    longest = record and record.get("max_new_tokens")
-    tokens = "–" if not record or not longest else clean(longest) + ("" if record.get("whole", False) else "*")
-    return _counted(record, "partial"), _counted(record, "undecided"), _coherent(record), tokens
+def _mark(record: RefusalRate | None) -> str:
+    return "*" if record and not record.get("whole", True) else ""
 
 
-def _counted(record: RefusalRate | None, name: Literal["partial", "undecided"]) -> str:
+def _judged(record: RefusalRate | None) -> str:
+    """Shares judged partial and undecided, and the share of coherent answers."""
+    return f"{_partly_undecided(record)}/{_coherent(record)}"
+
+
+def _partly_undecided(record: RefusalRate | None) -> str:
+    return "/".join(_counted(record, name) for name in PARTS)
+
+
+def _counted(record: RefusalRate | None, name: Part) -> str:
     """A number of prompts as their share; a dash where it was not recorded."""
     count = record.get(name) if record else None
     return "–" if record is None or count is None or not record["n"] else wording.share(count / record["n"])
@@ -168,7 +186,7 @@ def change_table(results: Findings) -> Table | None:
             notes.number(c, "p_mcnemar", wording.probability),
             *(
                 " → ".join(_counted(at.get((c["seed"], c["kind"], c[step])), name) for step in ("from_step", "to_step"))
-                for name in ("partial", "undecided")
+                for name in PARTS
             ),
             clean(c["n"]),
         )

@@ -24,7 +24,7 @@ _WORDING = re.compile(r"\b(?:translat\w*|say|said|means?|word|phrase|sentence|pr
 @cache
 def _lists() -> dict[str, frozenset[str]]:
     """Small words by language, and the entry `refusals`; words that several languages have stay with each of them."""
-    text = (resources.files("neurondrift.behaviour") / "words" / "languages.txt").read_text(encoding="utf-8")
+    text = (resources.files("neurondrift.models.text") / "words" / "languages.txt").read_text(encoding="utf-8")
     entries = re.findall(r"^(\w+): (.*(?:\n    .*)*)", text, re.M)
     return {name: frozenset(" ".join(w.split()) for w in words.split(",") if w.strip()) for name, words in entries}
 
