@@ -1,6 +1,6 @@
 """Whether a group of chance is as often an outlier among its random groups as the p-value says, and what is found.
 
-    python benchmarks/nulls.py [--studies 4000] [--draws 19] [--sites 10] [--size 300] [--share 0.1]
+    python benchmarks/nulls.py [--studies 2000] [--draws 19] [--sites 10] [--size 300] [--share 0.1]
 
 Groups are drawn, matched by the sampler that interventions use (`groups.matched`), and acted on: the outcome of a group
 is the sum of effects of its neurons, which are heavy-tailed (Student's t, 3 degrees of freedom), of another mean and
@@ -142,7 +142,7 @@ def _p_values(own_2R: np.ndarray[Any, Any], null_K2R: np.ndarray[Any, Any]) -> n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The levels of the nulls of interventions.")
-    parser.add_argument("--studies", type=int, default=4000)
+    parser.add_argument("--studies", type=int, default=2000)
     parser.add_argument("--draws", type=int, default=19)
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--size", type=int, default=300)

@@ -1,7 +1,7 @@
 """Does it depend on the optimiser how far a group moves? AdamW against SGD with momentum, all else equal.
 
     python benchmarks/optimiser.py STUDY [--runs DIR] [--seeds 0,1,2] [--answers 32] [--tolerance 0.05]
-        [--write docs/methods.md]
+        [--prompts 32] [--write docs/methods.md]
 
 STUDY is the folder of a study that fine-tunes with LoRA, such as the demo's; what it lacks of the stages align, score
 and groups is done. Both optimisers start from the same weights with the same initialisation, data, order, schedule,
@@ -16,7 +16,9 @@ of comparing:
 
 For every group of neurons in the folder: how far its members moved beside comparable neurons, as a ratio with its
 interval, through `statistics.analyze`. Beside it, within sites, the rank correlation of a row's drift with the scale of
-its gradient on the fine-tuning data. Every fit is a folder in DIR (default: STUDY.optimiser) and stands once it is
+its gradient on the fine-tuning data; and, where the package has `functional_drift` and `path_attribution`, on
+`--prompts` examples (0: not): how far the group's outputs moved on refusals and on ordinary answers beside those of the
+same neurons, and which share of the lost refusal margin it carries. Every fit is a folder in DIR (default: STUDY.optimiser) and stands once it is
 made, so the command can be killed and run again. Prints Markdown; `--write` puts it into a document, between its
 markers, with the commit and the machine.
 """
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,7 @@ from neurondrift.drift.callback import DriftCallback
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.group import load_group, role_of
 from neurondrift.importance.scores import score
-from neurondrift.models.data import load_examples
+from neurondrift.models.data import encode, load_examples
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import Sites
 from neurondrift.statistics.analysis import analyze
@@ -65,6 +67,7 @@ from neurondrift.study.training import detach_adapter, snapshot_steps, total_ste
 
 OPTIMISERS = {"adamw": "AdamW", "sgd": "SGD with momentum"}
 MARKERS = ("<!-- made by benchmarks/optimiser.py -->", "<!-- end of benchmarks/optimiser.py -->")
+ON = ("safety", "utility")
 VERDICTS = {"more": "further", "similar": "as far", "protected": "less far", "inconclusive": "inconclusive"}
 SNAPSHOTS, LOSSES = 15, 4  # of a run: steps with drift and adapter, and of these with held-out loss at first
 SHORT_FITS, WHOLE_FITS = 3, 3
@@ -121,8 +124,8 @@ def say(text: str) -> None:
 class Bench:
     """The study, its model (loaded once) and the folder of the runs."""
 
-    def __init__(self, folder: StudyFolder, study: Study, runs: Path, *, answers: int) -> None:
-        self.study, self.folder, self.runs = study, folder, runs
+    def __init__(self, folder: StudyFolder, study: Study, runs: Path, *, answers: int, prompts: int) -> None:
+        self.study, self.folder, self.runs, self.prompts = study, folder, runs, prompts
         self.trainee = load_trainee(study, folder)
         self.answers = load_examples(study.evaluate.answers)[:answers]
         self.total = total_steps(len(self.trainee.encoded), study.finetune)
@@ -265,12 +268,13 @@ def population_of(bench: Bench, points: Mapping[int, Point]) -> Population:
     return dataclasses.replace(population, drift=drift, covariates=covariates)
 
 
-def _per_neuron(population: Population, by_site: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Values of the rows of sites as values of the population's neurons."""
+def _per_neuron(population: Population, by_site: Mapping[str, np.ndarray], *, all_sites: bool = True) -> np.ndarray:
+    """Values of the rows of sites as values of the population's neurons; NaN for a site that has none, where it may."""
     values = np.full(len(population.site), np.nan)
     for index, name in enumerate(population.site_names):
         mine = population.site == index
-        values[mine] = by_site[name][population.row[mine]]
+        if all_sites or name in by_site:
+            values[mine] = by_site[name][population.row[mine]]
     return values
 
 
@@ -282,23 +286,68 @@ def groups_in(folder: StudyFolder) -> dict[str, Any]:
     return dict(sorted(groups.items(), key=lambda item: (order.get(role_of(item[1], item[0]), len(ROLES)), item[0])))
 
 
-def result_of(bench: Bench, population: Population, points: Mapping[int, Point]) -> StudyResult:
-    groups = groups_in(bench.folder)
+def members_of(bench: Bench, population: Population, points: Mapping[int, Point]) -> dict[str, np.ndarray]:
+    """Name of a group -> which neurons are in it."""
     logs = {seed: point.fit.log for seed, point in points.items()}
-    members = {name: membership(population, logs, group, name) for name, group in groups.items()}
+    return {name: membership(population, logs, group, name) for name, group in groups_in(bench.folder).items()}
+
+
+def result_of(
+    bench: Bench,
+    population: Population,
+    members: Mapping[str, np.ndarray],
+    metrics: Sequence[str],
+    seeds: Sequence[int],
+) -> StudyResult:
     settings = bench.study.analyze
     return analyze(
         population,
         members,
-        metrics=(settings.primary_metric,),
-        seed_labels=[str(seed) for seed in points],
+        metrics=metrics,
+        seed_labels=[str(seed) for seed in seeds],
         band=settings.band,
         resamples=settings.resamples,
         bins=bench.study.groups.bins,
         rng_seed=bench.study.seed,
         primary_metric=settings.primary_metric,
-        roles={name: role_of(group, name) for name, group in groups.items()},
+        roles={name: role_of(group, name) for name, group in groups_in(bench.folder).items()},
     )
+
+
+def what_it_does(bench: Bench, point: Point) -> dict[str, Any]:
+    """Of a run at a step, site -> value of each row: how far its output moved on refusals and on ordinary answers (a
+    length: the root of `functional_drift`), and what it carries of the change of the refusal margin; that change, and
+    what the sum over all misses of it. Empty where the package has no such measures, or none is asked for."""
+    import neurondrift as nd
+
+    if not bench.prompts or not hasattr(nd, "functional_drift"):
+        return {}
+    file = point.fit.folder / f"does-{bench.prompts}-step={point.step:06d}.npz"
+    if not file.exists():
+        began = time.perf_counter()
+        study, tokenizer = bench.study, bench.trainee.tokenizer
+        sets = [load_examples(source)[: bench.prompts] for source in (study.score.safety, study.score.utility)]
+        safety, utility = (encode(part, tokenizer, max_length=study.score.max_length) for part in sets)
+        model = attach_adapter(bench.trainee.model, saved_step(point.fit.folder / "model", point.step)).eval()
+        outputs = nd.functional_drift(model, safety, utility).rows
+        harmful = load_examples(study.evaluate.harmful, require_response=False, kind="harmful")[: bench.prompts]
+        margins = {"harmful": nd.Margin(model, tokenizer, harmful)}
+        margin = nd.path_attribution(model, margins, tolerance=None)["harmful"]
+        detach_adapter(model)
+        values = {f"outputs_{kind}/{n}": getattr(o, kind).sqrt() for n, o in outputs.items() for kind in ON}
+        values |= {f"margin/{name}": value for name, value in margin.rows.items()}
+        facts = {"change": np.array(margin.change), "missed": np.array(margin.missed)}
+        np.savez(file, **{name: value.numpy() for name, value in values.items()}, **facts)
+        say(
+            f"what {point.fit.optimiser}, seed {point.fit.seed}, step {point.step} does: {time.perf_counter() - began:.0f} s"
+        )
+    stored = np.load(file)
+    found: dict[str, Any] = {"change": float(stored["change"]), "missed": float(stored["missed"])}
+    for key in stored:
+        measure, _, site = key.partition("/")
+        if site:
+            found.setdefault(measure, {})[site] = stored[key]
+    return found
 
 
 def gradient_scale(bench: Bench, population: Population) -> np.ndarray:
@@ -357,51 +406,82 @@ def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def compared(bench: Bench, settings: Mapping[str, Mapping[int, Point]]) -> tuple[list[str], dict[str, Any]]:
     """The tables, from each setting's points: its label -> seed -> a run at a step."""
     results: dict[str, StudyResult] = {}
-    runs, correlations, stored = [], [], {}
+    runs, correlations, stored, shares = [], [], {}, {}
     for label, points in settings.items():
         population = population_of(bench, points)
-        results[label] = result_of(bench, population, points)
+        members = members_of(bench, population, points)
+        does = {seed: found for seed, point in points.items() if (found := what_it_does(bench, point))}
+        further = [f"outputs_{kind}" for kind in ON] if does else []
+        drift = {
+            name: np.stack([_per_neuron(population, found[name], all_sites=False) for found in does.values()])
+            for name in further
+        }
+        population = dataclasses.replace(population, drift={**population.drift, **drift})
+        metrics = (bench.study.analyze.primary_metric, *further)
+        results[label] = result_of(bench, population, members, metrics, list(points))
+        if does:
+            shares[label] = {name: _shares(population, chosen, does.values()) for name, chosen in members.items()}
         scale = gradient_scale(bench, population)
         ranks = {metric: rank_correlation(population, metric, scale) for metric in ("l2", "relative")}
         moved = [point.fit.displacement(point.step) for point in points.values()]
         losses = [bench.loss(point.fit, point.step) for point in points.values()]
         steps = [point.step for point in points.values()]
         rate = next(iter(points.values())).fit.rate
-        runs.append((label, f"{rate:g}", several(steps, "d"), several(moved, ".4f"), several(losses)))
+        margin = [several([found[key] for found in does.values()], ".2f") for key in ("change", "missed")]
+        runs.append((label, f"{rate:g}", several(steps, "d"), several(moved, ".4f"), several(losses), *margin))
         correlations.append((label, several(ranks["l2"], ".2f"), several(ranks["relative"], ".2f")))
         stored[label] = {"rate": rate, "steps": steps, "displacement": moved, "loss": losses, "ranks": ranks}
     first = next(iter(results.values()))
+    header = ["run", "learning rate", "step", "mean \\|B\\|", "held-out loss", "margin, change", "missed by the sum"]
     lines = [
-        *rows_of(("run", "learning rate", "step", "mean \\|B\\|", "held-out loss"), runs),
+        *rows_of(header if shares else header[:-2], [row if shares else row[:-2] for row in runs]),
         "",
         f"Seeds {', '.join(first.seed_labels)}, in this order where a cell has several numbers. Held-out loss before "
         f"fine-tuning: {bench.loss(None, 0):.3f} ({len(bench.answers)} answers).",
     ]
-    for comparison, words in (
-        ("effect_matched", "Beside neurons of the same site, row norm, utility score and gradient scale"),
-        ("effect_norm", "Beside neurons of the same site and row norm"),
-    ):
+    matched = "Beside neurons of the same site, row norm, utility score and gradient scale"
+    normed = "Beside neurons of the same site and row norm"
+    primary = first.primary_metric
+    wanted = [
+        ("effect_matched", primary, f"{matched}: {primary.replace('_', ' ')} drift of members over that of controls")
+    ]
+    wanted += [("effect_norm", primary, f"{normed}: the same")]
+    for metric, inputs in (("outputs_safety", "refusals"), ("outputs_utility", "ordinary answers")):
+        wanted += [("primary_effect", metric, f"Beside the first of these: how far outputs moved on {inputs}")]
+    sizes = {effect.group: effect.n_members for effect in first.effects}
+    for comparison, metric, words in wanted:
         shown = {
-            label: {effect.group: getattr(effect, comparison) for effect in result.effects}
+            label: {e.group: getattr(e, comparison) for e in result.effects if e.metric == metric}
             for label, result in results.items()
         }
         if not any(effect is not None for effects in shown.values() for effect in effects.values()):
-            continue
-        sizes = {effect.group: effect.n_members for effect in first.effects}
-        rows = [
-            (f"`{name}`", str(sizes[name]), *(cell(shown[label].get(name)) for label in results))
-            for name in first.groups
-        ]
-        metric = first.primary_metric.replace("_", " ")
-        lines += ["", f"{words}: {metric} drift of members over that of controls, 95 % interval.", ""]
-        lines += rows_of(("group", "neurons", *results), rows)
+            continue  # no covariates, or no such measure
+        lines += ["", f"{words}, with 95 % intervals.", ""]
+        lines += rows_of(
+            ("group", "neurons", *results),
+            [(f"`{n}`", str(sizes[n]), *(cell(shown[label].get(n)) for label in results)) for n in first.groups],
+        )
         for label in results:
-            stored[label][comparison] = {
+            stored[label][f"{metric}, {comparison}"] = {
                 name: None if effect is None else dataclasses.asdict(effect) for name, effect in shown[label].items()
             }
+    if shares:
+        of_all = len(population.site)
+        lines += ["", "Share of the change of the refusal margin that the group's rows carry:", ""]
+        rows = [
+            (f"`{n}`", f"{sizes[n] / of_all:.3f}", *(several(of[n]) for of in shares.values())) for n in first.groups
+        ]
+        lines += rows_of(("group", "share of neurons", *shares), rows)
+        for label, of in shares.items():
+            stored[label]["share of the margin"] = of
     lines += ["", "Rank correlation, within sites, of a row's drift with the scale of its gradient:", ""]
     lines += rows_of(("run", "L2 drift", "relative drift"), correlations)
     return lines, stored
+
+
+def _shares(population: Population, chosen: np.ndarray, does: Collection[Mapping[str, Any]]) -> list[float]:
+    values = (_per_neuron(population, found["margin"], all_sites=False)[chosen] for found in does)
+    return [float(np.nansum(part)) / found["change"] for part, found in zip(values, does, strict=True)]
 
 
 def surroundings() -> str:
@@ -442,6 +522,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of the fits; default: STUDY.optimiser")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--answers", type=int, default=32, help="held-out answers")
+    parser.add_argument("--prompts", type=int, default=32, help="of each set, for what a change does; 0: not measured")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the displacement, at the first seed")
     parser.add_argument("--write", type=Path, help="document whose table is replaced")
     given = parser.parse_args()
@@ -455,7 +536,7 @@ def main() -> None:
     run = StudyRun(study, given.study, say=say)
     run.run(["align", "score", "groups"])
     runs = given.runs or given.study.with_name(given.study.name + ".optimiser")
-    bench = Bench(run.folder, study, runs, answers=given.answers)
+    bench = Bench(run.folder, study, runs, answers=given.answers, prompts=given.prompts)
     seeds = [int(part) for part in given.seeds.split(",")]
     rate = study.finetune.learning_rate
     adamw = {seeds[0]: bench.fit("adamw", rate, seeds[0])}

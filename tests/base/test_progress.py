@@ -1,5 +1,8 @@
 """A log that lives: what is said of a step where there is no terminal, when, and where it goes."""
 
+import contextlib
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -164,3 +167,23 @@ def test_of_several_processes_the_first_speaks(monkeypatch):
     with module.progress("x", 1) as advance:
         advance(1)
         assert not any(thread.name == "neurondrift progress" for thread in threading.enumerate() if thread.is_alive())
+
+
+@pytest.mark.parametrize(("terminal", "bar"), [("xterm", True), ("dumb", False)])
+def test_a_terminal_has_a_bar_and_one_that_cannot_move_has_lines(terminal, bar):
+    leader, follower = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        env=os.environ | {"TERM": terminal, "COLUMNS": "100"},
+    )
+    os.close(follower)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(leader, 4096):
+            said += part
+    os.close(leader)
+    assert (run.communicate()[0], run.returncode) == (b"the result\n", 0)
+    assert (b"\x1b[" in said, b"so far" in said) == (bar, not bar)
+    assert (b"8/8" in said) == bar

@@ -50,17 +50,17 @@ def test_a_stage_reads_stages_above_it_and_has_its_section():
 
 
 def test_a_study_that_stands_is_not_done_again_by_this_version(tmp_path):
-    """The fingerprints of the preset: others do every study again. Down to `finetune` they are those of version 0.1.0."""
+    """The fingerprints of the preset as they are written since issue 20: others would do every study again."""
     run = StudyRun(resolve(preset="smoke"), tmp_path)
     seeds = {"finetune": 0, "evaluate": 0}
     assert {name: run.key(name, seeds.get(name)) for name in STAGES} == {
         "align": "2fc015cde6bd7396",
-        "score": "f43599725d3b0e3d",
-        "groups": "997d4201520e8c3f",
-        "finetune": "a8011ed5c33970f6",
-        "evaluate": "dc44acbfe7e0b182",
-        "analyze": "fc01f84e2ec78c78",
-        "report": "bbe57bdecfcdbc30",
+        "score": "706ba8f2bf2c7305",
+        "groups": "112d5ee2025a60ec",
+        "finetune": "250f3b529a174ca1",
+        "evaluate": "523870d0fa4453ac",
+        "analyze": "64306ee9a12ae22f",
+        "report": "5bd6e2717e37d097",
     }
 
 

@@ -96,6 +96,8 @@ def test_what_a_study_writes(tuned, measured):
         ("random", 1),
     ]
     assert len({c["perplexity"] for c in conditions}) == len(conditions)
+    for counted in (c["refusals"] for c in conditions):
+        assert counted["n"] + counted["incoherent"] + counted["undecided"] == counted["asked"]
     assert set(found["behaviour"]["p_random"].values()) <= {1 / 3, 2 / 3, 1.0}
     assert "Share of the change of the weights that lies in each subspace" in said
     assert all(len(line) <= 100 or "written to" in line for line in said.splitlines())

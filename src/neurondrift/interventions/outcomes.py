@@ -297,5 +297,6 @@ def _cause(group: str, tried: Mapping[str, Mapping[str, Any]]) -> Cause:
         return Cause(group, "cause", caused)
     if against := [name for name, effect in tried.items() if effect["standing"] == "opposite"]:
         return Cause(group, "against", against)
-    unable = all(effect["standing"] in ("too_few_draws", "undefined") for effect in tried.values())
+    stand = {effect["standing"] for effect in tried.values()}
+    unable = "too_few_draws" in stand and not stand & {"small", "not"}
     return Cause(group, "too_few_draws" if unable else "no_evidence", list(tried))

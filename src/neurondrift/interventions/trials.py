@@ -176,7 +176,7 @@ def plan(
                     f"The group {name} has nothing to be compared with: in none of its sites are there as many other "
                     "neurons of the same range of |w|, balanced with its members",
                     received=f"{len(dosed)} members in {len(dosed.members)} sites",
-                    fix="take a smaller group: a smaller fraction, or --doses without 1",
+                    fix=f"take a smaller group: a smaller fraction, or --doses without {dose:g}",
                 )
             rest = group - part
             count = max(draws.whole, draws.freeze) if dose == 1 else draws.dose

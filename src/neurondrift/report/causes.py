@@ -71,6 +71,8 @@ def _loss_sentence(references: References) -> str:
     not_counted = [_not_counted(end) for end in ends]
     if any(not_counted):
         text += f" ({not_counted[0]} answers before and {not_counted[1]} after are incoherent or undecided)"
+    if math.isnan(before - after):
+        return f"{text}: without answers that can be read there is no loss to explain."
     return f"{text}." if before > after else f"{text}: none were lost, so that there is no loss to explain."
 
 
@@ -107,7 +109,7 @@ def _intervention_sentence(effect: InterventionEffect, *, lost: float, tests: in
     if effect["intervention"] == "prune":
         text = f"{acts} leaves refusals at {value:.2f} ({_beside(effect, _rate(measure), tests)})"
         return text + _what_else_broke(effect["measures"].get("answers")) + _standing_of_pruned(effect) + "."
-    if lost <= 0:
+    if not lost > 0:
         return f"{acts} gives refusals of {value:.2f} ({_beside(effect, _rate(measure), tests)})."
     share = _share(effect["share"]["group"])
     does = {"rewind": f"brings {share} of the lost refusals back", "transplant": f"loses {share} of them"}.get(
@@ -219,7 +221,7 @@ def _percent(share: float) -> int:
 
 
 def _draws_that_would_do(found: Sequence[SmallestFound | None], tests: int) -> str:
-    known = [each for each in found if each is not None]
+    known = [each for each in found if each is not None and each["reason"] != "stopped"]
     if not known:
         return f": p cannot reach {ALPHA}"
     text = f": no p-value can be {ALPHA} or less after correction for {tests} test{'s' if tests > 1 else ''}"

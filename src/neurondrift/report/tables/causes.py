@@ -26,7 +26,6 @@ STOPPED = (
     "as the draws were made until they looked like the group"
 )
 STOP = "stopped"
-KINDS: tuple[Literal["harmful"], Literal["ordinary"]] = ("harmful", "ordinary")
 WAYS: tuple[Literal["incoherent"], Literal["undecided"]] = ("incoherent", "undecided")
 WHAT = {
     "prune": "the group is set to zero (or to its site's mean) in the model before fine-tuning",
@@ -190,44 +189,39 @@ def answer_table(interventions: Interventions) -> Table | None:
                 notes.number(difference, "value", wording.effect),
                 STOP if ended else notes.number(difference, "null_mean", wording.effect),
                 STOP if ended else notes.interval(difference, "ci95", wording.effect),
-                *(_uncounted(_measure(effect, kind), what) for what in WAYS for kind in KINDS),
+                *(_uncounted(effect, what) for what in WAYS),
             )
         )
     if not rows:
         return None
     return table(
-        "Harmful minus ordinary requests refused, and answers that do not count for the shares (random groups):",
-        (
-            "group",
-            "intervention",
-            "difference",
-            "random",
-            "95 % interval",
-            "incoherent: harmful",
-            "ordinary",
-            "undecided: harmful",
-            "ordinary",
-        ),
+        "Harmful minus ordinary requests refused, and answers that do not count for the shares:",
+        ("group", "intervention", "difference", "random groups", "95 % interval", "incoherent", "undecided"),
         rows,
-        "llrrrrrrr",
+        "llrrrrr",
         (
             "difference: what raises both shares is no return of refusals; interval: of the group's minus the random "
-            "groups'. undecided: thoughts that do not end, or what the judge cannot tell",
+            "groups'. Answers: to harmful, to ordinary prompts (means of the random groups); undecided: thoughts that "
+            "do not end, or what the judge cannot tell",
             *_reference_counts(interventions),
             *notes.notes(),
         ),
     )
 
 
-def _measure(effect: InterventionEffect, kind: Literal["harmful", "ordinary"]) -> NullMeasure | None:
-    return effect["measures"]["harmful"] if kind == "harmful" else effect["measures"].get("ordinary")
+def _uncounted(effect: InterventionEffect, what: Literal["incoherent", "undecided"]) -> str:
+    """How many answers do not count, to harmful and to ordinary prompts: 5, 1 (4.4, 3.6)."""
+    measures = [effect["measures"]["harmful"], effect["measures"].get("ordinary")]
+    own = [str(m[what]) if m is not None and what in m else "–" for m in measures]
+    if is_stopped(effect):
+        return ", ".join(own)
+    null = [_mean(m, "null_incoherent" if what == "incoherent" else "null_undecided") for m in measures]
+    return f"{', '.join(own)} ({', '.join(null)})"
 
 
-def _uncounted(measure: NullMeasure | None, what: Literal["incoherent", "undecided"]) -> str:
-    if measure is None or what not in measure:
-        return "–"
-    null = wording.finite(measure.get("null_incoherent" if what == "incoherent" else "null_undecided"))
-    return f"{measure[what]} ({'–' if null is None else wording.plain(round(null, 1))})"
+def _mean(measure: NullMeasure | None, field: str) -> str:
+    value = wording.finite(measure.get(field)) if measure else None
+    return "–" if value is None else wording.plain(round(value, 1))
 
 
 def _reference_counts(interventions: Interventions) -> list[str]:

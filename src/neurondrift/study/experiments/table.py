@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from neurondrift.interventions.outcomes import SCHEMA_VERSION
 from neurondrift.models.data import DataReference
 from neurondrift.study.experiments import intervene, stability, subspaces
 from neurondrift.study.settings import Study
@@ -26,7 +27,7 @@ def _acted_on(study: Study) -> dict[str, Any]:
     return first_seed(study) | {
         "evaluate": section_inputs(study.evaluate),
         "resamples": study.analyze.resamples,
-        "layout": intervene.SCHEMA_VERSION,
+        "layout": SCHEMA_VERSION,
         "files": [data_key(DataReference(source=file)) for file in files],
     }
 
