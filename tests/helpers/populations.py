@@ -1,5 +1,7 @@
 """Simulated drift of many neurons, with groups in it, and its analysis."""
 
+import dataclasses
+
 import numpy as np
 
 from neurondrift.statistics.analysis import analyze
@@ -51,3 +53,25 @@ def run(population, groups, **settings):
         **settings,
     }
     return analyze(population, groups, **settings)
+
+
+def make_covariates(people, member, ratio, *, slopes=(-0.4, 0.2, 0.2), noise=0.3):
+    """The same sites with covariates that are larger among the members of a group (but for some as large elsewhere),
+    and a drift that depends on the norm, utility score and gradient scale, and is `ratio` times as large for members."""
+    rng = np.random.default_rng(5)
+    n = len(people.site)
+    common = rng.standard_normal(n)
+    logs = [spread * (common + rng.standard_normal(n)) / np.sqrt(2) for spread in (0.2, 0.5, 0.4)]
+    for log, spread in zip(logs, (0.2, 0.5, 0.4), strict=True):
+        log[member] = spread * (0.6 + 0.5 * rng.standard_normal(member.sum()))
+    seeds = len(next(iter(people.drift.values())))
+    level = rng.normal(-4, 0.5, len(people.site_names))[people.site]
+    log = level + sum(slope * values for slope, values in zip(slopes, logs, strict=True))
+    drift = np.exp(log + noise * rng.standard_normal((seeds, n))) * np.where(member, ratio, 1.0)
+    changed = dataclasses.replace(
+        people,
+        norm=np.exp(logs[0]),
+        drift={"relative": drift},
+        covariates={"utility_score": np.exp(logs[1]), "gradient_scale": np.exp(logs[2])},
+    )
+    return changed, member

@@ -189,7 +189,13 @@ def test_result_holds_subgroups_contrasts_overlaps_and_family(study):
     assert [part.name for part in found.by_layer_third] == ["first third", "middle third", "last third"]
     assert sum(part.g.n for part in found.by_module) == found.g.n == sum(site.n for site in found.by_site)
     contrast = next(c for c in result.contrasts if c.metric == "relative")
-    assert contrast.difference.value == pytest.approx(found.g.value - result.effect("utility_top", "relative").g.value)
+    other = result.effect("utility_top", "relative")  # of which few members are left out, as safety_top's too
+    assert contrast.shared == next(
+        o.shared for o in result.overlaps if (o.first, o.second) == ("safety_top", "utility_top")
+    )
+    assert contrast.difference.value == pytest.approx(found.g.value - other.g.value, abs=0.05)
+    expected = found.effect_norm.log_ratio.value - other.effect_norm.log_ratio.value
+    assert contrast.log_ratio.value == pytest.approx(expected, abs=0.05)
     assert contrast.verdict == "more"
     assert result.family_size == 2 * 2 + 2
     assert math.isnan(result.effect("random", "relative").p_holm)

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from neurondrift.base.errors import DataError
 from neurondrift.report.conclusion import association_sentences
-from neurondrift.statistics.descriptive import BehaviourSeries, RatioOfSums, associate, share
+from neurondrift.statistics.descriptive import BehaviourSeries, RatioOfSums, associate, ratio_of_medians, share
 
 
 def make_series(seeds, steps=6, noise=0.0):
@@ -44,6 +45,48 @@ def test_association_over_three_seeds_has_an_interval_or_a_reason():
     short = associate(make_series(1, steps=2))[0]
     assert math.isnan(short.spearman)
     assert short.reasons["spearman"]
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_a_correlation_of_fewer_than_five_points_a_seed_has_no_interval(steps):
+    found = associate(make_series(4, steps=steps, noise=0.5))[0]
+    assert found.n_points == 4 * (steps - 1) and math.isfinite(found.spearman)
+    assert all(map(math.isnan, (*found.interval, found.p))) == (steps < 6)
+    assert (found.reasons.get("interval") == "fewer than five points per seed") == (steps < 6)
+
+
+@pytest.mark.parametrize("arms", [(0, 1), (1, 0)])
+def test_a_ratio_of_medians_is_that_of_the_values_and_its_interval_that_of_a_jackknife(arms):
+    rng = np.random.default_rng(0)
+    values = np.linspace(0, 4, 400)
+    codes = [np.clip(rng.gamma(3, shape, (12, 90)) / 0.01, 0, 399).astype(int) for shape in (0.25, 0.2)]
+    first, second = (codes[arm] for arm in arms)
+    counts = [np.stack([np.bincount(site, minlength=400) for site in arm]) for arm in (first, second)]
+    found = ratio_of_medians(values, *counts)
+
+    def ratio(keep):
+        return np.quantile(values[first[keep]], 0.5, method="inverted_cdf") / np.quantile(
+            values[second[keep]], 0.5, method="inverted_cdf"
+        )
+
+    assert found.value == pytest.approx(ratio(np.ones(12, dtype=bool)))
+    logs = np.log([ratio(np.arange(12) != site) for site in range(12)])
+    half = stats.t.ppf(0.975, 11) * math.sqrt(11 / 12 * ((logs - logs.mean()) ** 2).sum())
+    assert (found.low, found.high) == pytest.approx((found.value * math.exp(-half), found.value * math.exp(half)))
+
+
+def test_weights_near_zero_do_not_make_a_headline():
+    """A mean of |change| / |w| is as large as its smallest weight makes it; its median is not."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([[0.0], np.logspace(-6, 6, 600)])
+    relative = [np.abs(rng.standard_normal((20, 500)) / rng.standard_normal((20, 500))) for _ in range(2)]
+    relative[0][3, 7] *= 1e6
+    counts = [np.stack([np.bincount(np.searchsorted(values, site), minlength=601) for site in arm]) for arm in relative]
+    found = ratio_of_medians(values, *counts)
+    assert relative[0].mean() / relative[1].mean() > 3
+    assert found.low < 1 < found.high and found.value == pytest.approx(1, abs=0.1)
+    nothing = ratio_of_medians(values, counts[0], np.zeros_like(counts[0]))
+    assert math.isnan(nothing.value) and nothing.reason
 
 
 def test_association_refuses_series_that_do_not_fit():

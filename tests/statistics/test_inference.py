@@ -159,7 +159,7 @@ def test_mixture_of_seeds_and_sites_has_its_limits():
     half = Reference(None, 1e6, 2.0, 0.5)
     draws = np.random.default_rng(0)
     sample = np.sqrt(0.5) * (draws.standard_t(2, 400_000) + draws.standard_normal(400_000))
-    assert half.quantile(0.95) == pytest.approx(np.quantile(sample, 0.95), rel=0.02)
+    assert half.quantile(0.95) == pytest.approx(np.quantile(sample, 0.95), rel=0.05)
     assert half.lower(1.5) + half.upper(1.5) == pytest.approx(1)
 
 

@@ -16,21 +16,21 @@ NAMES = ("first", "second", "third")
 
 def population(seed=0):
     rng = np.random.default_rng(seed)
-    site = np.repeat(np.arange(10), 30)
+    site = np.repeat(np.arange(10), 90)
     return Population(
         site=site,
         site_names=tuple(f"layers.{i}.q_proj" for i in range(10)),
         module_type=("q_proj",) * 10,
         layer=tuple(range(10)),
-        row=np.tile(np.arange(30), 10),
-        norm=np.exp(0.2 * rng.standard_normal(300)),
-        drift={"relative": np.exp(0.4 * rng.standard_normal((1, 300)))},
+        row=np.tile(np.arange(90), 10),
+        norm=np.exp(0.2 * rng.standard_normal(900)),
+        drift={"relative": np.exp(0.4 * rng.standard_normal((1, 900)))},
     )
 
 
 def analysed(names=NAMES, **arguments):
     rng = np.random.default_rng(1)
-    groups = {name: rng.random(300) < 0.1 for name in names}
+    groups = {name: rng.random(900) < 0.1 for name in names}
     return analyze(population(), groups, metrics=["relative"], seed_labels=["0"], resamples=100, **arguments)
 
 
@@ -82,10 +82,10 @@ def test_an_effect_holds_its_parts_and_the_json_shows_their_fields_flat_and_in_p
     expected.remove("reasons")
     keys = [key for key in encoded(result)["first"] if not key.endswith("_reason") or key == "undefined_reason"]
     assert keys == expected
-    assert keys[7:11] == ["n_unmatched", "n_controls", "strata", "strata_unmatched"]
-    assert keys[11:21] == [
+    assert keys[8:12] == ["n_unmatched", "n_controls", "strata", "strata_unmatched"]
+    assert keys[12:22] == [
         "mean_members", "mean_controls", "mean_others", "median_members", "median_controls", "median_others",
-        "ratio_unmatched", "ratio_matched", "d_random", "g",
+        "ratio_unmatched", "ratio_matched", "d_random", "effect_norm",
     ]  # fmt: skip
 
 

@@ -21,9 +21,10 @@ lognormal scales): Student's t on J - 1 df with the sandwich, 6 to 13 %; the equ
 sandwich, 5 to 9 %, and with the jackknife, 5 to 7.5 %; Satterthwaite's df over sites, 0.4 to 5 %; the form
 here, 4 to 6 %. With 6 to 8 layers of like size the bootstrap gives 2 to 4 %, Student's t 4.5 to 5.5 %; with 10 it is 4
 against 5 %, but Student's t then calls up to 6.4 % wrongly "similar". The equivalence test asks both bootstraps, the
-symmetric and the equal-tailed (see `Inference.equivalence_interval`). Over three seeds: Satterthwaite's df reach 8 to
-9 % where seeds dominate, the convolution of both parts (Behrens-Fisher's fiducial form) 1.5 to 6 %, the average of
-quantiles 2.5 to 6 %; a raw bootstrap of three seeds is too narrow by sqrt(2/3) and more.
+symmetric and the equal-tailed (see `Inference.equivalence_interval`). Over three seeds, with effects that 30, 12 or 6
+layers share or not: Satterthwaite's df give 2 to 9 %, the convolution of both parts (Behrens-Fisher's fiducial form)
+1.5 to 6 %, the average of quantiles 4 to 5 % with 30 layers and 1.5 to 6 % with fewer, the mean of that and of
+Satterthwaite's 2 to 7 %; a raw bootstrap of three seeds is too narrow by sqrt(2/3) and more.
 `benchmarks/calibration.py` tests the choice on whole simulated studies.
 
 Shapes: N neurons, H strata, S seeds, J sites, Q sums per site, B resamples, K outcomes.
@@ -199,9 +200,10 @@ class Inference(NamedTuple):
         total = self.se**2 + variance
         extra = own + variance
         within = (own**2 / self.reference.seed_df if own > 0 else 0.0) + variance**2 / freedom
-        mixed = {"seed_df": extra**2 / within, "seed_share": extra / total}
-        skewed = None if self.skewed is None else self.skewed._replace(**mixed)
-        return self._replace(se=float(np.sqrt(total)), reference=self.reference._replace(**mixed), skewed=skewed)
+        df, share = extra**2 / within, extra / total
+        skewed = None if self.skewed is None else self.skewed._replace(seed_df=df, seed_share=share)
+        reference = self.reference._replace(seed_df=df, seed_share=share)
+        return self._replace(se=float(np.sqrt(total)), reference=reference, skewed=skewed)
 
     def detectable(self, power: float = 0.8) -> float:
         """Smallest effect found with this power at two-sided 5 %: half the 95 % width + t_power * se."""

@@ -38,6 +38,9 @@ from neurondrift.statistics.design.population import Population
 from neurondrift.study.population import MATCHED, Rows, behaviour_series, load_population, membership
 from neurondrift.study.settings import AnalyzeSection
 
+#: The mirrored group is chosen by utility, so it is balanced on the safety score instead, where that is known.
+MIRRORED = {"utility_set_difference": ("norm", "safety_score", "gradient_scale")}
+
 
 class DriftFindings(TypedDict):
     """The parts of the findings that rest on drift."""
@@ -107,6 +110,11 @@ def analysis(
         rng_seed=rng_seed,
         primary_metric=settings.primary_metric,
         roles=roles,
+        match_on={
+            name: on
+            for name, on in MIRRORED.items()
+            if name in members and {"norm", *population.covariates}.issuperset(on)
+        },
         behaviour=behaviour_series(logs, population, members, answers, settings.primary_metric),
     )
     strata = {name: refine_bins(population.site, population.norm, chosen, bins) for name, chosen in members.items()}

@@ -110,7 +110,7 @@ def norm_design(
     gap_J = np.bincount(site, weights=(compared - weight) * x, minlength=sites)
     mean_H = np.bincount(stratum[control], weights=x[control], minlength=strata) / np.maximum(controls_H, 1)
     centred = np.where(control, x - mean_H[stratum], 0.0)
-    coefficient = compared - weight
+    coefficient: FloatArray = compared.astype(np.float64) - weight
     done_J = np.zeros(sites, dtype=np.bool_)
     site_of_H = np.zeros(strata, dtype=np.int64)
     site_of_H[stratum] = site

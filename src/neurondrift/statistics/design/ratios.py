@@ -91,15 +91,17 @@ def ratio_sums(design: Design, drift_SN: FloatArray, places: Places) -> RatioSum
     member = design.compared_N[used]
     sites = len(places.layer_of_site)
     count_J = np.bincount(site[member], minlength=sites).astype(np.float64)
-    sums = [count_J] + [np.bincount(site, weights=coefficient * log, minlength=sites) for log in log_SU]
+    effect_SJ = np.stack(
+        [np.bincount(site, weights=coefficient * log, minlength=sites).astype(np.float64) for log in log_SU]
+    )
     present = np.flatnonzero(count_J)
     mean_U = log_SU.mean(axis=0)
     own_J = np.bincount(site[member], weights=mean_U[member], minlength=sites)
-    controls_J = (own_J - np.mean(sums[1:], axis=0)) / np.maximum(count_J, 1)
+    controls_J = (own_J - effect_SJ.mean(axis=0)) / np.maximum(count_J, 1)
     writing = member & places.writes_residual[site]
     return RatioSums(
         present,
-        np.stack(sums, axis=1)[present],
+        np.concatenate([count_J[:, None], effect_SJ.T], axis=1)[present],
         site[writing],
         places.row_N[used[writing]],
         mean_U[writing] - controls_J[site[writing]],
@@ -182,14 +184,14 @@ def infer_clusters(
 ) -> Clustered:
     """`inference.infer` with sites and with layers as the units that vary, whichever has the larger standard error,
     and with what rows add."""
-    arguments = {"resamples": rules.resamples, "rng_seed": rules.rng_seed}
-    by_site = infer(sums_JQ, statistic, **arguments)
-    chosen, cluster = by_site, "site"
+    by_site = infer(sums_JQ, statistic, resamples=rules.resamples, rng_seed=rules.rng_seed)
+    chosen = by_site
+    cluster: Cluster = "site"
     layers, position = np.unique(places.layer_of_site[sites], return_inverse=True)
     if 1 < len(layers) < len(sites):
         joint = np.zeros((len(layers), sums_JQ.shape[1]))
         np.add.at(joint, position, sums_JQ)
-        by_layer = infer(joint, statistic, units="layers", **arguments)
+        by_layer = infer(joint, statistic, resamples=rules.resamples, rng_seed=rules.rng_seed, units="layers")
         if by_layer.reference is not None and not by_layer.se <= by_site.se:
             chosen, cluster = by_layer._replace(sites=len(sites)), "layer"
     widened = chosen.with_extra(rows.variance, rows.freedom)
