@@ -156,20 +156,24 @@ def _verdict(effect: RatioEffect) -> str:
 
 
 def _overall(effects: list[GroupEffect]) -> str:
-    names = wording.listed([effect.group for effect in effects])
-    verdicts = {_verdict(effect.primary_effect) for effect in effects}
+    """The answer of the groups that judge; those without a counterfactual are named apart."""
+    found = {effect.group: _verdict(effect.primary_effect) for effect in effects}
+    alone = [group for group, words in found.items() if words == wording.NOT_COMPARABLE]
+    judged = [group for group in found if group not in alone]
+    withheld = f"{wording.listed(alone)} cannot be judged: there are no comparable neurons"
+    if not judged:
+        return f"Inconclusive: {withheld}."
+    verdicts = list(dict.fromkeys(found[group] for group in judged))
     if len(verdicts) > 1:
-        each = "; ".join(f"{effect.group}: {_verdict(effect.primary_effect)}" for effect in effects)
-        return f"The judging groups differ, under this optimiser ({each})."
-    words = verdicts.pop()
-    if words == wording.NOT_COMPARABLE:
-        return f"Inconclusive: {names} cannot be judged, as there are no comparable neurons."
-    if words == "inconclusive":
-        return (
-            f"Inconclusive: {names} cannot be told apart from comparable neurons, nor shown to move as far, under this "
-            "optimiser."
+        text = f"The judging groups differ, under this optimiser ({'; '.join(f'{g}: {found[g]}' for g in judged)})"
+    elif verdicts == ["inconclusive"]:
+        text = (
+            f"Inconclusive: {wording.listed(judged)} cannot be told apart from comparable neurons, nor shown to move "
+            "as far, under this optimiser"
         )
-    return f"Under this optimiser {names} {wording.moved(words)} comparable neurons."
+    else:
+        text = f"Under this optimiser {wording.listed(judged)} {wording.moved(verdicts[0])} comparable neurons"
+    return f"{text}; {withheld}." if alone else f"{text}."
 
 
 def _effect_sentence(effect: GroupEffect, result: StudyResult) -> str:
