@@ -132,7 +132,7 @@ def group_order(results: Findings) -> Callable[[str], tuple[bool, bool, bool, bo
     """Sort key of groups (the sort is stable): those that judge first, then others that the question is about, then
     others, positive controls, negative controls."""
     roles, analysis = roles_of(results), analysis_of(results)
-    judging = (analysis or {}).get("judging", [])
+    judging = analysis.get("judging", []) if analysis else []
     return lambda group: (
         group not in judging,
         roles[group] != "safety",

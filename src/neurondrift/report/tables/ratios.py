@@ -34,7 +34,7 @@ def ratio_table(results: Findings, metric: str) -> Table:
                 )
             )
     analysis = analysis_of(results)
-    explained = ()
+    explained: tuple[str, ...] = ()
     if analysis and metric == metrics_of(results)[-1]:
         explained = (
             f"Holm family: {clean(analysis['family'])}; {analysis['family_size']} tests",
