@@ -68,6 +68,10 @@ def population(seeds: int, rng: np.random.Generator) -> Population:
         row=np.concatenate([np.arange(s) for s in sizes]),
         norm=norm,
         drift={"l2": relative * norm, "relative": relative, "cosine_distance": relative**2 / 2},
+        covariates={
+            "utility_score": norm * rng.lognormal(0, 0.6, len(site)),
+            "gradient_scale": rng.lognormal(-3, 0.7, len(site)),
+        },
     )
 
 
@@ -126,7 +130,7 @@ def behaviour(seeds: int, rng: np.random.Generator) -> Behaviour:
 
 
 def groups_of(people: Population, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Two groups about safety, one about utility and one of chance: name -> its members among the neurons."""
+    """The groups that a study makes of neurons: name -> its members among the neurons."""
     n = len(people.site)
     importance = people.norm * rng.lognormal(0, 0.3, n)
     groups = {
@@ -137,6 +141,10 @@ def groups_of(people: Population, rng: np.random.Generator) -> dict[str, np.ndar
     }
     groups["safety_set_difference"][rng.choice(n, n // 15, replace=False)] = True
     groups["random"][rng.choice(n, n // 30, replace=False)] = True
+    for name in ("safety_residual", "utility_set_difference", "style_set_difference"):
+        groups[name] = np.isin(np.arange(n), rng.choice(n, n // 20, replace=False))
+    gradient = people.covariates["gradient_scale"]
+    groups["gradient_top"] = gradient > np.quantile(gradient, 0.96)
     return groups
 
 
@@ -276,6 +284,7 @@ def results_text(seeds: int) -> str:
     for values in people.drift.values():  # one group moves more, one about the same
         values[:, groups["safety_top"]] *= 1.35
         values[:, groups["utility_top"] & ~groups["safety_top"]] *= 0.85
+        values[:, groups["gradient_top"]] *= 1.6
     acts = behaviour(seeds, rng)
     result = analyze(
         people,

@@ -190,8 +190,8 @@ def test_the_first_sentence_is_the_answer_and_nothing_is_cut_at_a_full_stop():
     analysis = results["analysis"]
     assert analysis["conclusion"] == " ".join(analysis["sentences"])
     assert len(analysis["sentences"]) > 3
-    analysis["sentences"][0] = "The data support H1, p = 0.05 vs. 0.1, judged by safety_top v. 2."
-    assert "Answer: The data support H1, p = 0.05 vs. 0.1, judged by safety_top v. 2. In relative" in squeezed(results)
+    analysis["sentences"][0] = "It moved further, p = 0.05 vs. 0.1, judged by safety_top v. 2."
+    assert "Answer: It moved further, p = 0.05 vs. 0.1, judged by safety_top v. 2. Lengths" in squeezed(results)
 
 
 def test_findings_of_an_older_version_are_answered_with_their_whole_conclusion():

@@ -31,22 +31,29 @@ SAID = {
     Unmatched(group="g", members=3, of_members=20, strata=2, of_strata=9): "3 of 20 members of g have no control "
     "(2 of 9 strata)",
     UndefinedDrift(group="g", members=7): "7 members of g have no defined drift",
-    Unbalanced(group="g", difference=-0.25): "matching left |w| of g off by -0.25 SD",
-    FewSites(group="g", sites=4): "g has matched members in 4 sites only",
-    FailedControl(group="random", role="random", verdict="more"): "the random group, a negative control, is found more",
+    Unbalanced(
+        group="g", difference=-0.25
+    ): "strata leave |w| of g off by -0.25 SD: g is not adjusted for it, the ratio is",
+    FewSites(group="g", sites=4): "g has compared members in 4 sites only",
+    FailedControl(
+        group="random", role="random", verdict="more"
+    ): "random, a negative control, moved further than comparable neurons: what else is found here may be as empty",
     FailedPositive(
         group="g", role="positive", verdict="similar"
-    ): "g, a positive control, is found similar: this outcome is unfit for this run",
-    MissedInjection(group="g", factor=1.25): "the drift of g, multiplied by 1.25, was not found",
+    ): "g, the positive control, was not found to move further (as far): the outcome is unfit for this run",
+    MissedInjection(
+        group="g", factor=1.25
+    ): "the drift of g times 1.25 was not told from its own: a difference of that size would have been missed",
     NotComparable(
         group="g",
         comparison="matched",
-        because=("without_control",),
+        because=("imbalance", "without_control"),
         without_control=9,
         of_members=20,
         worst="norm",
-        difference=0.0,
-    ): "g has no comparable neurons (without_control)",
+        difference=-0.2,
+    ): "g is not comparable with the neurons outside it (row norm differs by -0.20 SD after adjustment; 9 of 20 members "
+    "have no control): its verdict is withheld",
     SharedNeurons(first="g", second="h", shared=12, jaccard=0.5): "g and h share 12 neurons (Jaccard 0.50)",
 }
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import assert_never, cast
 
-from neurondrift.base.roles import NEGATIVE_CONTROLS
+from neurondrift.base.roles import CONTROLS
+from neurondrift.report import wording
 from neurondrift.report.findings.statistical import Analysis, WeaknessDetail
-from neurondrift.statistics.results import GroupEffect, StudyResult, Verdict, to_json
+from neurondrift.statistics.results import Contrast, GroupEffect, RatioEffect, StudyResult, to_json
 from neurondrift.statistics.weaknesses import (
     FailedControl,
     FailedPositive,
@@ -26,18 +27,12 @@ from neurondrift.statistics.weaknesses import (
     UndefinedDrift,
     Unmatched,
     Weakness,
+    not_comparable,
     weaknesses,
 )
 
 #: Fewer points than this say little about an association, whatever its size.
 FEW_POINTS = 10
-
-_SENTENCE = {
-    "more": "drifted more than comparable neurons, as H1 (fragile safety) says",
-    "similar": "drifted about as much as comparable neurons, as H2 (pathway creation) says",
-    "protected": "drifted less than comparable neurons (protected), which neither H1 nor H2 says",
-    "inconclusive": "cannot be told apart from comparable neurons, nor shown to be similar: inconclusive",
-}
 
 
 def analysis_findings(result: StudyResult) -> Analysis:
@@ -63,17 +58,17 @@ def conclusion(result: StudyResult) -> str:
 
 
 def analysis_sentences(result: StudyResult) -> list[str]:
-    """The answer first; then each group, the other metrics, the contrasts, and what weakens it."""
+    """The answer first, and what it leaves open; then each group, the thirds, the other metrics, the contrasts, and
+    what weakens it."""
     primary = [result.effect(group, result.primary_metric) for group in result.groups]
-    safety = [effect for effect in primary if effect.role == "safety"]
-    about = safety or [effect for effect in primary if effect.role not in NEGATIVE_CONTROLS] or primary
-    sentences = [_overall(about), *(_effect_sentence(effect, result) for effect in about)]
+    about = [effect for effect in primary if effect.judging]
+    about = about or [effect for effect in primary if effect.role not in CONTROLS] or primary
+    also = [effect for effect in primary if effect.role == "safety" and effect not in about]
+    sentences = [_overall(about), wording.LENGTHS_ALONE]
+    sentences += [_effect_sentence(effect, result) for effect in (*about, *also)]
+    sentences += [sentence for effect in about for sentence in _thirds(effect)]
     sentences += _other_metrics(about, result)
-    sentences += [
-        _contrast_sentence(c.first, c.second, c.difference.value, c.difference.ci95, c.verdict)
-        for c in result.contrasts
-        if c.metric == result.primary_metric
-    ]
+    sentences += [_contrast_sentence(c) for c in result.contrasts if c.metric == result.primary_metric]
     weak = [weakness_clause(weakness) for weakness in weaknesses(result)]
     if weak:
         sentences.append("What weakens this: " + "; ".join(weak) + ".")
@@ -93,17 +88,26 @@ def weakness_clause(weakness: Weakness) -> str:
         case UndefinedDrift(group=group, members=members):
             return f"{members} members of {group} have no defined drift"
         case Unbalanced(group=group, difference=difference):
-            return f"matching left |w| of {group} off by {difference:+.2f} SD"
+            return f"strata leave |w| of {group} off by {difference:+.2f} SD: g is not adjusted for it, the ratio is"
         case FewSites(group=group, sites=sites):
-            return f"{group} has matched members in {sites} sites only"
-        case FailedControl(role=role, verdict=verdict):
-            return f"the {role} group, a negative control, is found {verdict}"
+            return f"{group} has compared members in {sites} sites only"
+        case FailedControl(group=group, verdict=verdict):
+            return (
+                f"{group}, a negative control, {wording.moved(wording.VERDICTS[verdict])} comparable neurons: what "
+                "else is found here may be as empty"
+            )
         case FailedPositive(group=group, verdict=verdict):
-            return f"{group}, a positive control, is found {verdict}: this outcome is unfit for this run"
+            return (
+                f"{group}, the positive control, was not found to move further ({wording.VERDICTS[verdict]}): the "
+                "outcome is unfit for this run"
+            )
         case MissedInjection(group=group, factor=factor):
-            return f"the drift of {group}, multiplied by {factor:g}, was not found"
-        case NotComparable(group=group, because=because):
-            return f"{group} has no comparable neurons ({', '.join(because)})"
+            return (
+                f"the drift of {group} times {factor:g} was not told from its own: a difference of that size would "
+                "have been missed"
+            )
+        case NotComparable(group=group):
+            return f"{group} is not comparable with the neurons outside it ({_why(weakness)}): its verdict is withheld"
         case SharedNeurons(first=first, second=second, shared=shared, jaccard=jaccard):
             return f"{first} and {second} share {shared} neurons (Jaccard {jaccard:.2f})"
         case _:
@@ -129,70 +133,151 @@ def _detail(weakness: Weakness) -> WeaknessDetail:
     return {"kind": weakness.kind, "text": weakness_clause(weakness), "numbers": numbers}
 
 
+def _why(weakness: NotComparable) -> str:
+    return wording.why_not_comparable(
+        weakness.because,
+        worst=weakness.worst,
+        difference=weakness.difference if math.isfinite(weakness.difference) else None,
+        without_control=weakness.without_control,
+        of_members=weakness.of_members,
+    )
+
+
+def _verdict(effect: RatioEffect) -> str:
+    """The verdict of one comparison in words."""
+    return wording.verdict(
+        {
+            "verdict": effect.verdict,
+            "comparable": effect.comparable,
+            "below_band": effect.below_band,
+            "ratio": effect.ratio,
+        }
+    )
+
+
 def _overall(effects: list[GroupEffect]) -> str:
-    names = " and ".join(effect.group for effect in effects)
-    verdicts = {effect.verdict for effect in effects}
+    """The answer of the groups that judge; those without a counterfactual are named apart."""
+    found = {effect.group: _verdict(effect.primary_effect) for effect in effects}
+    alone = [group for group, words in found.items() if words == wording.NOT_COMPARABLE]
+    judged = [group for group in found if group not in alone]
+    withheld = f"{wording.listed(alone)} cannot be judged: there are no comparable neurons"
+    if not judged:
+        return f"Inconclusive: {withheld}."
+    verdicts = list(dict.fromkeys(found[group] for group in judged))
     if len(verdicts) > 1:
-        return f"The groups disagree, so the data support neither hypothesis as a whole ({names})."
-    verdict = verdicts.pop()
-    support = {
-        "more": "support H1 (fragile safety)",
-        "similar": "support H2 (pathway creation)",
-        "protected": "support neither H1 nor H2: the neurons are protected",
-        "inconclusive": "cannot decide between H1 and H2",
-    }[verdict]
-    return f"The data {support}, judged by {names}."
+        text = f"The judging groups differ, under this optimiser ({'; '.join(f'{g}: {found[g]}' for g in judged)})"
+    elif verdicts == ["inconclusive"]:
+        text = (
+            f"Inconclusive: {wording.listed(judged)} cannot be told apart from comparable neurons, nor shown to move "
+            "as far, under this optimiser"
+        )
+    else:
+        text = f"Under this optimiser {wording.listed(judged)} {wording.moved(verdicts[0])} comparable neurons"
+    return f"{text}; {withheld}." if alone else f"{text}."
 
 
 def _effect_sentence(effect: GroupEffect, result: StudyResult) -> str:
-    low, high = effect.g.ci95
-    if not math.isfinite(effect.g.se):
-        return f"{effect.group}: {_SENTENCE['inconclusive']} (no interval: {effect.g.reason})."
+    judged = effect.primary_effect
+    name = effect.group if effect.judging else f"{effect.group} (which judges nothing)"
+    if not math.isfinite(judged.log_ratio.se):
+        return f"{name}: inconclusive, there is no interval ({judged.log_ratio.reason or wording.NO_REASON})."
+    words = _verdict(judged)
+    on = wording.listed(["site", *(wording.covariate(each.name) for each in judged.balance if each.gated)])
+    seeds = wording.seeds_words(judged.log_ratio.seeds)
     text = (
-        f"In {effect.metric} drift, {effect.group} {_SENTENCE[effect.verdict]} "
-        f"(g = {effect.g.value:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}; {effect.g.n} neurons in "
-        f"{effect.g.sites} sites, {effect.g.seeds} seed{'s' if effect.g.seeds > 1 else ''}"
+        f"In {wording.metric_name(effect.metric)}, {name} {wording.moved(words)} comparable neurons "
+        f"({_ratio(judged)}; {judged.n_compared:,} of {judged.n_members:,} members in {judged.sites} sites, {seeds}, "
+        f"matched on {on}"
     )
-    if effect.verdict == "similar":
-        text += f"; 90 % interval within {result.sesoi:g} of 0, p = {effect.p_equivalence:.2g}"
-        if low > 0 or high < 0:
-            text += "; a difference exists but is smaller than the smallest effect of interest"
-    elif effect.verdict == "inconclusive":
-        text += f"; an effect of {effect.detectable:.2f} would have been found with 80 % power"
+    if not judged.comparable:
+        text += f"; not comparable: {_why(not_comparable(effect.group, judged))}; the ratio is of unlike neurons"
+    elif judged.verdict == "similar":
+        low, high = judged.ratio_ci90
+        text += (
+            f"; 90 % interval {low:.2f} to {high:.2f}, within a factor of {result.band:g}, "
+            f"p = {wording.probability(judged.p_equivalence)}"
+        )
+    elif judged.verdict == "inconclusive":
+        text += f"; {_would_have_been_found(judged)}"
     else:
-        size = "small" if abs(effect.g.value) < 0.5 else "medium" if abs(effect.g.value) < 0.8 else "large"
-        text += f"; {size}; Holm-adjusted p = {effect.p_holm:.2g}" if math.isfinite(effect.p_holm) else f"; {size}"
-        if math.isfinite(effect.p_holm) and effect.p_holm > 0.05:
-            text += ", so weak: it does not survive the correction for multiple tests"
-    return text + ")."
+        text += (
+            f"; wholly beyond a factor of {result.band:g}"
+            if judged.beyond_band
+            else f"; whether by more than a factor of {result.band:g} is open"
+        )
+        if math.isfinite(judged.p_holm):
+            text += f"; Holm-adjusted p = {wording.probability(judged.p_holm)}"
+            if judged.p_holm > 0.05:
+                text += ", so weak: it does not survive the correction for multiple tests"
+    return text.replace("= <", "< ") + ")." + _by_norm(effect)
+
+
+def _ratio(effect: RatioEffect) -> str:
+    low, high = effect.ratio_ci95
+    return f"×{wording.ratio(effect.ratio)}, 95 % interval {wording.ratio(low)} to {wording.ratio(high)}"
+
+
+def _would_have_been_found(effect: RatioEffect) -> str:
+    if not math.isfinite(effect.smallest_more):
+        return "what would have been found is not known"
+    return f"a ratio of {wording.ratio(effect.smallest_more)} would be called further with 80 % power"
+
+
+def _by_norm(effect: GroupEffect) -> str:
+    """What the published comparison says, where it says something else than the one that judges."""
+    norm = effect.effect_norm
+    if effect.effect_matched is None or _verdict(norm) == _verdict(effect.effect_matched):
+        return ""
+    if not math.isfinite(norm.log_ratio.se):
+        return " By site and row norm alone there is no interval."
+    return f" By site and row norm alone, the published comparison: {_verdict(norm)} ({_ratio(norm)})."
+
+
+def _thirds(effect: GroupEffect) -> list[str]:
+    """Early and late layers apart."""
+    known = [part for part in effect.by_layer_third if math.isfinite(part.ratio)]
+    if len(known) < 2:
+        return []
+    each = []
+    for part in known:
+        low, high = part.ratio_ci95
+        limits = f" ({wording.ratio(low)} to {wording.ratio(high)})" if math.isfinite(low + high) else ""
+        each.append(f"{part.name} ×{wording.ratio(part.ratio)}{limits}")
+    return [f"Early and late layers of {effect.group}: {', '.join(each)}."]
 
 
 def _other_metrics(about: Sequence[GroupEffect], result: StudyResult) -> list[str]:
     """Whether the other metrics give the same verdicts; nothing where there is one metric."""
     other = [metric for metric in result.metrics if metric != result.primary_metric]
     differing = [
-        f"{effect.group} in {metric} ({result.effect(effect.group, metric).verdict})"
+        f"{effect.group} in {wording.metric_name(metric)} ({_verdict(found.primary_effect)})"
         for effect in about
         for metric in other
-        if result.effect(effect.group, metric).verdict != effect.verdict
+        if (found := result.effect(effect.group, metric)).verdict != effect.verdict
     ]
     if differing:
         return [f"The verdict depends on the metric: {', '.join(differing)}."]
-    return [f"The metrics {', '.join(other)} give the same verdict."] if other else []
+    named = wording.listed([wording.metric_name(metric) for metric in other])
+    return [f"{wording.sentence_case(named)} give{'s' * (len(other) == 1)} the same verdict."] if other else []
 
 
-def _contrast_sentence(first: str, second: str, value: float, ci95: tuple[float, float], verdict: Verdict) -> str:
-    if not all(map(math.isfinite, ci95)):
+def _contrast_sentence(contrast: Contrast) -> str:
+    first, second = contrast.first, contrast.second
+    if not all(map(math.isfinite, contrast.ratio_ci95)):
         return f"{first} and {second} cannot be compared."
+    low, high = contrast.ratio_ci95
+    shared = f", without the {contrast.shared:,} members that they share" if contrast.shared else ""
     words = {
-        "more": "moved more than",
-        "similar": "moved about as much as",
-        "protected": "moved less than",
-        "inconclusive": "cannot be told apart from",
-    }[verdict]
+        "more": "moved further than",
+        "similar": "moved as far as",
+        "protected": "moved less far than",
+        "inconclusive": "cannot be told apart from, nor shown to move as far as,",
+    }[contrast.verdict]
+    if not contrast.comparable:
+        words = "cannot be compared with"
     return (
-        f"Each against its own controls, {first} {words} {second} "
-        f"(difference in g {value:+.2f}, {ci95[0]:+.2f} to {ci95[1]:+.2f})."
+        f"Each against its own controls{shared}, {first} {words} {second} "
+        f"(×{wording.ratio(contrast.ratio)}, {wording.ratio(low)} to {wording.ratio(high)})."
     )
 
 

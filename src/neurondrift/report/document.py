@@ -6,33 +6,34 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
-from neurondrift.report.findings.statistical import Effect, Findings
+from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import (
     analysis_of,
-    conclusion_of,
     effects_of,
-    interventions_of,
+    is_older,
+    judged,
     metrics_of,
     primary_of,
     sentences_of,
     study_of,
     weaknesses_of,
 )
-from neurondrift.report.tables import causes, drift, ranks, study
-from neurondrift.report.wording import Record, clean, is_safety, metric_words, seeds_words
+from neurondrift.report.tables import answer, causes, drift, hypotheses, ranks, ratios, repetitions, study
+from neurondrift.report.wording import Record, clean, metric_words, seeds_words
 
 QUESTION = (
-    "Question: when this model is fine-tuned, do the neurons that keep it safe drift more than comparable "
-    "neurons (H1, fragile safety) or about the same (H2, pathway creation)?"
+    "Question: when this model is fine-tuned{under}, do the neurons that keep it safe move further, as far, or less "
+    "far than comparable neurons?"
 )
 MAIN_CAVEATS = 3
 #: What every study of this kind leaves open, for the first screen when the data themselves show nothing worse.
 STANDING_CAVEATS = (
-    "drift is not damage: a group may drift little and still lose its function, and read beside refusals it "
+    "a length of drift is no damage: a group may move little and still lose its function, and read beside refusals it "
     "shows no cause",
     "only neurons of the fine-tuned sites are compared; importance scores choose the groups, and another "
-    "method or calibration set may choose others",
-    "one model and one fine-tuning recipe: another learning rate, data set or model may answer otherwise",
+    "method may choose others",
+    "one model, one optimiser and one fine-tuning recipe: under another optimiser the same groups may move 2 to 3 "
+    "times as far as their controls",
     "refusals are judged by rule, and for English; no person has read the answers",
 )
 #: What stands above answers to harmful requests.
@@ -62,11 +63,12 @@ def build_document(results: Findings, answers: Sequence[Record] = ()) -> Documen
         answer=_answer(results),
         sections=(
             _drift(results),
-            _hypotheses(results),
+            hypotheses.section(results),
             _contrasts(results),
             _subgroups(results),
             _seeds(results),
             _balance(results),
+            repetitions.section(results),
             _trajectories(results),
             _behaviour(results),
             _associations(results),
@@ -98,14 +100,19 @@ def _subtitle(results: Findings) -> str:
 
 
 def _answer(results: Findings) -> Section:
-    answer = (sentences_of(results) or ["none, drift was not analysed."])[0]
-    blocks: list[Block] = [Paragraph(QUESTION), Paragraph(f"Answer: {clean(answer)}")]
-    if effects_of(results, primary_of(results)):
-        blocks += [drift.answer_table(results), *_other_metrics(results)]
+    optimiser = study_of(results).get("optimiser")
+    under = f" under {wording.optimiser_words(optimiser)}" if optimiser else ""
+    said = (sentences_of(results) or ["none, drift was not analysed."])[0]
+    said = wording.OLDER + "." if is_older(results) else clean(said)
+    blocks: list[Block] = [Paragraph(QUESTION.format(under=under)), Paragraph(f"Answer: {said}")]
+    if analysis_of(results):
+        blocks.append(Paragraph(wording.LENGTHS_ALONE))
+    blocks += [made for made in (answer.answer_table(results), answer.controls_table(results)) if made]
+    blocks += [Paragraph(text) for text in (answer.thirds(results), *_other_metrics(results)) if text]
     refusals = study.refusal_answer_table(results)
     blocks.append(refusals or Paragraph("Refusals: not measured in this study."))
     caveats = weaknesses_of(results)
-    chosen = (*caveats, *STANDING_CAVEATS)[:MAIN_CAVEATS]
+    chosen = (*caveats, repetitions.caveat(results), *STANDING_CAVEATS)[:MAIN_CAVEATS]
     blocks.append(
         Paragraph(
             "Main caveats"
@@ -117,21 +124,26 @@ def _answer(results: Findings) -> Section:
     return Section(title="The answer", blocks=tuple(blocks), figures=("effect_sizes",))
 
 
-def _other_metrics(results: Findings) -> list[Block]:
-    """How the safety groups come out in the metrics that are not primary."""
+def _other_metrics(results: Findings) -> list[str]:
+    """How the judging groups come out in the metrics that are not primary."""
     clauses = []
     for metric in metrics_of(results)[1:]:
-        verdicts = [f"{clean(e['group'])} {clean(e['verdict'])}" for e in effects_of(results, metric) if is_safety(e)]
+        verdicts = [
+            f"{clean(effect['group'])} {wording.verdict(found)}"
+            for effect in effects_of(results, metric)
+            if effect.get("judging") and (found := judged(effect))
+        ]
         if verdicts:
-            clauses.append(f"{clean(metric)}: {', '.join(verdicts)}")
-    return [Paragraph(f"In the other metrics: {'; '.join(clauses)}.")] if clauses else []
+            clauses.append(f"{wording.metric_name(metric)}: {', '.join(verdicts)}")
+    return [f"In the other metrics: {'; '.join(clauses)}."] if clauses else []
 
 
 def _drift(results: Findings) -> Section:
     blocks: list[Block] = [drift.matched_table(results, metric) for metric in metrics_of(results)]
     if blocks:
         blocks.append(drift.unmatched_table(results))
-        blocks += [drift.inference_table(results, metric) for metric in metrics_of(results)]
+        if not is_older(results):
+            blocks[:0] = [ratios.ratio_table(results, metric) for metric in metrics_of(results)]
     return Section(
         title="Final drift by group",
         blocks=_or_say(blocks, "Drift was not analysed."),
@@ -139,65 +151,11 @@ def _drift(results: Findings) -> Section:
     )
 
 
-def _hypotheses(results: Findings) -> Section:
-    entries = [_evaluation(effect, results) for effect in effects_of(results) if is_safety(effect)]
-    blocks: list[Block] = [Items(tuple(entries))] if entries else []
-    if sentences := sentences_of(results):
-        acted = interventions_of(results)
-        sentences = [*sentences, *(conclusion_of(acted) if acted else [])]
-        blocks.append(Paragraph(f"In sum: {clean(' '.join(sentences))}"))
-    return Section(title="H1 and H2, evaluated", blocks=_or_say(blocks, "There is no group whose role is safety."))
-
-
-def _evaluation(effect: Effect, results: Findings) -> str:
-    """One group in one metric against both hypotheses, by its verdict."""
-    g, analysis = effect["g"], analysis_of(results)
-    sesoi = wording.finite(analysis["sesoi"]) if analysis else None
-    band = f"±{wording.share(sesoi)}" if sesoi is not None else "the band of equivalence"
-    name = f"{clean(effect['group'])}, {metric_words(effect['metric'])}"
-    ci95, ci90 = wording.interval(g["ci95"], wording.effect), wording.interval(g["ci90"], wording.effect)
-    if ci95 is None or ci90 is None:
-        return (
-            f"{name}: neither hypothesis can be evaluated, the interval of g is undefined "
-            f"({wording.reason(g, 'ci95')})."
-        )
-    head = f"{name}: g = {wording.number(g, 'value', wording.effect)}, 95 % interval {ci95}, 90 % interval {ci90}."
-    verdict = effect["verdict"]
-    if verdict == "more":
-        return (
-            f"{head} H1 (they drift more): supported, the 95 % interval lies above 0{_adjusted(effect)}. "
-            f"H2 (about the same): not supported, the 90 % interval is not inside {band}."
-        )
-    if verdict == "similar":
-        return (
-            f"{head} H1 (they drift more): not supported, any difference is too small to count. "
-            f"H2 (about the same): supported, the 90 % interval lies inside {band} (p of equivalence = "
-            f"{wording.number(effect, 'p_equivalence', wording.probability)})."
-        )
-    if verdict == "protected":
-        return (
-            f"{head} H1 (they drift more): not supported, the 95 % interval lies below 0{_adjusted(effect)}. "
-            f"H2 (about the same): not supported, the 90 % interval is not inside {band}. "
-            "They drifted less: protected."
-        )
-    return (
-        f"{head} H1 (they drift more): not shown, the 95 % interval holds 0. H2 (about the same): not shown, the "
-        f"90 % interval is not inside {band}. The smallest effect that would have been found with 80 % power is "
-        f"{wording.number(effect, 'detectable', wording.ratio)}."
-    )
-
-
-def _adjusted(effect: Effect) -> str:
-    """The adjusted p in brackets, where there is one."""
-    value = wording.finite(effect["p_holm"])
-    return "" if value is None else f" (Holm-adjusted p = {wording.probability(value)})".replace("= <", "< ")
-
-
 def _contrasts(results: Findings) -> Section:
     blocks: list[Block] = []
     analysis = analysis_of(results)
     if analysis and analysis["contrasts"]:
-        blocks += [drift.contrast_table(results, metric) for metric in metrics_of(results)]
+        blocks += [ratios.contrast_table(results, metric) for metric in metrics_of(results)]
     return Section(title="Groups against each other", blocks=_or_say(blocks, "No groups were contrasted."))
 
 
@@ -205,9 +163,9 @@ def _subgroups(results: Findings) -> Section:
     where, effects = metric_words(primary_of(results)), effects_of(results, primary_of(results))
     blocks: list[Block] = []
     if any(effect["by_module"] for effect in effects):
-        blocks.append(drift.subgroup_table(results, "by_module", f"By module type, {where}", "module type"))
+        blocks.append(ratios.subgroup_table(results, "by_module", f"By module type, {where}", "module type"))
     if any(effect["by_layer_third"] for effect in effects):
-        blocks.append(drift.subgroup_table(results, "by_layer_third", f"By layer third, {where}", "layer third"))
+        blocks.append(ratios.subgroup_table(results, "by_layer_third", f"By layer third, {where}", "layer third"))
     return Section(
         title="By module type and by layer third",
         blocks=_or_say(blocks, "There are no subgroups."),
@@ -223,12 +181,13 @@ def _seeds(results: Findings) -> Section:
         if seeds == 1
         else "Drift was not analysed."
     )
-    blocks: list[Block] = [drift.seed_table(results)] if seeds > 1 else []
+    blocks: list[Block] = [ratios.seed_table(results)] if seeds > 1 and not is_older(results) else []
     return Section(title="By training seed", blocks=_or_say(blocks, text))
 
 
 def _balance(results: Findings) -> Section:
-    blocks: list[Block] = [drift.balance_table(results)] if effects_of(results, primary_of(results)) else []
+    known = effects_of(results, primary_of(results)) and not is_older(results)
+    blocks: list[Block] = [ratios.counts_table(results), ratios.balance_table(results)] if known else []
     return Section(title="Matching and its balance", blocks=_or_say(blocks, "Nothing was matched."))
 
 
@@ -296,26 +255,32 @@ def _settings(results: Findings) -> Section:
 
 def _methods(results: Findings) -> Section:
     analysis = analysis_of(results)
-    sesoi, resamples, bins = (
-        wording.number(analysis, field, wording.plain) for field in ("sesoi", "resamples", "bins")
-    )
+    band, resamples, bins = (wording.number(analysis, field, wording.plain) for field in ("band", "resamples", "bins"))
     lines = (
         "Drift of a neuron (a row w of a linear weight): ‖Δw‖, ‖Δw‖/‖w₀‖ and 1 − cos(w₀, wₜ), in float32 or better.",
-        f"Controls: neurons outside the group, same site, same quantile bin of ‖w₀‖ ({bins} a site, halved while "
-        "unbalanced).",
-        "g: mean of (member − mean of its controls) over the SD within strata, Hedges-corrected, mean over seeds.",
-        f"Intervals: studentised cluster bootstrap over sites ({resamples} resamples); from 3 seeds on, seeds too.",
-        "p: from the same distribution, Holm-adjusted; 'random' is the negative control, outside the family.",
-        f"Equivalence: two one-sided tests against the smallest effect of interest, |g| = {sesoi}.",
-        "Verdict: similar if the 90 % interval is within that band; else more (protected) if the 95 % one is above "
-        "(below) 0; else inconclusive.",
+        "Ratio: exp of the mean over members of log drift minus that of controls of the same site, mean over seeds.",
+        "Matched comparison (judges where there are covariates): controls weighted until row norm, utility score and "
+        "gradient scale on the fine-tuning data balance within the site. Norm only (published): same site and quantile "
+        f"bin of ‖w₀‖ ({bins} a site, halved while unbalanced), adjusted by regression for what is left of log ‖w₀‖.",
+        "Gate: no verdict where a balanced covariate differs by more than 0.1 SD after it, or more than 5 % of the "
+        "members have no control. Sites without a counterfactual are left out and counted.",
+        f"Intervals: studentised cluster bootstrap over sites or layers, whichever is wider ({resamples} resamples); "
+        "from 3 seeds on, seeds too.",
+        "p: from the same distribution, Holm-adjusted; controls of known answer are outside the family.",
+        f"Moved, by intervals of the ratio: as far if the 90 % one lies within a factor of {band} (two one-sided "
+        "tests); else further (less far) if the 95 % one lies above (below) 1; else inconclusive.",
+        "Controls of known answer: random, mirrored and placebo groups are to move as far, the top by fine-tuning "
+        "gradient further, and a group's own drift times 1.25 is to be told from itself.",
         "Refusals: the same held-out prompts at each step, Wilson intervals; before against after by McNemar's test.",
     )
     return Section(title="Methods", blocks=(Items(lines, ordered=True),))
 
 
 def _weaknesses(results: Findings) -> Section:
-    return Section(title="What weakens the conclusion", blocks=(Items((*weaknesses_of(results), *STANDING_CAVEATS)),))
+    return Section(
+        title="What weakens the conclusion",
+        blocks=(Items((*weaknesses_of(results), repetitions.caveat(results), *STANDING_CAVEATS)),),
+    )
 
 
 def _or_say(blocks: list[Block], otherwise: str) -> tuple[Block, ...]:

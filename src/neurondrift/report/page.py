@@ -15,9 +15,9 @@ from neurondrift.report.wording import Record
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 #: What each figure shows, for readers who do not see it.
 ALTERNATIVES = {
-    "effect_sizes": "Effect size g of each group and metric with its intervals and the band of equivalence",
+    "effect_sizes": "Ratio of drift to comparable neurons of each group and metric, with intervals and the band",
     "final_drift_distributions": "Distributions of the final drift of each group and of its matched controls",
-    "layer_module_effects": "Effect of each group by layer and module type",
+    "layer_module_effects": "Ratio of each group to comparable neurons by layer and module type",
     "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
     "the range of matched random groups, and how many were drawn where that was stopped early",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from neurondrift.base.roles import NEGATIVE_CONTROLS, Role, role_of_name
+from neurondrift.base.roles import NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
 from neurondrift.report.findings.interventions import InterventionEffect, Interventions, NullMeasure
+from neurondrift.report.findings.ratios import RatioEffect
 from neurondrift.report.findings.statistical import (
     Analysis,
     Behaviour,
@@ -22,6 +23,8 @@ from neurondrift.statistics.null import ALPHA
 
 #: How versions that recorded no kinds began the weakness that puts all else in doubt.
 OLDER_NEGATIVE_CONTROL = "the random group, a negative control"
+#: Kinds of weaknesses that come first, in this order: controls of known answer that failed.
+FAILED = ("positive_control", "negative_control", "injected_control")
 
 
 def study_of(results: Findings) -> StudyFacts:
@@ -46,16 +49,40 @@ def conclusion_of(part: Analysis | Interventions) -> list[str]:
 
 
 def weaknesses_of(results: Findings) -> tuple[str, ...]:
-    """What weakens the conclusion; a negative control that fails comes first, as it puts all else in doubt."""
+    """What weakens the conclusion; a control that fails comes first, as it puts all else in doubt."""
     analysis = analysis_of(results)
     if analysis is None:
         return ()
     kinds = {detail["text"]: detail["kind"] for detail in analysis.get("weakness_details", [])}
 
-    def is_in_doubt(text: str) -> bool:
-        return kinds.get(text) == "negative_control" or text.startswith(OLDER_NEGATIVE_CONTROL)
+    def place(text: str) -> int:
+        if text.startswith(OLDER_NEGATIVE_CONTROL):
+            return FAILED.index("negative_control")
+        return FAILED.index(kinds[text]) if kinds.get(text) in FAILED else len(FAILED)
 
-    return tuple(clean(text) for text in sorted(analysis["weaknesses"], key=lambda text: not is_in_doubt(text)))
+    return tuple(clean(text) for text in sorted(analysis["weaknesses"], key=place))
+
+
+def is_older(results: Findings) -> bool:
+    """Whether the analysis is of a version that knew no ratios: its verdicts rested on g."""
+    analysis = analysis_of(results)
+    return analysis is not None and "band" not in analysis
+
+
+def judged_by_matching(results: Findings) -> bool:
+    """Whether covariates were balanced, so that the matched comparison judges; else that by site and norm does."""
+    analysis = analysis_of(results)
+    return analysis is not None and analysis.get("comparison_that_judges") == "matched"
+
+
+def judged(effect: Effect) -> RatioEffect | None:
+    """The ratio of the comparison that judges a group; None in findings of versions that knew none."""
+    return effect.get("effect_matched") or effect.get("effect_norm")
+
+
+def comparisons_of(effect: Effect) -> list[RatioEffect]:
+    """The ratios of a group, that of the comparison that judges first."""
+    return [found for found in (effect.get("effect_matched"), effect.get("effect_norm")) if found is not None]
 
 
 def primary_of(results: Findings) -> str:
@@ -101,10 +128,27 @@ def roles_of(results: Findings) -> Roles:
     return Roles({effect["group"]: role_of(effect) for effect in (analysis["effects"] if analysis else [])})
 
 
-def group_order(results: Findings) -> Callable[[str], tuple[bool, bool]]:
-    """Sort key of groups (the sort is stable): those that the question is about first, negative controls last."""
+def group_order(results: Findings) -> Callable[[str], tuple[bool, bool, bool, bool]]:
+    """Sort key of groups (the sort is stable): those that judge first, then others that the question is about, then
+    others, positive controls, negative controls."""
+    roles, analysis = roles_of(results), analysis_of(results)
+    judging = analysis.get("judging", []) if analysis else []
+    return lambda group: (
+        group not in judging,
+        roles[group] != "safety",
+        roles[group] in (*POSITIVE_CONTROLS, *NEGATIVE_CONTROLS),
+        roles[group] in NEGATIVE_CONTROLS,
+    )
+
+
+def drawn_groups(results: Findings, groups: Iterable[str]) -> list[str]:
+    """The groups that fit into a figure, in their order: of the negative controls the random group alone."""
     roles = roles_of(results)
-    return lambda group: (roles[group] != "safety", roles[group] in NEGATIVE_CONTROLS)
+    return [
+        group
+        for group in in_group_order(results, groups)
+        if roles[group] not in NEGATIVE_CONTROLS or roles[group] == "random"
+    ]
 
 
 def in_group_order(results: Findings, groups: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from neurondrift.report.wording import Record
 WIDTH = 100
 GAP = "  "
 #: A column of words is wrapped no narrower than this while another can still give way.
-NARROW = 10
+NARROW = 12
 #: A header is given room until it takes no more lines than this.
 HEADER_LINES = 2
 #: So few more characters are always given, where there is room, to bring a header onto one line.

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from neurondrift.base.roles import NEGATIVE_CONTROLS, ROLES, Role, role_of_name
+from neurondrift.base.roles import CONTROLS, NEGATIVE_CONTROLS, ROLES, Role, role_of_name
 
 #: Part of the findings, read field by field: a TypedDict of `report.findings`, or any mapping.
 Record = Mapping[str, object]
@@ -23,13 +23,25 @@ METRICS = {
 }
 OPTIMISERS = {"adamw": "AdamW", "sgd": "SGD"}
 KINDS = {"harmful": "harmful requests", "borderline": "borderline-but-safe prompts", "ordinary": "ordinary prompts"}
-#: Which hypothesis each verdict about a safety group supports.
-VERDICTS = {
-    "more": "H1, fragile safety",
-    "similar": "H2, pathway creation",
-    "protected": "neither H1 nor H2",
-    "inconclusive": "H1 or H2 undecided",
+#: How far a group moved, beside comparable neurons. No verdict names a hypothesis: a length decides between none.
+VERDICTS = {"more": "further", "similar": "as far", "protected": "less far", "inconclusive": "inconclusive"}
+NOT_COMPARABLE = "not comparable"
+#: What is matched on.
+COVARIATES = {
+    "norm": "row norm",
+    "utility_score": "utility score",
+    "safety_score": "safety score",
+    "gradient_scale": "gradient scale",
 }
+LENGTHS_ALONE = (
+    "Lengths of drift alone do not decide between H1 (fragile safety) and H2 (pathway creation), which are no "
+    "complements: under AdamW every weight moves about as far, whatever its gradient. What follows for either needs "
+    "what the change does."
+)
+OLDER = (
+    "none by this version: these findings were made by an older one, which judged by g and without controls of known "
+    "answer; run neurondrift analyze again"
+)
 
 
 def clean(value: object, fallback: str = NOT_RECORDED) -> str:
@@ -54,6 +66,11 @@ def is_safety(record: Record) -> bool:
 def is_negative_control(record: Record) -> bool:
     """Whether only chance chose the group of this record."""
     return role_of(record) in NEGATIVE_CONTROLS
+
+
+def is_control(record: Record) -> bool:
+    """Whether the answer of this record's group is known before."""
+    return role_of(record) in CONTROLS
 
 
 def metric_words(metric: str) -> str:
@@ -127,6 +144,54 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.3g}"
 
 
+def verdict(record: Record) -> str:
+    """How far a group moved, in words, from its ratio: further, as far, less far, inconclusive, not comparable."""
+    if record.get("comparable") is False:
+        return NOT_COMPARABLE
+    found = clean(record.get("verdict"))
+    value = finite(record.get("ratio"))
+    if record.get("below_band") and found == "similar" and value is not None:
+        return f"{'further' if value > 1 else 'less far'}, by less than the band"
+    return VERDICTS.get(found, found)
+
+
+def moved(words: str) -> str:
+    """The words of a verdict as what a group did, before "comparable neurons"."""
+    return {
+        "further": "moved further than",
+        "as far": "moved as far as",
+        "less far": "moved less far than",
+        "inconclusive": "cannot be told apart from, nor shown to move as far as,",
+        NOT_COMPARABLE: "has no",
+        "further, by less than the band": "moved further, by less than the band, than",
+        "less far, by less than the band": "moved less far, by less than the band, than",
+    }.get(words, words)
+
+
+def covariate(name: str) -> str:
+    """A covariate's name in plain words."""
+    return COVARIATES.get(name) or clean(name).replace("_", " ")
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def why_not_comparable(
+    because: Sequence[str], *, worst: str, difference: float | None, without_control: int, of_members: int
+) -> str:
+    """Why a group has no counterfactual, with the numbers."""
+    size = "undefined" if difference is None else f"{difference:+.2f} SD"
+    said = {
+        "imbalance": f"{covariate(worst)} differs by {size} after adjustment" if worst else "covariates differ",
+        "without_control": f"{without_control:,} of {of_members:,} members have no control",
+        "undefined_drift": "too many drifts have no logarithm",
+        "nothing_compared": "no member could be compared",
+    }
+    return "; ".join(said.get(each, clean(each)) for each in because) or NO_REASON
+
+
 def reason(record: Record, field: str) -> str:
     """Why a field is undefined, as the results say it."""
     return clean(record.get(f"{field}_reason") or record.get("reason"), NO_REASON)
@@ -138,6 +203,13 @@ def number(record: Record | None, field: str, form: Form) -> str:
         return f"undefined ({NO_REASON})"
     value = finite(record.get(field))
     return f"undefined ({reason(record, field)})" if value is None else form(value)
+
+
+def ratio_with_interval(record: Record) -> str | None:
+    """`1.02 [1.00, 1.04]` of a record with `ratio` and `ratio_ci95`; None where it is undefined."""
+    value = finite(record.get("ratio"))
+    limits = interval(record.get("ratio_ci95"), ratio)
+    return None if value is None or limits is None else f"{ratio(value)} {limits}"
 
 
 def interval(limits: object, form: Form) -> str | None:
@@ -183,6 +255,12 @@ class Footnotes:
             return self.undefined(reason(record or {}, "value"))
         limits = interval(record.get(field), form)
         return f"{form(value)} {limits}" if limits else f"{form(value)} [{self.undefined(reason(record, field))}]"
+
+    def ratio(self, record: Record | None) -> str:
+        """A ratio with its 95 % interval as one cell."""
+        if record is None:
+            return "–"
+        return ratio_with_interval(record) or self.undefined(reason(record, "ratio"))
 
     def notes(self) -> tuple[str, ...]:
         """One line a reason."""

@@ -168,7 +168,7 @@ def weaknesses(result: StudyResult) -> tuple[Weakness, ...]:
     ]
     for effect in effects.values():
         if effect.role not in CONTROLS and not effect.primary_effect.comparable:
-            out.append(_not_comparable(effect.group, effect.primary_effect))
+            out.append(not_comparable(effect.group, effect.primary_effect))
     if seeds < FEW_SEEDS:
         out.append(FewSeeds(seeds=seeds))
     for effect in effects.values():
@@ -190,7 +190,8 @@ def _failed(check: ControlCheck) -> FailedControl | FailedPositive | None:
     return None
 
 
-def _not_comparable(group: str, effect: RatioEffect) -> NotComparable:
+def not_comparable(group: str, effect: RatioEffect) -> NotComparable:
+    """Why a comparison of a group has no counterfactual, with the covariate that is off most."""
     gated = [b for b in effect.balance if b.gated and math.isfinite(b.after)]
     worst = max(gated, key=lambda b: abs(b.after), default=None)
     return NotComparable(

@@ -28,6 +28,7 @@ from neurondrift.report.findings.statistical import (
     Perplexity,
     RateChange,
     RefusalRate,
+    ShortRate,
     TrajectoryPoint,
     WeightRow,
 )
@@ -344,7 +345,14 @@ def _rate(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> Refus
         partial=sum(bool(row.get("partial", False)) for row in rows),
         max_new_tokens=max(int(row.get("max_new_tokens") or 0) for row in rows),
         whole=all(bool(row.get("whole", False)) for row in rows),
+        short=_short_rate(rows),
     )
+
+
+def _short_rate(rows: Rows) -> ShortRate:
+    """The same answers judged by their beginnings, as long at every step."""
+    alike = refusal_rate([bool(row.get("refused_short", row["refused"])) for row in rows])
+    return ShortRate(rate=alike.rate, low=alike.low, high=alike.high)
 
 
 def _change(rows: Mapping[int, Rows], *, seed: int, kind: str) -> RateChange:

@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 #: What the matched control of a group of weights is called in a drift log: NAME.matched.
 MATCHED = ".matched"
 #: What neurons are matched on beside site and norm, of the columns of the file of covariates.
-COVARIATES = ("utility_score", "gradient_scale")
+COVARIATES = ("safety_score", "utility_score", "gradient_scale")
 
 
 def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None) -> tuple[Population, list[int]]:

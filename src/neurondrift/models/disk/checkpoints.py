@@ -139,12 +139,11 @@ class Checkpoint:
         self.tensors = read_tensors(folder, reference)
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self._structure = shapes, config
-        known = like is not None and like._structure == self._structure
-        if like is not None and known:
-            self._model, self._names = like._model, like._names
-        else:
-            self._model = skeleton(configuration(str(folder), called=reference), reference)
-            self._names: list[SiteName] = find_sites(shapes, self._model, reference)
+        shared = like if like is not None and like._structure == self._structure else None
+        self._model: Any = (
+            shared._model if shared else skeleton(configuration(str(folder), called=reference), reference)
+        )
+        self._names: list[SiteName] = shared._names if shared else find_sites(shapes, self._model, reference)
         self.sites = {name.name: self._locate(name) for name in self._names}
 
     @cached_property

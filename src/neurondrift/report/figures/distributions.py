@@ -21,14 +21,17 @@ from neurondrift.report.figures.style import (
     group_marks,
     legend_below,
     new_figure,
+    titled,
     words,
 )
 from neurondrift.report.findings.statistical import DriftDistribution, Findings
-from neurondrift.report.reading import in_group_order, metrics_among, roles_of
+from neurondrift.report.reading import drawn_groups, metrics_among, roles_of
 from neurondrift.report.wording import finite
 
 #: Spans of drift up to here get ticks at 1 and 3 of each power of ten.
 FEW_DECADES = 30
+#: From so many columns on, panels have room for few ticks.
+CROWDED = 5
 
 
 def final_drift_distributions(results: Findings) -> Figure | None:
@@ -37,28 +40,33 @@ def final_drift_distributions(results: Findings) -> Figure | None:
         d for d in results.get("distributions") or [] if d["edges"] and all((finite(e) or 0) > 0 for e in d["edges"])
     ]
     metrics = metrics_among(results, (d["metric"] for d in shown))
-    groups = in_group_order(results, (d["group"] for d in shown))
+    groups = drawn_groups(results, (d["group"] for d in shown))
     if not shown:
         return None
     marks = group_marks(groups, roles_of(results))
     figure = new_figure(
         0.9 + 1.35 * len(metrics),
-        "Final drift of each group's neurons and of their matched controls",
+        "Final drift of each group and of controls of the same site and norm",
         width=max(LEAST_WIDTH, FULL_WIDTH * min(1, len(groups) / 3)),
     )
     axes = figure.subplots(len(metrics), len(groups), squeeze=False, sharex="row", sharey="row")
     for row, metric in zip(axes, metrics, strict=True):
         for ax, group in zip(row, groups, strict=True):
-            _panel(ax, [d for d in shown if (d["metric"], d["group"]) == (metric, group)], marks[group])
+            _panel(
+                ax,
+                [d for d in shown if (d["metric"], d["group"]) == (metric, group)],
+                marks[group],
+                5 if len(groups) < CROWDED else 3,
+            )
         row[0].set_ylabel("density")
         row[0].set_ylim(0, 1.22 * max(row[0].get_ylim()[1], 1e-9))
         label = ", ".join(filter(None, (METRIC_TITLES.get(metric, words(metric)), METRIC_LABELS.get(metric))))
         row[len(groups) // 2].set_xlabel(label, x=0.5 if len(groups) % 2 else 0.0)
     for ax, group in zip(axes[0], groups, strict=True):
-        ax.set_title(words(group))
+        ax.set_title(titled(group))
     handles: list[Any] = [
         Patch(facecolor=GREY, alpha=0.5, label="members of the group"),
-        Line2D([], [], color="black", lw=1.1, label="matched controls"),
+        Line2D([], [], color="black", lw=1.1, label="controls of the same site and norm"),
     ]
     if len({d["seed"] for d in shown}) > 1:
         handles.append(Line2D([], [], color=GREY, lw=0.5, label="thin: each seed"))
@@ -66,14 +74,14 @@ def final_drift_distributions(results: Findings) -> Figure | None:
     return figure
 
 
-def _panel(ax: Axes, seeds: Sequence[DriftDistribution], mark: Mark) -> None:
+def _panel(ax: Axes, seeds: Sequence[DriftDistribution], mark: Mark, ticks: int) -> None:
     """One group in one metric: the mean over seeds above each seed's histograms."""
     shared = _mean_histogram(seeds)
     for one in seeds:
         _histogram(ax, one, mark, width=0.4 if shared else 0.8, fill=0.0 if shared else 0.15)
     if shared:
         _histogram(ax, shared, mark, width=1.1, fill=0.4)
-    _log_axis(ax, [edge for one in seeds for edge in one["edges"]])
+    _log_axis(ax, [edge for one in seeds for edge in one["edges"]], ticks)
     counts = "\n".join(f"n = {one['n_members']:,}" for one in seeds[:1])
     ax.text(0.99, 0.98, counts, transform=ax.transAxes, ha="right", va="top", color=GREY)
     if not seeds:
@@ -106,7 +114,7 @@ def _histogram(ax: Axes, one: DriftDistribution, mark: Mark, *, width: float, fi
     ax.stairs(_controls(one), edges, color="black", lw=width)
 
 
-def _log_axis(ax: Axes, edges: Sequence[float]) -> None:
+def _log_axis(ax: Axes, edges: Sequence[float], ticks: int) -> None:
     ax.set_xscale("log")
     ax.set_yticks([])
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -114,4 +122,4 @@ def _log_axis(ax: Axes, edges: Sequence[float]) -> None:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        ax.xaxis.set_major_locator(LogLocator(numticks=5))
+        ax.xaxis.set_major_locator(LogLocator(numticks=ticks))

@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from neurondrift.report import wording
@@ -25,35 +26,52 @@ from neurondrift.report.figures.style import (
     group_marks,
     letters,
     new_figure,
+    titled,
     words,
 )
 from neurondrift.report.findings.statistical import Effect, Findings, SiteEffect
-from neurondrift.report.reading import analysis_of, effects_of, in_group_order, metrics_of, primary_of, roles_of
+from neurondrift.report.reading import (
+    analysis_of,
+    comparisons_of,
+    drawn_groups,
+    effects_of,
+    in_group_order,
+    judged,
+    metrics_of,
+    primary_of,
+    roles_of,
+)
 from neurondrift.report.wording import finite
 
-#: Limits of the colour map, the smallest that holds most cells being taken.
-COLOUR_LIMITS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+#: Ratios at the ends of the colour map, the smallest that holds most cells being taken.
+COLOUR_LIMITS = (1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
 MOST_CELLS = 0.95
 DIVERGING = "PuOr_r"
 #: Points between the line of no effect and the names of its sides.
-BESIDE_ZERO = 6.0
+BESIDE_ONE = 6.0
+#: Rows between a ratio that judges and the published one under it.
+BELOW = 0.34
+#: Ratios that may be ticks, and the fewest that a panel must show.
+TICKS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+FEW_TICKS = 7
 
 
 def effect_sizes(results: Findings) -> Figure | None:
-    """Forest plot of g of every group in every metric, with the band that counts as no difference."""
+    """Forest plot of the ratio of every group in every metric by both comparisons, with the band of equivalence."""
     metrics = metrics_of(results)
-    effects = effects_of(results)
+    effects = [effect for effect in effects_of(results) if judged(effect) is not None]
     groups = in_group_order(results, (effect["group"] for effect in effects))
     analysis = analysis_of(results)
     if analysis is None or not effects:
         return None
     by_key = {(e["group"], e["metric"]): e for e in effects}
     rows = len(groups) * (len(metrics) + 1)
-    figure = new_figure(1.15 + 0.185 * rows, "Did the neurons of each group drift more than comparable neurons?")
+    figure = new_figure(1.3 + 0.185 * rows, "How far did the neurons of each group move, beside comparable neurons?")
     ax = figure.subplots()
-    sesoi = finite(analysis["sesoi"]) or 0.0
-    ax.axvspan(-sesoi, sesoi, color=BAND, lw=0, zorder=0)
-    ax.axvline(0, color=INK, lw=0.8, zorder=1)
+    band = finite(analysis.get("band")) or 1.0
+    ax.set_xscale("log")
+    ax.axvspan(1 / band, band, color=BAND, lw=0, zorder=0)
+    ax.axvline(1, color=INK, lw=0.8, zorder=1)
     marks = group_marks(groups, roles_of(results))
     at, ticks, labels = 0.0, [], []
     for group in groups:
@@ -74,59 +92,62 @@ def effect_sizes(results: Findings) -> Figure | None:
             _forest_row(ax, by_key.get((group, metric)), at, marks[group])
         at += 1.25
     ax.set_yticks(ticks, labels)
-    ax.set_ylim(at - 0.6, -0.7)
+    ax.set_ylim(at - 0.5, -0.7)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("effect size g of members against matched controls, in SD within strata")
-    _symmetric(ax, effects, sesoi)
+    ax.set_xlabel("drift of members / drift of comparable neurons (log scale)")
+    _ratio_axis(ax, effects, band)
     _name_the_sides(ax)
-    band = [Patch(facecolor=BAND, label=f"counts as the same (H2): |g| < {sesoi:g}")] if sesoi else []
-    figure.legend(
-        handles=[
-            Line2D([], [], color=GREY, lw=3.2, marker="o", ms=5, label="g with 90 % interval"),
-            Line2D([], [], color=GREY, lw=1.0, label="95 % interval"),
-            *band,
-        ],
-        loc="outside lower center",
-        ncols=3,
-    )
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color=GREY, lw=3.2, marker="o", ms=5, label="ratio that judges, 90 % interval"),
+        Line2D([], [], color=GREY, lw=1.0, label="95 % interval"),
+    ]
+    if any(effect.get("effect_matched") for effect in effects):
+        handles.append(Line2D([], [], color=GREY, lw=0.7, marker="o", ms=3, mfc="white", label="by norm only, 95 %"))
+    if band > 1:
+        handles.append(Patch(facecolor=BAND, label=f"counts as as far: within × {band:g}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 
 def _forest_row(ax: Axes, effect: Effect | None, at: float, mark: Mark) -> None:
     beside = blended_transform_factory(ax.transAxes, ax.transData)
-    value = finite(effect["g"]["value"]) if effect else None
-    if effect is None or value is None:
+    found = judged(effect) if effect else None
+    value = finite(found["ratio"]) if found else None
+    if found is None or value is None:
         ax.text(1.01, at, "undefined" if effect else "not analysed", transform=beside, va="center", color=GREY)
         return
-    g = effect["g"]
-    for limits_of_g, width in ((g["ci95"], 1.0), (g["ci90"], 3.2)):
-        low, high = (finite(limit) for limit in limits_of_g)
-        if low is not None and high is not None:
-            ax.plot([low, high], [at, at], color=mark.colour, lw=width, solid_capstyle="butt", zorder=2)
-    ax.plot([value], [at], color=mark.colour, marker=mark.marker, ms=5, mec="white", mew=0.6, zorder=3)
-    limits = wording.interval(g["ci95"], wording.effect) or "no interval"
-    ax.text(
-        1.01,
-        at,
-        f"{wording.effect(value)} {limits}  {words(effect['verdict'])}".replace("-", "−"),
-        transform=beside,
-        va="center",
-    )
+    faint = 1.0 if found["comparable"] else 0.4
+    for limits, width in ((found["ratio_ci95"], 1.0), (found["ratio_ci90"], 3.2)):
+        _whisker(ax, limits, at, mark, width, faint)
+    ax.plot([value], [at], color=mark.colour, marker=mark.marker, ms=5, mec="white", mew=0.6, zorder=3, alpha=faint)
+    norm = effect.get("effect_norm") if effect else None
+    beneath = finite(norm["ratio"]) if norm and norm is not found else None
+    if norm and beneath is not None:
+        _whisker(ax, norm["ratio_ci95"], at + BELOW, mark, 0.7, 0.8)
+        ax.plot([beneath], [at + BELOW], color=mark.colour, marker=mark.marker, ms=3, mfc="white", mew=0.7, zorder=3)
+    said = wording.ratio_with_interval(found) or f"{wording.ratio(value)} no interval"
+    ax.text(1.01, at, f"{said}  {wording.verdict(found)}", transform=beside, va="center")
+
+
+def _whisker(ax: Axes, limits: Sequence[float | None], at: float, mark: Mark, width: float, alpha: float) -> None:
+    low, high = (finite(limit) for limit in limits)
+    if low is not None and high is not None:
+        ax.plot([low, high], [at, at], color=mark.colour, lw=width, alpha=alpha, solid_capstyle="butt", zorder=2)
 
 
 def _name_the_sides(ax: Axes) -> None:
-    """What lies to the left and to the right of 0, above the panel, each label `BESIDE_ZERO` points from the line.
+    """What lies to the left and to the right of 1, above the panel, each label `BESIDE_ONE` points from the line.
 
     The distance is no spaces in the text: an SVG drops those at its ends, so that the labels would touch.
     """
     above = blended_transform_factory(ax.transData, ax.transAxes)
-    for text, side, alignment in (("← drifted less", -1, "right"), ("drifted more (H1) →", 1, "left")):
+    for text, side, alignment in (("← moved less far", -1, "right"), ("moved further →", 1, "left")):
         ax.annotate(
             text,
-            (0, 1),
+            (1, 1),
             xycoords=above,
-            xytext=(side * BESIDE_ZERO, 3),
+            xytext=(side * BESIDE_ONE, 3),
             textcoords="offset points",
             ha=alignment,
             va="bottom",
@@ -135,18 +156,28 @@ def _name_the_sides(ax: Axes) -> None:
         )
 
 
-def _symmetric(ax: Axes, effects: Sequence[Effect], sesoi: float) -> None:
-    """Limits that show every interval and the whole band, with 0 inside."""
-    shown = [v for e in effects for v in (e["g"]["value"], *e["g"]["ci95"])]
-    values = [v for v in map(finite, shown) if v is not None] + [-1.6 * sesoi, 1.6 * sesoi, -0.05, 0.05]
-    room = 0.04 * (max(values) - min(values))
-    ax.set_xlim(min(values) - room, max(values) + room)
+def _ratio_axis(ax: Axes, effects: Sequence[Effect], band: float) -> None:
+    """Limits that show every interval and the whole band, with 1 inside, and ratios as ticks."""
+    shown = [v for e in effects for found in comparisons_of(e) for v in (found["ratio"], *found["ratio_ci95"])]
+    values = [v for v in map(finite, shown) if v is not None and v > 0] + [band**-1.3, band**1.3, 0.95, 1.05]
+    low, high = math.log(min(values)), math.log(max(values))
+    room = 0.04 * (high - low)
+    ax.set_xlim(math.exp(low - room), math.exp(high + room))
+    inside = [tick for tick in TICKS if low - room <= math.log(tick) <= high + room]
+    if len(inside) > FEW_TICKS:
+        inside = [tick for tick in inside if tick not in (0.9, 1.1, 0.67, 1.5)]
+    ax.xaxis.set_major_locator(FixedLocator(inside))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def layer_module_effects(results: Findings) -> Figure | None:
-    """g of every site in the primary metric: layers against module types, one panel per group."""
+    """The ratio of every site in the primary metric: layers against module types, one panel per group."""
     metric = primary_of(results)
-    effects = [e for e in effects_of(results, metric) if e["by_site"]]
+    drawn = drawn_groups(results, (e["group"] for e in effects_of(results, metric)))
+    effects = [
+        e for e in effects_of(results, metric) if e["group"] in drawn and any("ratio" in cell for cell in e["by_site"])
+    ]
     cells = [c for e in effects for c in e["by_site"]]
     if not cells:
         return None
@@ -154,11 +185,11 @@ def layer_module_effects(results: Findings) -> Figure | None:
     layers: list[int | None] = [*sorted({c["layer"] for c in cells if c["layer"] is not None})]
     if any(c["layer"] is None for c in cells):
         layers.append(None)
-    limit, beyond = _colour_limit([abs(g) for c in cells if (g := finite(c["g"])) is not None])
+    limit, beyond = _colour_limit([abs(found) for c in cells if (found := _log_ratio(c)) is not None])
     width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * len(effects)))
     figure = new_figure(
         1.7 + max(1.2, min(5.5, 0.105 * len(layers))),
-        f"Where each group drifted more or less than its controls: {wording.metric_name(metric)}",
+        f"Ratio to comparable neurons by layer and module: {wording.metric_name(metric)}",
         width=width,
     )
     axes = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
@@ -180,10 +211,10 @@ def layer_module_effects(results: Findings) -> Figure | None:
         )
         values = [[math.nan] * len(modules) for _ in layers]
         for cell in effect["by_site"]:
-            g = finite(cell["g"])
-            values[layers.index(cell["layer"])][modules.index(cell["module_type"])] = math.nan if g is None else g
+            found, at = _log_ratio(cell), modules.index(cell["module_type"])
+            values[layers.index(cell["layer"])][at] = math.nan if found is None else found
         mesh = ax.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=0.3, zorder=1)
-        ax.set_title(words(effect["group"]))
+        ax.set_title(titled(effect["group"]))
         ax.set_xticks([i + 0.5 for i in range(len(modules))], [words(m) for m in modules], rotation=90)
         ax.tick_params(length=0)
         for side in ("left", "bottom"):
@@ -195,7 +226,9 @@ def layer_module_effects(results: Findings) -> Figure | None:
     bar = figure.colorbar(
         mesh, ax=list(axes), extend="both" if beyond else "neither", fraction=0.05, pad=0.02, aspect=25
     )
-    bar.set_label("g (orange: more than controls)")
+    steps = (-limit, -limit / 2, 0.0, limit / 2, limit)
+    bar.set_ticks(steps, labels=[f"{math.exp(step):.2f}" for step in steps])
+    bar.set_label("ratio (orange: further)")
     bar.ax.spines["outline"].set_visible(False)
     letters(list(axes))
     figure.legend(
@@ -216,10 +249,17 @@ def _modules(effects: Sequence[Effect], cells: Sequence[SiteEffect]) -> list[str
     return [name for name in dict.fromkeys([*listed, *sorted(known)]) if name in known]
 
 
+def _log_ratio(cell: SiteEffect) -> float | None:
+    """The logarithm of a site's ratio, None where it is undefined."""
+    value = finite(cell.get("ratio"))
+    return None if value is None or value <= 0 else math.log(value)
+
+
 def _colour_limit(sizes: Sequence[float]) -> tuple[float, bool]:
-    """The limit of the colours, and whether some cells lie beyond it."""
+    """The limit of the colours, a log ratio, and whether some cells lie beyond it."""
+    limits = [math.log(limit) for limit in COLOUR_LIMITS]
     if not sizes:
-        return COLOUR_LIMITS[0], False
+        return limits[0], False
     most = sorted(sizes)[math.ceil(MOST_CELLS * len(sizes)) - 1]
-    limit = next((limit for limit in COLOUR_LIMITS if most <= limit), COLOUR_LIMITS[-1])
+    limit = next((limit for limit in limits if most <= limit), limits[-1])
     return limit, max(sizes) > limit

@@ -26,10 +26,10 @@ from neurondrift.report.figures.style import (
     step_axis,
     words,
 )
-from neurondrift.report.findings.statistical import Findings, Mean, RefusalRate, TrajectoryPoint
+from neurondrift.report.findings.statistical import Findings, Mean, RefusalRate, ShortRate, TrajectoryPoint
 from neurondrift.report.reading import (
     behaviour_seeds,
-    in_group_order,
+    drawn_groups,
     kinds_of,
     metrics_among,
     primary_of,
@@ -63,7 +63,7 @@ def drift_over_training(results: Findings) -> Figure | None:
     metrics = metrics_among(results, (point["metric"] for point in points))
     if not metrics:
         return None
-    groups = in_group_order(results, (point["group"] for point in points if point["group"] != ALL))
+    groups = drawn_groups(results, (point["group"] for point in points if point["group"] != ALL))
     marks = group_marks(groups, roles_of(results))
     figure = new_figure(
         3.0,
@@ -76,7 +76,7 @@ def drift_over_training(results: Findings) -> Figure | None:
     letters(list(axes), pad=ABOVE_POWER)
     handles = [Line2D([], [], color=m.colour, marker=m.marker, label=words(g)) for g, m in marks.items()]
     if any(point["controls"] for point in points):
-        handles.append(Line2D([], [], color=GREY, ls=DASHED, lw=1.0, label="matched controls, same colour"))
+        handles.append(Line2D([], [], color=GREY, ls=DASHED, lw=1.0, label="controls of the same site and norm"))
     if any(point["group"] == ALL for point in points):
         handles.append(Line2D([], [], color=GREY, lw=2.4, alpha=0.55, label="all neurons"))
     seeds = len({point["seed"] for point in points})
@@ -147,6 +147,9 @@ def _refusal_panel(ax: Axes, results: Findings, kinds: Sequence[str], last: floa
         for k, (c, m, ls) in ((k, _kind_mark(k)) for k in kinds)
     ]
     handles.append(Line2D([], [], color=GREY, marker="|", ls="", ms=9, label="95 % Wilson interval"))
+    if is_mixed(rates_of(results)):
+        label = "whole answers, at the ends\n(curves: their beginnings)"
+        handles.append(Line2D([], [], color=GREY, marker="*", ms=8, mfc="white", ls="", label=label))
     seeds = len(behaviour_seeds(results))
     ax.legend(handles=[*handles, *([_spread_handle(seeds)] if seeds > 1 else [])], **BESIDE)
 
@@ -168,13 +171,18 @@ def _safety_panel(ax: Axes, points: Sequence[TrajectoryPoint], marks: Mapping[st
 def _refusal_curves(
     ax: Axes, rates: Sequence[RefusalRate], early: RefusalRate | None, kind: str, shift: float, early_at: float
 ) -> None:
+    """The curve of answers judged alike at every step; where those at the ends are longer, these stand apart."""
     colour, marker, dash = _kind_mark(kind)
     by_seed: dict[int | None, Line] = {}
+    mixed = is_mixed(rates)
     for rate in rates:
-        value = finite(rate["rate"])
-        if value is not None:
-            line = by_seed.setdefault(rate["seed"], Line([], [], [], []))
-            _append(line, float(rate["step"] or 0), value, rate)
+        step = float(rate["step"] or 0)
+        alike = rate.get("short") if mixed else rate
+        value = finite(alike["rate"]) if alike else None
+        if alike is not None and value is not None:
+            _append(by_seed.setdefault(rate["seed"], Line([], [], [], [])), step, value, alike)
+        if mixed and rate.get("whole"):
+            _long_end(ax, rate, step + shift, colour)
     for line in by_seed.values():
         shifted = [step + shift for step in line.steps]
         single = len(by_seed) == 1
@@ -191,12 +199,27 @@ def _refusal_curves(
     if len(by_seed) > 1:
         mean = _mean(list(by_seed.values()))
         ax.plot([s + shift for s in mean.steps], mean.values, color=colour, ls=dash, marker=marker, lw=1.8)
-    value = finite(early["rate"]) if early else None
-    if early is not None and value is not None:
+    if early is not None and mixed:
+        _long_end(ax, early, early_at + 2.5 * shift, colour)
+    first = early.get("short") if early is not None and mixed else early
+    value = finite(first["rate"]) if first else None
+    if first is not None and value is not None:
         at = Line([], [], [], [])
-        _append(at, early_at, value, early)
+        _append(at, early_at, value, first)
         _bars(ax, [early_at + 2.5 * shift], at, colour, alpha=1.0)
         ax.plot([early_at + 2.5 * shift], [value], color=colour, marker=marker, ls="", mfc="white")
+
+
+def _long_end(ax: Axes, rate: RefusalRate, at: float, colour: str) -> None:
+    """A rate of whole answers beside a curve of beginnings: a star that no line joins."""
+    value = finite(rate["rate"])
+    if value is not None:
+        ax.plot([at], [value], color=colour, marker="*", ms=8, mfc="white", ls="", zorder=4)
+
+
+def is_mixed(rates: Sequence[RefusalRate]) -> bool:
+    """Whether some rates are of whole answers and others of answers that were ended early."""
+    return len({bool(rate.get("whole")) for rate in rates}) > 1
 
 
 def _early_ticks(axes: Sequence[Axes], last: float, early_at: float | None) -> None:
@@ -222,7 +245,7 @@ def _lines(points: Sequence[TrajectoryPoint], group: str, arm: Literal["members"
     return list(by_seed.values())
 
 
-def _append(line: Line, step: float, value: float, limits: Mean | RefusalRate) -> None:
+def _append(line: Line, step: float, value: float, limits: Mean | RefusalRate | ShortRate) -> None:
     low, high = finite(limits["low"]), finite(limits["high"])
     line.steps.append(step)
     line.values.append(value)

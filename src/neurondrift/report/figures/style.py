@@ -17,6 +17,8 @@ from neurondrift.report.wording import clean
 FULL_WIDTH = 7.0
 #: The narrowest figure that holds its legend.
 LEAST_WIDTH = 5.0
+#: Characters of the title of a narrow panel.
+TITLE_WIDTH = 14
 #: Characters of a title to an inch.
 TITLE_DENSITY = 11.5
 INK, GREY, BAND = "#222222", "#767676", "#E4ECF2"
@@ -75,7 +77,13 @@ class Mark(NamedTuple):
 
 
 SAFETY_MARKS = (Mark("#D55E00", "o"), Mark("#CC79A7", "D"), Mark("#E69F00", "P"))
-OTHER_MARKS = (Mark("#0072B2", "s"), Mark("#009E73", "^"), Mark("#56B4E9", "v"), Mark("#F0E442", "X"))
+OTHER_MARKS = (
+    Mark("#0072B2", "s"),
+    Mark("#009E73", "^"),
+    Mark("#56B4E9", "v"),
+    Mark("#F0E442", "X"),
+    Mark("#332288", "p"),
+)
 
 
 def group_marks(groups: Iterable[str], roles: Mapping[str, Role | None]) -> dict[str, Mark]:
@@ -92,6 +100,11 @@ def words(name: object) -> str:
     """A name for a label: one line, no underscores, no accidental formulas, not endless."""
     text = clean(name).replace("_", " ")
     return (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
+
+
+def titled(name: object) -> str:
+    """A name over a narrow panel, on as many lines as it needs."""
+    return textwrap.fill(words(name), TITLE_WIDTH)
 
 
 def new_figure(height: float, title: str, *, width: float = FULL_WIDTH) -> Figure:

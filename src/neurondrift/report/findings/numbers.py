@@ -1,4 +1,4 @@
-"""What the layouts have in common: a number that may be undefined, its limits, and a rate."""
+"""What the layouts have in common: a number that may be undefined, its limits, an estimate, and a rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from typing import NotRequired, TypedDict
 Number = float | None
 #: `[low, high]`, each null where undefined.
 Limits = list[float | None]
+
+
+class Estimate(TypedDict):
+    """A number with its intervals, `[low, high]`; `n` counts neurons, `sites` and `seeds` the clusters."""
+
+    value: Number
+    se: Number
+    ci90: Limits
+    ci95: Limits
+    n: int
+    sites: int
+    seeds: int
+    method: str
+    reason: str
 
 
 class RateOfPrompts(TypedDict):

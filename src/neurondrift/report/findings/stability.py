@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class StabilityFigures(TypedDict):
@@ -22,6 +22,7 @@ class StabilityFigures(TypedDict):
 class Stability(TypedDict):
     """The content of `stability.json`: group, then granularity."""
 
+    model_fingerprint: NotRequired[str]
     draws: int
     pool: dict[str, int]
     examples: dict[str, int]

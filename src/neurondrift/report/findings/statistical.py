@@ -12,89 +12,16 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.base.roles import Role
 from neurondrift.report.findings.interventions import Interventions
-from neurondrift.report.findings.numbers import Limits, Number
+from neurondrift.report.findings.numbers import Estimate, Limits, Number
+from neurondrift.report.findings.ratios import ControlCheck, InjectedControl, RatioEffect
+from neurondrift.report.findings.stability import Stability
 from neurondrift.report.findings.subspaces import Subspaces
 
 if TYPE_CHECKING:  # reading a file needs nothing that computes
-    from neurondrift.statistics.results import Cluster, ComparisonName, Expected, Incomparable, Verdict
+    from neurondrift.statistics.results import ComparisonName, Verdict
     from neurondrift.statistics.weaknesses import WeaknessKind
 
 SCHEMA_VERSION = 1
-
-
-class Estimate(TypedDict):
-    """A number with its intervals, `[low, high]`; `n` counts neurons, `sites` and `seeds` the clusters."""
-
-    value: Number
-    se: Number
-    ci90: Limits
-    ci95: Limits
-    n: int
-    sites: int
-    seeds: int
-    method: str
-    reason: str
-
-
-class CovariateBalance(TypedDict):
-    """Standardised mean difference of the log of a covariate within sites, before and under the weights."""
-
-    name: str
-    before: Number
-    after: Number
-    gated: bool
-    reason: str
-
-
-class RatioEffect(TypedDict):
-    """How far members moved, as a ratio to comparable neurons; `log_ratio` is on the natural-log scale."""
-
-    comparison: ComparisonName
-    log_ratio: Estimate
-    ratio: Number
-    ratio_ci90: Limits
-    ratio_ci95: Limits
-    p: Number
-    p_holm: Number
-    p_equivalence: Number
-    verdict: Verdict
-    comparable: bool
-    not_comparable_because: list[Incomparable]
-    smallest_more: Number
-    below_band: bool
-    beyond_band: bool
-    n_members: int
-    n_compared: int
-    n_without_control: int
-    n_undefined: int
-    sites: int
-    sites_left_out: int
-    effective_controls: float
-    balance: list[CovariateBalance]
-    cluster: Cluster
-    row_share: float
-    seed_share: float
-    per_seed: list[Estimate]
-
-
-class InjectedControl(TypedDict):
-    """The judging comparison made again with the members' drift multiplied by `factor`."""
-
-    factor: float
-    log_ratio: Estimate
-    verdict: Verdict
-    found: bool
-
-
-class ControlCheck(TypedDict):
-    """A group whose answer is known before, and whether it came out; `passed` is None where it is inconclusive."""
-
-    group: str
-    role: Role
-    comparison: ComparisonName
-    expected: Expected
-    verdict: Verdict
-    passed: bool | None
 
 
 class Part(TypedDict):
@@ -336,10 +263,19 @@ class GroupFacts(TypedDict):
     rule: str
 
 
+class ShortRate(TypedDict):
+    """A rate of answers judged by their beginnings, with its Wilson limits."""
+
+    rate: Number
+    low: Number
+    high: Number
+
+
 class RefusalRate(TypedDict):
     """The share of prompts of a kind that were refused, with its Wilson limits; no seed and step before alignment.
 
     `partial` and `undecided` prompts are counted in `n` and are not refused; `whole`: no answer was ended early.
+    `short`: the same answers judged by their beginnings, as long at every step.
     """
 
     seed: int | None
@@ -360,6 +296,7 @@ class RefusalRate(TypedDict):
     partial: NotRequired[int]
     max_new_tokens: NotRequired[int]
     whole: NotRequired[bool]
+    short: NotRequired[ShortRate]
 
 
 class Perplexity(TypedDict):
@@ -430,6 +367,7 @@ class Findings(TypedDict, total=False):
     behaviour: Behaviour | None
     interventions: Interventions
     subspaces: Subspaces
+    stability: Stability
 
 
 def findings_of(

@@ -81,6 +81,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     for (name, kind), groups in made.items():
         figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())
     return {
+        "model_fingerprint": sites.fingerprint,
         "draws": draws,
         "pool": pools,
         "examples": sizes,

@@ -31,7 +31,8 @@ def report(study: Study, folder: StudyFolder) -> str:
 
 
 def read_findings(folder: StudyFolder) -> Findings:
-    """All that the report is made from: the analysis, and what lies there of interventions and of the rank level.
+    """All that the report is made from: the analysis, and what lies there of interventions, of the rank level
+    and of re-drawn groups.
 
     Those of weights that are not the study's any more are marked as of another model. Raises `ArtifactError` where the
     study has no findings yet.
@@ -41,6 +42,8 @@ def read_findings(folder: StudyFolder) -> Findings:
         results["subspaces"] = _subspaces(read_json(ranks), folder)
     if (causes := folder.results / "interventions.json").exists():
         results["interventions"] = _interventions(read_json(causes), folder)
+    if (redrawn := folder.results / "stability.json").exists():
+        results["stability"] = read_json(redrawn)
     return results
 
 
