@@ -25,6 +25,9 @@ from neurondrift.models.batches import Batch, attention_for, is_checkpointing, r
 from neurondrift.models.sites import Site, is_quantised, unwrap
 
 
+Objective = Callable[[nn.Module, Batch], torch.Tensor]
+
+
 def run(
     model: nn.Module,
     sites: Mapping[str, Site],
@@ -32,6 +35,8 @@ def run(
     record: Record,
     *,
     backward: bool,
+    objective: Objective = response_losses,
+    kept: Sequence[nn.Parameter] = (),
     checkpoint_activations: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
@@ -49,6 +54,10 @@ def run(
         Called once per site and example, with the example's tokens only (no padding).
     backward
         Whether gradients are needed.
+    objective
+        `objective(model, batch)`: the values `[B]` whose sum is gone back from; by default each example's loss.
+    kept
+        Parameters that are no sites and whose gradients are wanted too: added up in their `.grad`.
     checkpoint_activations
         Keep only the inputs of each block, and compute the rest again in the backward pass. Also where the model has
         its own activation checkpointing switched on.
@@ -72,6 +81,8 @@ def run(
     observer = Observer(record=record, backward=backward)
     with contextlib.ExitStack() as changed:
         changed.enter_context(_frozen_in_evaluation_mode(model))
+        for parameter in kept:
+            parameter.requires_grad_(backward)
         changed.enter_context(observer.attached(sites))
         if backward and (checkpoint_activations or is_checkpointing(model)):
             changed.enter_context(_checkpointed_blocks(model, observer.not_counting))
@@ -80,7 +91,7 @@ def run(
         for batch in batches:
             batch = batch.to(device)
             losses_B = observer.watching(
-                batch, lambda batch, copied: _losses(model, batch, narrow, backward=backward, copied=copied)
+                batch, lambda batch, copied: _losses(model, batch, narrow, objective, backward=backward, copied=copied)
             )
             for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
                 if not math.isfinite(loss):
@@ -93,16 +104,24 @@ def run(
             observer.finish()
             unseen = observer.unseen(sites)
             if unseen:
-                losses = partial(_losses, model, narrow=narrow, backward=True, copied=observer.writes_in_place)
+                losses = partial(
+                    _losses, model, narrow=narrow, objective=objective, backward=True, copied=observer.writes_in_place
+                )
                 with observer.looking_away():
                     record_unseen(unseen, batch, losses, record, backward)
             on_batch(batch)
 
 
 def _losses(
-    model: nn.Module, batch: Batch, narrow: torch.dtype | None, *, backward: bool, copied: bool
+    model: nn.Module,
+    batch: Batch,
+    narrow: torch.dtype | None,
+    objective: Objective,
+    *,
+    backward: bool,
+    copied: bool,
 ) -> torch.Tensor:
-    """The loss of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow; `copied`
+    """The objective of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow; `copied`
     where the model writes into what it is given."""
     embeddings = unwrap(model).get_input_embeddings()
 
@@ -116,7 +135,7 @@ def _losses(
         settings.enter_context(attention_for(model, batch))
         settings.enter_context(torch.autocast(batch.input_ids.device.type, narrow, enabled=narrow is not None))
         settings.callback(embeddings.register_forward_hook(enter).remove)
-        return response_losses(model, batch)
+        return objective(model, batch)
 
 
 def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | None:

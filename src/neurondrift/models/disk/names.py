@@ -75,7 +75,7 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
         children = {**nested.children, **source.children}
         declares = source.declares_experts | nested.declares_experts
         source = Source(children, source.prefix, source.transposed | nested.transposed, declares)
-    loaded = _as_loaded(shapes, config)
+    loaded = as_loaded(shapes, config)
     depth = _depth(text)
     prefix = _blocks_prefix(loaded, depth, config)
     renamed = prefix
@@ -119,7 +119,7 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
 
 def loaded_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
     """The names that the tensors of a checkpoint have once they are loaded, but for the base model's own prefix."""
-    return list(_as_loaded(shapes, config))
+    return list(as_loaded(shapes, config))
 
 
 def _is_transposed(experts: str, loaded: Mapping[str, Loaded], source: Source) -> bool | None:
@@ -150,7 +150,7 @@ class Loaded(NamedTuple):
         return (Part(self.sources[0][0], expert=expert),)
 
 
-def _as_loaded(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Loaded]:
+def as_loaded(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Loaded]:
     """The parameters of the loaded model, by transformers' own renamings and conversions."""
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
