@@ -10,6 +10,7 @@ from neurondrift.attribution.margin import Margin, values_of
 from neurondrift.attribution.openings import Openings, openings_for, own_openings, tree_of
 from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.models.architecture import saying
+from neurondrift.models.data import Message
 
 SHORT = Openings(refusal=("I can't", "I won't", "Sorry"), compliance=("The", "Sure", "1"))
 
@@ -102,14 +103,18 @@ def test_the_model_is_left_as_it_was():
 
 def test_examples_count_with_their_earlier_turns():
     model = with_bytes("llama")
-    earlier = (nd.Example(id="1", prompt="And you?", response="", messages=(("user", "a"), ("assistant", "b"))),)
+    earlier = (
+        nd.Example(id="1", prompt="And you?", response="", messages=(Message("user", "a"), Message("assistant", "b"))),
+    )
     first, second = (nd.refusal_margin(model, TOKENIZER, prompts, SHORT) for prompts in (earlier, ["And you?"]))
     assert first != second
 
 
 def test_the_tree_holds_each_inner_token_once_and_every_opening():
     tree = tree_of(Openings(refusal=("ab", "ac", "abd"), compliance=("xyz", "xy!")), TOKENIZER)
-    spell = {node: TOKENIZER.decode([tree.tokens[n - 1] for n in tree.chain(node)]) for node in range(1, tree.inner + 1)}
+    spell = {
+        node: TOKENIZER.decode([tree.tokens[n - 1] for n in tree.chain(node)]) for node in range(1, tree.inner + 1)
+    }
     assert sorted(spell.values()) == ["a", "x", "xy"]
     said = []
     for path in tree.paths:

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
-from helpers.adapters import adapt
+from helpers.adapters import adapt, lora_on, shake
 from helpers.attribution import PROMPTS, TOKENIZER, built, margins, mean_loss, merged, moved, path_oracle, with_bytes
 from helpers.families import FAMILIES, examples, save
 from neurondrift.attribution import paths
@@ -24,7 +24,7 @@ def state(model):
 def close(found, expected, *, rtol=2e-3):
     """Equal up to float32 sums of terms as large as the largest."""
     assert set(found) == set(expected)
-    largest = max(float(values.abs().max()) for values in expected.values())
+    largest = max((float(values.abs().max()) for values in expected.values()), default=0.0)
     for name, values in expected.items():
         torch.testing.assert_close(found[name].double(), values.double(), rtol=rtol, atol=1e-4 * largest)
 
@@ -101,8 +101,8 @@ def test_more_points_are_taken_where_the_sum_misses_and_those_there_are_kept(tmp
     seen = []
     at_point = paths._at_point
     monkeypatch.setattr(paths, "_at_point", lambda *args: seen.append(1) or at_point(*args))
-    found = nd.path_attribution(after, functions, initial=tmp_path, points=1, tolerance=0.002)["harmful"]
-    assert found.points[0] > 1 and len(seen) == found.points[0]
+    found = nd.path_attribution(after, functions, initial=tmp_path, points=3, tolerance=0.005)["harmful"]
+    assert found.points[0] == 9 and len(seen) == found.points[0]
     again = nd.path_attribution(after, functions, initial=tmp_path, points=found.points[0], tolerance=None)["harmful"]
     close(found.rows, again.rows)
     with pytest.raises(ModelError, match="do not add up"):
@@ -148,7 +148,8 @@ def test_what_an_adapter_trains_elsewhere_counts(tmp_path):
     functions = {"m": nd.Margin(adapted, TOKENIZER, PROMPTS, SHORT)}
     found = nd.path_attribution(adapted, functions)["m"]
     assert found.attributed == pytest.approx(found.change, rel=0.02)
-    assert set(found.elsewhere) == {"model.norm.weight", "lm_head.weight"}
+    kinds = {name.split(".")[-2] for name in found.elsewhere}  # PEFT takes every name that ends in "norm"
+    assert kinds == {"norm", "input_layernorm", "post_attention_layernorm", "lm_head"}
     assert {name.rpartition(".")[2] for name in found.rows} == {"q_proj", "gate_proj"}
     torch.testing.assert_close(
         nd.refusal_margin(adapted, TOKENIZER, PROMPTS, SHORT).mean().item(), found.values[1], atol=1e-5, rtol=0
@@ -158,8 +159,9 @@ def test_what_an_adapter_trains_elsewhere_counts(tmp_path):
 @pytest.mark.parametrize("method", ["dora", "16 bits"])
 def test_other_adapters_and_dtypes_are_complete(method):
     base = with_bytes("llama")
-    settings = dict(use_dora=True) if method == "dora" else {}
-    adapted = adapt(base, scale=0.1, **settings).eval()
+    adapted = adapt(base, scale=0.1).eval() if method == "16 bits" else lora_on(base, use_dora=True).eval()
+    if method == "dora":
+        shake(adapted, 0.02)
     if method == "16 bits":
         adapted = adapted.to(torch.bfloat16)
     functions = {"m": nd.Margin(adapted, TOKENIZER, PROMPTS, SHORT)}
@@ -189,8 +191,6 @@ def test_the_budget_along_saved_steps_sums_to_the_change(kind, tmp_path):
     assert len(found.values) == 4 and len(found.steps) == 3
     assert found.attributed == pytest.approx(found.change, rel=0.02, abs=1e-4)
     assert all(torch.equal(kept[name], value) for name, value in base.state_dict().items())
-    from neurondrift import load_model
-
     for at, step in enumerate((10, 20, 30)):
         where = tmp_path / "run" / f"checkpoint-{step}"
         if kind == "full":
@@ -201,7 +201,6 @@ def test_the_budget_along_saved_steps_sums_to_the_change(kind, tmp_path):
             after = PeftModel.from_pretrained(with_bytes("llama"), where)
         margin = nd.refusal_margin(after.eval(), TOKENIZER, PROMPTS, SHORT).mean()
         assert found.values[at + 1] == pytest.approx(float(margin), abs=1e-4)
-    del load_model
 
 
 def test_a_straight_budget_is_the_path(tmp_path):
@@ -222,7 +221,11 @@ def test_a_straight_budget_is_the_path(tmp_path):
     ("make", "error", "message"),
     [
         (lambda model, functions: nd.path_attribution(model, functions), ModelError, "does not tell what has changed"),
-        (lambda model, functions: nd.path_attribution(adapt(model, scale=0.1), {}), ConfigError, "nothing to attribute"),
+        (
+            lambda model, functions: nd.path_attribution(adapt(model, scale=0.1), {}),
+            ConfigError,
+            "nothing to attribute",
+        ),
         (
             lambda model, functions: nd.path_attribution(adapt(model, scale=0.1), functions, points=0),
             ConfigError,

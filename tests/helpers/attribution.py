@@ -26,7 +26,7 @@ def with_bytes(family, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model.resize_token_embeddings(264, mean_resizing=False)
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             torch.nn.init.normal_(module.weight, std=0.2)
     return model
 

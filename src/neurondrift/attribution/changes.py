@@ -1,4 +1,4 @@
-"""Where the states of a change come from: an adapter on the model, adapters' folders, checkpoints read from their files.
+"""Where the states of a change come from: an adapter on the model, folders of adapters, checkpoints read from files.
 
 Owns the way from references to `Change`s: which model is the vessel, which states it is put to, and what of a change
 lies outside of the sites. Nothing but the vessel is in memory: whole weights are read site by site from safetensors.
@@ -93,7 +93,7 @@ def change_from(model: nn.Module | Sites | Change, initial: Weights | str | Path
     vessel = Vessel(model)
     aside = Aside()
     kept: list[Any] = [aside]
-    check_methods(vessel.model, initial_given=initial is not None)  # type: ignore[arg-type]
+    check_methods(vessel.sites.model, initial_given=initial is not None)
     last = _of_adapters(vessel, aside)
     if initial is None:
         if not (last.factors or last.dense or last.elsewhere):
@@ -221,7 +221,7 @@ def _of_folder(vessel: Vessel, folder: Path, aside: Aside) -> State:
     from peft.utils.other import ModulesToSaveWrapper
 
     model = vessel.sites.model
-    adapted: Any = attach_adapter(model, folder)  # type: ignore[arg-type]
+    adapted: Any = attach_adapter(model, folder)
     try:
         check_methods(adapted, initial_given=False)
         return _of_adapters(Vessel(adapted), aside, f"{folder} ")
@@ -288,9 +288,7 @@ class Opened(NamedTuple):
     tokenizer: Any
 
 
-def open_change(
-    base: str | Path, tuned: Sequence[str | Path], *, dtype: str = "auto", device: str = "auto"
-) -> Opened:
+def open_change(base: str | Path, tuned: Sequence[str | Path], *, dtype: str = "auto", device: str = "auto") -> Opened:
     """The change from a base to other models, all of them references.
 
     `base` is a full model, which is loaded; or an adapter, whose own base is loaded and which is the start; `tuned` are

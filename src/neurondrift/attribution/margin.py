@@ -19,8 +19,9 @@ from neurondrift.attribution.openings import Openings, openings_for, tree_of
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.behaviour.requests import context_length, render
 from neurondrift.importance.capture import run
+from neurondrift.importance.scores import pad_token_id_of
 from neurondrift.models.architecture.saying import say_once
-from neurondrift.models.batches import Batch, taken_by
+from neurondrift.models.batches import Batch, make_batches, response_losses, taken_by
 from neurondrift.models.data import IGNORED, Example
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
@@ -100,7 +101,10 @@ class Margin:
         self._depths = torch.tensor([len(chain) for chain in chains])
         self._leaves = self.tree.leaves
         self._row_of = torch.tensor(
-            [next(at for at, leaf in enumerate(self._leaves) if node in (0, *chains[leaf])) for node in range(len(chains))]
+            [
+                next(at for at, leaf in enumerate(self._leaves) if node in (0, *chains[leaf]))
+                for node in range(len(chains))
+            ]
         )
         inner = self.tree.inner
         self._sees = torch.zeros(inner, inner, dtype=torch.bool)  # which nodes a node looks back at
@@ -139,9 +143,11 @@ class Margin:
         return [self._batch(part, in_tree=self.in_tree) for part in parts]
 
     def _batch(self, chosen: Sequence[int], *, in_tree: bool) -> Batch:
-        """Rows of prompt and tree, padded on the left; or of prompt and branch, on the right, where no position moves."""
+        """Rows of prompt and tree, padded on the left; or of prompt and branch, padded on the right."""
         tokens = self.tree.tokens
-        branches = [list(tokens)] if in_tree else [[tokens[n - 1] for n in self.tree.chain(leaf)] for leaf in self._leaves]
+        branches = (
+            [list(tokens)] if in_tree else [[tokens[n - 1] for n in self.tree.chain(leaf)] for leaf in self._leaves]
+        )
         rows = [[*self._ids[index], *branch] for index in chosen for branch in branches]
         longest = max(map(len, rows))
         input_ids = torch.full((len(rows), longest), self._pad)
@@ -165,7 +171,7 @@ class Margin:
         if self.in_tree:
             return margins_P
         rows = torch.arange(0, len(batch.names), len(self._leaves), device=margins_P.device)
-        return torch.zeros(len(batch.names), device=margins_P.device).index_add(0, rows, margins_P)
+        return margins_P.new_zeros(len(batch.names)).index_add(0, rows, margins_P)
 
     def _margins(self, logits_PKV: torch.Tensor) -> torch.Tensor:
         device = logits_PKV.device
@@ -225,7 +231,7 @@ class Margin:
         return torch.cat([prompt_BT, prompt_BT[:, -1:] + self._depths[1:].to(mask_BT.device)], dim=1)
 
     def _tree_mask(self, model: nn.Module, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Which tokens each token looks back at, `[B, 1, T, T]`: true, or 0 and the least number for eager attention."""
+        """Which tokens each token looks back at, `[B, 1, T, T]`: true, or 0 and the least number (eager)."""
         length, inner = mask_BT.shape[1], self.tree.inner
         sees_TT = torch.ones(length, length, dtype=torch.bool, device=mask_BT.device).tril()
         sees_TT[length - inner :, length - inner :] = self._sees.to(mask_BT.device)
@@ -271,8 +277,6 @@ class ResponseLoss:
     """
 
     def __init__(self, model: nn.Module, encoded: Sequence[Any]) -> None:
-        from neurondrift.importance.scores import pad_token_id_of
-
         self._encoded, self._pad = encoded, pad_token_id_of(model)
 
     @property
@@ -282,14 +286,10 @@ class ResponseLoss:
 
     def batches(self, batch_size: int) -> list[Batch]:
         """The examples, sorted by length."""
-        from neurondrift.models.batches import make_batches
-
         return make_batches(self._encoded, batch_size=batch_size, pad_token_id=self._pad)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of each example, float32 `[B]`, differentiable."""
-        from neurondrift.models.batches import response_losses
-
         return response_losses(model, batch)
 
 

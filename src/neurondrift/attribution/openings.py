@@ -81,7 +81,7 @@ def own_openings(answers: Sequence[str], refused: Sequence[bool], *, words: int 
     chosen = {}
     for kind, most in ((True, OWN_REFUSALS), (False, OWN_OTHERS)):
         other = counts[not kind]
-        own = [text for text, count in counts[kind].most_common() if count > other[text] or (kind and count == other[text])]
+        own = [t for t, n in counts[kind].most_common() if n > other[t] or (kind and n == other[t])]
         chosen[kind] = own[:most]
     if not chosen[True] or not chosen[False]:
         raise DataError(

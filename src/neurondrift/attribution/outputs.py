@@ -248,9 +248,7 @@ class _Inputs:
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return (
-        first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
-    )
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
 
 
 def _passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:

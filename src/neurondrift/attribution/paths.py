@@ -8,6 +8,7 @@ allocation along a training (Lan et al., arXiv 1909.01440). Shapes: O = out, I =
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,7 +211,7 @@ def _attributed(
     vessel, states = change.vessel, change.states
     check_loaded(vessel.sites)
     downs = _downs(vessel.sites)
-    pairs = list(zip(states, states[1:], strict=False))
+    pairs = list(itertools.pairwise(states))
     values: dict[str, list[float]] = {name: [] for name in functions}
     known: dict[str, list[_Step]] = {name: [] for name in functions}
 
@@ -265,7 +266,7 @@ def _refine(
             raise ModelError(
                 f"The parts of {name} do not add up to its change: its gradient turns too sharply along the way",
                 received=f"{math.fsum(step.attributed for step in steps):.6g} of {values[-1] - values[0]:.6g}",
-                allowed=f"a difference of {tolerance:.0%}",
+                allowed=f"a difference of {tolerance:.2g} of it",
                 fix="use dtype float32 and more snapshots, or accept it with tolerance=None",
             )
         worst = max(open_steps, key=lambda k: misses[k])

@@ -87,8 +87,8 @@ def provenance(
     Returns
     -------
     `Provenances`: cos(Dᵢ, -g^Sᵢ) - cos(Dᵢ, -g^Uᵢ) and its parts, with g the gradient at W₀ of the mean over examples of
-    the mean cross-entropy over response tokens. A hidden unit's cosine is that of its rows of gate and up and its column
-    of down put together into one vector.
+    the mean cross-entropy over response tokens. A hidden unit's cosine is that of its rows of gate and up and its
+    column of down put together into one vector.
 
     Raises
     ------
@@ -145,9 +145,7 @@ def _gradients(
     return {name: total.div_(count) for name, total in sums.items()}
 
 
-def products(
-    delta: Delta, safety_OI: torch.Tensor, utility_OI: torch.Tensor, *, columns: bool
-) -> torch.Tensor:
+def products(delta: Delta, safety_OI: torch.Tensor, utility_OI: torch.Tensor, *, columns: bool) -> torch.Tensor:
     """D·g of both gradients, ‖D‖² and ‖g‖² of both, of each row or each column, float64 `[members, 5]`."""
     pair = (safety_OI, utility_OI)
     if isinstance(delta, LowRank):

@@ -102,11 +102,10 @@ class Vessel:
 
     def __post_init__(self) -> None:
         self.sites = sites_of(self.model)
-        self.model = self.sites.model
         own = {id(site.tensor) for site in self.sites.values()}
         self.elsewhere, self.names = {}, {}
         known: dict[int, str] = {}
-        for name, parameter in own_parameters(unwrap(self.model)):
+        for name, parameter in own_parameters(unwrap(self.sites.model)):
             if id(parameter) in own:
                 continue
             first = known.setdefault(id(parameter), plain(name))
@@ -120,13 +119,13 @@ class Vessel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        weight: torch.Tensor = unwrap(self.model).get_input_embeddings().weight
+        weight: torch.Tensor = unwrap(self.sites.model).get_input_embeddings().weight
         return weight.device
 
     def __enter__(self) -> Vessel:
         self._undo = contextlib.ExitStack()
         self._undo.callback(self._restore)
-        self._undo.enter_context(_adapters_off(self.model))
+        self._undo.enter_context(_adapters_off(self.sites.model))
         for site in self.sites.values():
             if self._takes_factors(site):
                 self._undo.callback(site.owner.register_forward_hook(self._adding(site)).remove)

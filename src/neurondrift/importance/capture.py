@@ -24,7 +24,6 @@ from neurondrift.importance.unseen import record_unseen
 from neurondrift.models.batches import Batch, attention_for, is_checkpointing, response_losses
 from neurondrift.models.sites import Site, is_quantised, unwrap
 
-
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
 
 
@@ -121,8 +120,8 @@ def _losses(
     backward: bool,
     copied: bool,
 ) -> torch.Tensor:
-    """The objective of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow; `copied`
-    where the model writes into what it is given."""
+    """The objective of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow;
+    `copied` where the model writes into what it is given."""
     embeddings = unwrap(model).get_input_embeddings()
 
     def enter(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
