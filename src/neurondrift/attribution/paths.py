@@ -236,7 +236,7 @@ def _attributed(
                         sums[name].add(_at_point(vessel, *pairs[at - 1], function, downs, batch_size))
                 for name in functions:
                     known[name].append(_Step(sums[name], points))
-        for name in functions if tolerance is not None else ():
+        for name in functions if tolerance is not None and math.isfinite(tolerance) else ():
             _refine(name, values[name], known[name], gradients, float(tolerance or 0.0))
     return {name: _finished(vessel.sites, values[name], known[name]) for name in functions}
 
