@@ -277,7 +277,8 @@ class Spread(NamedTuple):
 
 def _spread(moments: _Moments, shared: int) -> Spread:
     """In float64, for a few directions may hold nearly all of the sums; what is left of them is given in float32."""
-    safety, even, odd = (total.double() for total in moments.sums)
+    on_mps = moments.sums[0].device.type == "mps"  # which has no float64
+    safety, even, odd = ((total.cpu() if on_mps else total).double() for total in moments.sums)
     counts = [float(count) if count else float("nan") for count in moments.tokens]
     ordinary = moments.tokens[1] + moments.tokens[2]
     utility = (even + odd) / (ordinary if ordinary else float("nan"))

@@ -142,7 +142,8 @@ def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | 
     bits, but what they add up to is not rounded once a block. None for wider models and quantised ones."""
     dtype: torch.dtype = unwrap(model).dtype
     is_narrow = dtype in (torch.bfloat16, torch.float16)
-    return dtype if is_narrow and not any(is_quantised(site.tensor) for site in sites.values()) else None
+    tensors = [site.tensor for site in sites.values()] or list(model.parameters())
+    return dtype if is_narrow and not any(map(is_quantised, tensors)) else None
 
 
 @contextlib.contextmanager
