@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from neurondrift import __version__
 from neurondrift.attribution.changes import open_change
 from neurondrift.attribution.margin import Margin
 from neurondrift.attribution.openings import Openings
@@ -115,7 +114,6 @@ def attribute(
     _write(files[1], columns["units"], "mlp", "unit")
     summary = {
         "format": 1,
-        "neurondrift": __version__,
         "base": change.references[0],
         "tuned": [
             {"reference": reference, "step": step if step >= 0 else None}
