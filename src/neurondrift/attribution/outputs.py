@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ SHARED = 8  # leading directions of the inputs of both sets, taken out: fixed be
 KEPT_TOKENS = 512  # of an input that are kept before they are added to its moments
 PARTS = 3  # of the data: safety, and the two halves of the ordinary set
 SMALL = 256  # inputs up to which all eigenvectors are computed
-ROUNDS, SPARE, CLOSE = 60, 24, 1e-7  # of the iteration for the leading ones: at most, vectors beside, residual
+# Of the iteration for the leading ones: rounds at most, vectors beside, residual of each, and of the largest.
+ROUNDS, SPARE, CLOSE, ROUNDING = 40, 12, 1e-3, 1e-6
 UNMOVED = "the weights did not move"
 UNSEEN = "no token of one of the sets came by"
 SILENT = "the change moves no output on these inputs"
@@ -265,79 +267,105 @@ def _passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:
     return values
 
 
-class Spread(NamedTuple):
-    """P C P of the inputs of a site, float32 `[I, I]`: on safety text, on all ordinary text, on either half of it.
-    NaN where a set has no token."""
+@dataclass(eq=False)
+class Spread:
+    """C of the inputs of a site, float32 `[I, I]`, on safety text and on either half of the ordinary text, with their
+    tokens; and B, the directions that are taken out, float64 `[I, shared]`. NaN where a part has no token."""
 
-    safety: torch.Tensor
-    utility: torch.Tensor
-    even: torch.Tensor
-    odd: torch.Tensor
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    tokens: tuple[int, int, int]
+    basis: torch.Tensor
+
+    @cached_property
+    def rests(self) -> list[torch.Tensor]:
+        """P C P with P = I - B Bᵀ, float32: formed in float64, as a few directions may hold nearly all of C."""
+        rests = []
+        for part in self.parts:
+            whole = part.double()
+            rest = whole - self.basis @ (self.basis.T @ whole)
+            rests.append((rest - (rest @ self.basis) @ self.basis.T).float())
+        return rests
+
+    @cached_property
+    def diagonals(self) -> list[torch.Tensor]:
+        """The diagonals of P C P, float64 `[I]`."""
+        found = []
+        for part in self.parts:
+            along = part.double() @ self.basis
+            within = self.basis @ (self.basis.T @ along)
+            found.append(part.diagonal().double() + ((within - 2 * along) * self.basis).sum(dim=1))
+        return found
+
+    def powers(self, found: Sequence[torch.Tensor], norm: torch.Tensor) -> torch.Tensor:
+        """Powers of the three parts as `[members, 5]`: safety, all ordinary text, its halves, and ‖D‖²; float64."""
+        safety, even, odd = (part.cpu().double().clamp(min=0) for part in found)
+        whole = self.tokens[1] + self.tokens[2]
+        shares = [(part, tokens) for part, tokens in ((even, self.tokens[1]), (odd, self.tokens[2])) if tokens]
+        utility = torch.stack([part * (tokens / whole) for part, tokens in shares]).sum(dim=0) if shares else even
+        return torch.stack([safety, utility, even, odd, norm.cpu().double().clamp(min=0)], dim=1)
 
 
 def _spread(moments: _Moments, shared: int) -> Spread:
-    """In float64, for a few directions may hold nearly all of the sums; what is left of them is given in float32."""
-    on_mps = moments.sums[0].device.type == "mps"  # which has no float64
-    safety, even, odd = ((total.cpu() if on_mps else total).double() for total in moments.sums)
-    counts = [float(count) if count else float("nan") for count in moments.tokens]
-    ordinary = moments.tokens[1] + moments.tokens[2]
-    utility = (even + odd) / (ordinary if ordinary else float("nan"))
-    parts = [safety / counts[0], utility, even / counts[1], odd / counts[2]]
-    if shared and moments.tokens[0] and ordinary:
-        basis = leading((parts[0] + utility) / 2, shared)
-        parts = [_without(part, basis) for part in parts]
-    return Spread(*(part.float() for part in parts))
-
-
-def _without(moments_II: torch.Tensor, basis_IR: torch.Tensor) -> torch.Tensor:
-    """P C P with P = I - B Bᵀ."""
-    rest = moments_II - basis_IR @ (basis_IR.T @ moments_II)
-    return rest - (rest @ basis_IR) @ basis_IR.T
+    if moments.sums[0].device.type == "mps":  # which has no float64
+        moments.sums = [total.cpu() for total in moments.sums]
+    tokens = moments.tokens
+    safety, even, odd = (total / (n or float("nan")) for total, n in zip(moments.sums, tokens, strict=True))
+    basis = torch.zeros(len(safety), 0, dtype=torch.float64, device=safety.device)
+    ordinary = tokens[1] + tokens[2]
+    if shared and tokens[0] and ordinary:
+        both = (safety + (moments.sums[1] + moments.sums[2]) / ordinary) / 2
+        basis = leading(both.double(), shared)
+    return Spread((safety, even, odd), (tokens[0], tokens[1], tokens[2]), basis)
 
 
 def leading(moments_II: torch.Tensor, count: int) -> torch.Tensor:
     """The leading eigenvectors of a symmetric matrix without negative eigenvalues, float64 `[I, count]`.
 
-    Of a large one by subspace iteration (Halko et al., arXiv 0909.4061) from a fixed start, until residuals are below
-    1e-7 of the largest eigenvalue; where that takes too long, by all eigenvectors.
+    Of a large one by subspace iteration (Halko et al., arXiv 0909.4061) from a fixed start, in float32 with a last
+    round in float64, until each residual is below a thousandth of its eigenvalue, so that a millionth of the
+    direction's energy is left; where that takes too long, by all eigenvectors.
     """
     size = len(moments_II)
     if size > SMALL:
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(size, count + SPARE, dtype=torch.float64, generator=generator).to(moments_II.device)
+        narrow_II = moments_II.float()
+        start = torch.randn(size, count + SPARE, generator=generator).to(moments_II.device)
         vectors: torch.Tensor = torch.linalg.qr(start).Q
         for _ in range(ROUNDS):
-            moved = moments_II @ vectors
+            moved = narrow_II @ vectors
             values, turn = torch.linalg.eigh(vectors.T @ moved)
-            chosen = turn.flip(1)[:, :count]
-            residual = moved @ chosen - (vectors @ chosen) * values.flip(0)[:count]
-            if bool(residual.norm(dim=0).max() <= CLOSE * values[-1]):
-                return torch.linalg.qr(vectors @ chosen).Q
+            top, chosen = values.flip(0)[:count].clamp(min=0), turn.flip(1)[:, :count]
+            residual = (moved @ chosen - (vectors @ chosen) * top).norm(dim=0)
+            # What float32 cannot tell from the largest has no energy worth taking out.
+            if bool((residual <= CLOSE * top + ROUNDING * values[-1]).all()):
+                return torch.linalg.qr(moments_II @ (vectors @ chosen).double()).Q
             vectors = torch.linalg.qr(moved).Q
     vectors = torch.linalg.eigh(moments_II).eigenvectors
     return vectors.flip(1)[:, :count]
 
 
 def row_powers(delta: Delta, spread: Spread) -> torch.Tensor:
-    """D̃ᵢ C D̃ᵢᵀ with each of the four moments, and ‖Dᵢ‖², float64 `[O, 5]`."""
+    """D̃ᵢ C D̃ᵢᵀ on safety text, on ordinary text and on its halves, and ‖Dᵢ‖², float64 `[O, 5]`."""
     if isinstance(delta, LowRank):
-        a, b = delta.a, delta.b
-        found = [((b @ (a @ part.to(a) @ a.T)) * b).sum(dim=1) for part in spread]
+        basis = spread.basis
+        a, b = delta.a.to(basis), delta.b.to(basis)
+        rest = a - (a @ basis) @ basis.T
+        found = [((b @ (rest @ part.double() @ rest.T)) * b).sum(dim=1) for part in spread.parts]
         norm = ((b @ (a @ a.T)) * b).sum(dim=1)
     else:
-        found = [((delta @ part.to(delta)) * delta).sum(dim=1) for part in spread]
+        found = [((delta @ part.to(delta)) * delta).sum(dim=1) for part in spread.rests]
         norm = delta.square().sum(dim=1)
-    return torch.stack([*found, norm], dim=1).cpu().double().clamp(min=0)
+    return spread.powers(found, norm)
 
 
 def column_powers(delta: Delta, spread: Spread) -> torch.Tensor:
-    """‖D_u‖² (P C P)_uu of each column with each of the four moments, and ‖D_u‖², float64 `[I, 5]`."""
+    """‖D_u‖² (P C P)_uu of each column in the same four, and ‖D_u‖², float64 `[I, 5]`."""
     if isinstance(delta, LowRank):
         norm = ((delta.b.T @ delta.b @ delta.a) * delta.a).sum(dim=0)
     else:
         norm = delta.square().sum(dim=0)
-    found = [norm * part.diagonal().to(norm) for part in spread]
-    return torch.stack([*found, norm], dim=1).cpu().double().clamp(min=0)
+    found = [norm * part.to(norm) for part in spread.diagonals]
+    return spread.powers(found, norm)
 
 
 def _drift_of(powers: torch.Tensor) -> FunctionalDrift:
