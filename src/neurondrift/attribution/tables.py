@@ -90,6 +90,8 @@ def attribute(
         for name, prompts in (("harmful", asked.harmful), ("harmless", asked.harmless))
     }
     how: dict[str, Any] = {"batch_size": asked.batch_size}
+    chosen = functions["harmful"].openings
+    assert isinstance(chosen, Openings)
     say("margin along the way from W0 to W")
     taken = {"": path_attribution(change, functions, points=asked.points, tolerance=asked.tolerance, **how)}
     if len(change.states) > 2:
@@ -124,7 +126,7 @@ def attribute(
             "safety": {"examples": len(safety), "fingerprint": data_fingerprint(safety)},
             "utility": {"examples": len(utility), "fingerprint": data_fingerprint(utility)},
             "prompts": {name: function.count for name, function in functions.items()},
-            "openings": dataclasses.asdict(functions["harmful"].openings),  # type: ignore[call-overload]
+            "openings": dataclasses.asdict(chosen),
             **{name: getattr(asked, name) for name in ("points", "shared", "tolerance", "max_length")},
         },
         "margin": {

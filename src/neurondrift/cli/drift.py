@@ -117,7 +117,7 @@ def attribute(
     )
     with only_one(output_dir):
         result = measure(base, tuned, asked, output_dir, say=lambda text: print(f"{text} ...", flush=True))
-    rows = [("margin", "before", "after", "change", "attributed", "elsewhere", "points")]
+    rows: list[tuple[str, ...]] = [("margin", "before", "after", "change", "attributed", "elsewhere", "points")]
     for name, found in result.summary["margin"].items():
         ends = found["values"][0], found["values"][-1], found["change"], found["attributed"], found["elsewhere"]
         rows.append((name, *(f"{value:+.3f}" for value in ends), str(sum(found["points"]))))
