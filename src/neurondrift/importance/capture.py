@@ -25,6 +25,8 @@ from neurondrift.models.architecture.conventions import check_causal
 from neurondrift.models.batches import Batch, attention_for, is_checkpointing, response_losses
 from neurondrift.models.sites import Site, is_quantised, unwrap
 
+Objective = Callable[[nn.Module, Batch], torch.Tensor]
+
 
 def run(
     model: nn.Module,
@@ -33,6 +35,8 @@ def run(
     record: Record,
     *,
     backward: bool,
+    objective: Objective = response_losses,
+    kept: Sequence[nn.Parameter] = (),
     checkpoint_activations: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
@@ -50,6 +54,10 @@ def run(
         Called once per site and example, with the example's tokens only (no padding).
     backward
         Whether gradients are needed.
+    objective
+        `objective(model, batch)`: the values `[B]` whose sum is gone back from; by default each example's loss.
+    kept
+        Parameters that are no sites and whose gradients are wanted too: added up in their `.grad`.
     checkpoint_activations
         Keep only the inputs of each block, and compute the rest again in the backward pass. Also where the model has
         its own activation checkpointing switched on.
@@ -75,6 +83,8 @@ def run(
     with contextlib.ExitStack() as changed:
         changed.enter_context(_frozen_in_evaluation_mode(model))
         check_causal(unwrap(model))
+        for parameter in kept:
+            parameter.requires_grad_(backward)
         changed.enter_context(observer.attached(sites))
         if backward and (checkpoint_activations or is_checkpointing(model)):
             changed.enter_context(_checkpointed_blocks(model, observer.not_counting))
@@ -83,7 +93,7 @@ def run(
         for batch in batches:
             batch = batch.to(device)
             losses_B = observer.watching(
-                batch, lambda batch, copied: _losses(model, batch, narrow, backward=backward, copied=copied)
+                batch, lambda batch, copied: _losses(model, batch, narrow, objective, backward=backward, copied=copied)
             )
             for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
                 if not math.isfinite(loss):
@@ -96,17 +106,25 @@ def run(
             observer.finish()
             unseen = observer.unseen(sites)
             if unseen:
-                losses = partial(_losses, model, narrow=narrow, backward=True, copied=observer.writes_in_place)
+                losses = partial(
+                    _losses, model, narrow=narrow, objective=objective, backward=True, copied=observer.writes_in_place
+                )
                 with observer.looking_away():
                     record_unseen(unseen, batch, losses, record, backward)
             on_batch(batch)
 
 
 def _losses(
-    model: nn.Module, batch: Batch, narrow: torch.dtype | None, *, backward: bool, copied: bool
+    model: nn.Module,
+    batch: Batch,
+    narrow: torch.dtype | None,
+    objective: Objective,
+    *,
+    backward: bool,
+    copied: bool,
 ) -> torch.Tensor:
-    """The loss of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow; `copied`
-    where the model writes into what it is given."""
+    """The objective of each example `[B]`, with a graph from the embeddings on where a backward pass is to follow;
+    `copied` where the model writes into what it is given."""
     embeddings = unwrap(model).get_input_embeddings()
 
     def enter(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -119,7 +137,7 @@ def _losses(
         settings.enter_context(attention_for(model, batch))
         settings.enter_context(torch.autocast(batch.input_ids.device.type, narrow, enabled=narrow is not None))
         settings.callback(embeddings.register_forward_hook(enter).remove)
-        return response_losses(model, batch)
+        return objective(model, batch)
 
 
 def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | None:
@@ -127,7 +145,8 @@ def _narrow_dtype(model: nn.Module, sites: Mapping[str, Site]) -> torch.dtype | 
     bits, but what they add up to is not rounded once a block. None for wider models and quantised ones."""
     dtype: torch.dtype = unwrap(model).dtype
     is_narrow = dtype in (torch.bfloat16, torch.float16)
-    return dtype if is_narrow and not any(is_quantised(site.tensor) for site in sites.values()) else None
+    tensors = [site.tensor for site in sites.values()] or list(model.parameters())
+    return dtype if is_narrow and not any(map(is_quantised, tensors)) else None
 
 
 @contextlib.contextmanager

@@ -152,13 +152,13 @@ class Observer:
                 handle.remove()
 
     def _linear_hook(self, site: Site) -> Callable[..., Any]:
-        is_plain = _is_plain(site)
+        plain = is_plain(site)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if not self.is_looking:
                 return output
             inputs = args[0] if args and isinstance(args[0], torch.Tensor) else None
-            if inputs is None or not self._lies_as_tokens(inputs) or not (is_plain or _is_linear(site, inputs, output)):
+            if inputs is None or not self._lies_as_tokens(inputs) or not (plain or _is_linear(site, inputs, output)):
                 self.strange.add(site.name)
                 return output
             return self.see(site, self.as_computed(inputs, output.dtype), output)
@@ -280,7 +280,7 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(**{key: torch.cat([getattr(part, key) for part in parts]) for key in Tokens.__dataclass_fields__})
 
 
-def _is_plain(site: Site) -> bool:
+def is_plain(site: Site) -> bool:
     """Whether a module computes as torch's own linear layer, or transformers' Conv1D, or is a quantised one."""
     owner: Any = site.owner
     return type(owner).forward in (nn.Linear.forward, Conv1D.forward) or is_quantised(site.tensor)

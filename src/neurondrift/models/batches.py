@@ -141,7 +141,7 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     # A recomputation in the backward pass must find the attention that the forward pass had.
     try:
         with contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch):
-            output = model(input_ids=batch.input_ids, **_arguments(model, batch))
+            output = model(input_ids=batch.input_ids, **arguments_for(model, batch))
     finally:
         handle.remove()
     logits_NV = output.logits.squeeze(0)  # not [0], whose backward would fill a second matrix
@@ -154,7 +154,7 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
 
 
-def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def arguments_for(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """What a model is given beside the tokens of a batch."""
     given: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if not any(hasattr(module, "create_position_ids_from_input_ids") for module in unwrap(model).modules()):

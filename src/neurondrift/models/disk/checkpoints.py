@@ -21,7 +21,7 @@ from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import inside, read_json
 from neurondrift.models.architecture.classes import configuration, skeleton
 from neurondrift.models.disk.keys import Names, names_of, plain_names
-from neurondrift.models.disk.names import SiteName, find_sites
+from neurondrift.models.disk.names import Loaded, SiteName, as_loaded, find_sites
 from neurondrift.models.disk.references import INDEX, refuse_other_formats
 from neurondrift.models.disk.tensors import DTYPES, TensorFile, read_header, read_into
 
@@ -98,6 +98,21 @@ class DiskSite(NamedTuple):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+class DiskParameter(NamedTuple):
+    """A parameter of a checkpoint that is no site: its shape in the model, and the tensors that make it, one after the
+    other along the first axis (of which only `rows` where they are given)."""
+
+    shape: tuple[int, ...]
+    tensors: tuple[TensorFile, ...]
+    rows: tuple[int, int] | None
+
+    def read(self) -> torch.Tensor:
+        """The parameter in the dtype on disk: mapped where it lies in one piece, else a copy."""
+        pieces = [tensor.mapped() for tensor in self.tensors]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole if self.rows is None else whole[self.rows[0] : self.rows[1]]
+
+
 class Checkpoint:
     """A full model in a folder of safetensors.
 
@@ -150,6 +165,23 @@ class Checkpoint:
     def names(self) -> Names:
         """The names of the model, for what is laid on top of it."""
         return names_of(self._model)
+
+    def parameter(self, name: str) -> DiskParameter | None:
+        """Where a parameter of any kind lies (a norm, a bias, an embedding), by its name in the loaded model; None
+        where there is none, or only one that is put together in another way than row after row."""
+        loaded = self._loaded.get(name)
+        if (
+            loaded is None
+            or loaded.shape is None
+            or loaded.transposed
+            or any(len(piece) > 1 for piece in loaded.sources)
+        ):
+            return None
+        return DiskParameter(loaded.shape, tuple(self.tensors[piece[0]] for piece in loaded.sources), loaded.rows)
+
+    @cached_property
+    def _loaded(self) -> dict[str, Loaded]:
+        return as_loaded(self._structure[0], self._model)[0]
 
     def _locate(self, site: SiteName) -> DiskSite:
         slabs = []

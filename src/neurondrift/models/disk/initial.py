@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from neurondrift.base.errors import ArtifactError
-from neurondrift.models.disk.checkpoints import Checkpoint
+from neurondrift.models.disk.checkpoints import Checkpoint, DiskSite
 from neurondrift.models.sites import Site
 
 
@@ -33,12 +33,16 @@ class CheckpointWeights:
         No model, pickled or quantised weights, or a form that cannot be read site by site.
     """
 
-    def __init__(self, folder: str | Path, sites: Mapping[str, Site]) -> None:
+    def __init__(self, folder: str | Path, sites: Mapping[str, Site], *, checkpoint: Checkpoint | None = None) -> None:
         self.folder = Path(folder)
-        self._stored = Checkpoint(self.folder, str(folder)).sites
+        self._stored = (Checkpoint(self.folder, str(folder)) if checkpoint is None else checkpoint).sites
         self._sites = sites
 
     def __call__(self, site: str) -> torch.Tensor:
+        return self.stored(site).read()
+
+    def stored(self, site: str) -> DiskSite:
+        """Where the weight of a site lies, its shape compared; the errors are those of reading it."""
         known, stored = self._sites[site], self._stored.get(site)
         if stored is None:
             name = site if known.expert is None else site.rsplit(".", 2)[0]
@@ -49,4 +53,4 @@ class CheckpointWeights:
                 received=stored.shape,
                 allowed=str(tuple(known.shape)),
             )
-        return stored.read()
+        return stored

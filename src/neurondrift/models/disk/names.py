@@ -62,7 +62,7 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel, re
     named: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         named.setdefault(id(parameter), []).append(name)
-    loaded, unexpected = _as_loaded(shapes, model)
+    loaded, unexpected = as_loaded(shapes, model)
     wanted = {name: named.get(id(site.tensor), [f"{name}.weight"]) for name, site in sites.items()}
     state = model.state_dict()
     info = {
@@ -118,7 +118,7 @@ def _parts(site: Site, key: str, loaded: Mapping[str, Loaded]) -> tuple[Part, ..
     return tuple(part._replace(transposed=part.transposed != site.transposed) for part in stored.parts(site.expert))
 
 
-def _as_loaded(shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> tuple[dict[str, Loaded], set[str]]:
+def as_loaded(shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> tuple[dict[str, Loaded], set[str]]:
     """The parameters of the loaded model, by transformers' own renamings and conversions; and what is left over."""
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 

@@ -1,0 +1,233 @@
+"""`neurondrift attribute`: all measures of a change between models on disk, into two Parquet tables and a summary.
+
+Owns which measures are taken, the columns of the tables and what the summary says. Computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from neurondrift.attribution.changes import open_change
+from neurondrift.attribution.margin import Margin
+from neurondrift.attribution.openings import Openings
+from neurondrift.attribution.outputs import SHARED, functional_drift
+from neurondrift.attribution.paths import TOLERANCE, Attribution, budget, path_attribution
+from neurondrift.attribution.provenance import provenance
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.files import atomic_path, json_safe, make_folder, read_json, write_json
+from neurondrift.models.data import Example, data_fingerprint, encode
+
+NEURONS, UNITS, SUMMARY = "neurons.parquet", "units.parquet", "attribution.json"
+LARGEST = 10  # parameters that are no sites, in the summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured: sets of examples with responses (safety, utility) and of prompts (harmful, harmless)."""
+
+    safety: Sequence[Example]
+    utility: Sequence[Example]
+    harmful: Sequence[Example]
+    harmless: Sequence[Example]
+    openings: Openings | str | None = None
+    points: int = 3
+    shared: int = SHARED
+    tolerance: float | None = TOLERANCE
+    batch_size: int = 8
+    max_length: int = 512
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class Written(NamedTuple):
+    """The summary, and the files."""
+
+    summary: dict[str, Any]
+    files: tuple[Path, Path, Path]
+
+
+def attribute(
+    base: str | Path,
+    tuned: Sequence[str | Path],
+    asked: Asked,
+    directory: str | Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Take all measures of the change from a base to other models, and write them.
+
+    Parameters
+    ----------
+    base, tuned
+        As in `open_change`: full models, adapters, or a folder with `checkpoint-N` folders. Of several, the last is W;
+        with more than one the budget along them is taken too.
+    asked
+        What is measured on what.
+    directory
+        Where `neurons.parquet`, `units.parquet` and `attribution.json` go, the last of them last.
+    say
+        Told what is being done.
+
+    Raises
+    ------
+    As `open_change`, `path_attribution`, `functional_drift` and `provenance`.
+    """
+    folder = Path(directory)
+    change, tokenizer = open_change(base, tuned, dtype=asked.dtype, device=asked.device)
+    model = change.sites.model
+    safety, utility = (encode(part, tokenizer, max_length=asked.max_length) for part in (asked.safety, asked.utility))
+    functions = {
+        name: Margin(model, tokenizer, prompts, asked.openings)
+        for name, prompts in (("harmful", asked.harmful), ("harmless", asked.harmless))
+    }
+    how: dict[str, Any] = {"batch_size": asked.batch_size}
+    chosen = functions["harmful"].openings
+    assert isinstance(chosen, Openings)
+    say("margin along the way from W0 to W")
+    taken = {"": path_attribution(change, functions, points=asked.points, tolerance=asked.tolerance, **how)}
+    if len(change.states) > 2:
+        say(f"margin along {len(change.states) - 1} snapshots")
+        taken["budget_"] = budget(change, functions, tolerance=asked.tolerance, **how)
+    say("functional drift")
+    outputs = functional_drift(change, safety, utility, shared=asked.shared, **how)
+    say("provenance")
+    origins = provenance(change, safety, utility, **how)
+    make_folder(folder)
+    columns: dict[str, dict[str, Mapping[str, torch.Tensor]]] = {"rows": {}, "units": {}}
+    for kind, table in columns.items():
+        for prefix, attributions in taken.items():
+            for name, attribution in attributions.items():
+                table[f"{prefix}margin_{name}"] = getattr(attribution, kind)
+        for name in ("safety", "utility", "log_ratio", "shrunk", "floor"):
+            table[f"drift_{name}"] = {one: getattr(m, name) for one, m in getattr(outputs, kind).items()}
+        for name in ("safety", "utility", "difference", "directional"):
+            table[f"provenance_{name}"] = {one: getattr(m, name) for one, m in getattr(origins, kind).items()}
+    files = folder / NEURONS, folder / UNITS, folder / SUMMARY
+    _write(files[0], columns["rows"], "site", "row")
+    _write(files[1], columns["units"], "mlp", "unit")
+    summary = {
+        "format": 1,
+        "base": change.references[0],
+        "tuned": [
+            {"reference": reference, "step": step if step >= 0 else None}
+            for reference, step in zip(change.references[1:], change.steps[1:], strict=True)
+        ],
+        "base_fingerprint": change.sites.fingerprint,
+        "asked": {
+            "safety": {"examples": len(safety), "fingerprint": data_fingerprint(safety)},
+            "utility": {"examples": len(utility), "fingerprint": data_fingerprint(utility)},
+            "prompts": {name: function.count for name, function in functions.items()},
+            "openings": dataclasses.asdict(chosen),
+            **{name: getattr(asked, name) for name in ("points", "shared", "tolerance", "max_length")},
+        },
+        "margin": {
+            f"{prefix}{name}": _margin_summary(attribution)
+            for prefix, attributions in taken.items()
+            for name, attribution in attributions.items()
+        },
+        "functional_drift": {kind: _drift_summary(getattr(outputs, kind)) for kind in ("rows", "units")},
+        "provenance": {kind: _provenance_summary(getattr(origins, kind)) for kind in ("rows", "units")},
+        "not_read": list(change.unknown),
+        "unmoved_sites": len(change.sites) - len(change.moved()),
+    }
+    write_json(files[2], json_safe(summary))
+    return Written(summary, files)
+
+
+def _write(file: Path, columns: Mapping[str, Mapping[str, torch.Tensor]], name: str, member: str) -> None:
+    """A row for each member of each site (MLP), in the model's order; what is not measured there is NaN."""
+    sizes = {one: len(values) for found in columns.values() for one, values in found.items()}
+    order = list(sizes)
+    counts = [sizes[one] for one in order]
+    index = np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.empty(0, np.int32)])
+    codes = pa.array(np.repeat(np.arange(len(order), dtype=np.int32), counts))
+    table: dict[str, Any] = {name: pa.DictionaryArray.from_arrays(codes, pa.array(order, pa.string())), member: index}
+    for column, found in columns.items():
+        parts = [found[one].numpy() if one in found else np.full(sizes[one], np.nan, dtype=np.float32) for one in order]
+        table[column] = np.concatenate(parts or [np.empty(0)]).astype(np.float32)
+    with atomic_path(file) as partial:
+        pq.write_table(pa.table(table), partial, compression="zstd", write_page_checksum=True)
+
+
+def _margin_summary(found: Attribution) -> dict[str, Any]:
+    elsewhere = sorted(found.elsewhere.items(), key=lambda item: -abs(item[1]))
+    return {
+        "values": list(found.values),
+        "change": found.change,
+        "attributed": found.attributed,
+        "missed": found.missed,
+        "points": list(found.points),
+        "steps": list(found.steps),
+        "sites": math.fsum(float(rows.sum()) for rows in found.rows.values()),
+        "elsewhere": math.fsum(found.elsewhere.values()),
+        "largest_elsewhere": dict(elsewhere[:LARGEST]),
+        "by_module_type": _by_kind({name: float(rows.sum()) for name, rows in found.rows.items()}),
+    }
+
+
+def _by_kind(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the sites of a kind."""
+    result: dict[str, float] = {}
+    for name, value in values.items():
+        parts = name.split(".")
+        kind = parts[-2] if parts[-1].isdigit() else parts[-1]
+        result[kind] = result.get(kind, 0.0) + value
+    return result
+
+
+def _drift_summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    ratios, floors = (
+        torch.cat([getattr(measure, name) for measure in found.values()] or [torch.empty(0)]).double().numpy()
+        for name in ("log_ratio", "floor")
+    )
+    reasons: dict[str, int] = {}
+    for measure in found.values():
+        for reason, count in measure.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return {
+        "members": len(ratios),
+        "log_ratio": _quantiles(ratios),
+        "floor": _quantiles(floors),
+        "undefined": reasons,
+    }
+
+
+def _provenance_summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _quantiles(
+            torch.cat([getattr(measure, name) for measure in found.values()] or [torch.empty(0)]).double().numpy()
+        )
+        for name in ("difference", "directional")
+    }
+
+
+def _quantiles(values: Any) -> dict[str, Any]:
+    """Quantiles of what is defined; None where nothing is."""
+    defined = values[np.isfinite(values)]
+    wanted = (0.05, 0.25, 0.5, 0.75, 0.95)
+    found = np.quantile(defined, wanted) if len(defined) else [None] * len(wanted)
+    return {"defined": len(defined), **{f"{share:g}": q for share, q in zip(wanted, found, strict=True)}}
+
+
+def read_openings(reference: str | None) -> Openings | str | None:
+    """A language, or a JSON file with lists `refusal` and `compliance`. Raises `ConfigError` for what is neither."""
+    if reference is None or not (Path(reference).suffix or Path(reference).exists()):
+        return reference
+    try:
+        found = read_json(Path(reference))
+        return Openings(refusal=tuple(found["refusal"]), compliance=tuple(found["compliance"]))
+    except (KeyError, TypeError, OSError) as error:
+        raise ConfigError(
+            "The file of openings cannot be read",
+            received=reference,
+            allowed='JSON with "refusal" and "compliance", two lists of texts',
+        ) from error
