@@ -15,9 +15,17 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "safety_top": "safety, SNIP top 1 %",
     "safety_set_difference": "safety, set difference",
+    "safety_residual": "safety, residual",
     "utility_top": "utility, SNIP top 1 %",
+    "utility_set_difference": "utility minus safety (mirror)",
+    "style_set_difference": "style minus utility (placebo)",
+    "gradient_top": "fine-tuning gradient, top 1 %",
     "random": "random",
 }
+#: How far a group moved, as the report says it.
+VERDICTS = {"more": "further", "similar": "as far", "protected": "less far", "inconclusive": "inconclusive"}
+EXPECTED = {"similar": "as far", "more": "further"}
+PASSED = {True: "passed", False: "**failed**", None: "open"}
 
 
 def rate(behaviour: dict, kind: str, step: int | None) -> str:
@@ -32,17 +40,21 @@ def rate(behaviour: dict, kind: str, step: int | None) -> str:
 
 
 def weights(results: dict) -> list[str]:
-    """What the published metrics would have said: relative and absolute change of single weights, first seed."""
-    rows = {row["group"]: row for row in results.get("weights", []) if row["seed"] == results["study"]["seeds"][0]}
+    """What the published metrics say of single weights: medians of |Δw|/|w₀|, which is confounded, and of |Δw|; of the
+    first seed."""
+    rows = {}
+    for row in results.get("weights", []):  # the last step comes last
+        if row["seed"] == results["study"]["seeds"][0]:
+            rows[row["group"]] = row
     if not {"safety_top", "random"} <= set(rows):
         return []
     safety, chance = rows["safety_top"], rows["random"]
     return [
         "",
-        "The confound that makes matching necessary, on the same run: in |Δw|/|w₀| the random weights moved "
-        f"**{chance['mean_relative'] / safety['mean_relative']:.1f} ×** as far as the safety weights (top 1 % by SNIP); in "
-        f"|Δw| it was {chance['mean_abs'] / safety['mean_abs']:.2f} ×. Beside controls matched on site and |w| the "
-        f"safety weights moved {safety['ratio_abs']:.2f} × as far.",
+        "The confound that makes matching necessary, on the same run: by medians, the random weights moved "
+        f"{chance['median_relative'] / safety['median_relative']:.1f} × as far as the safety weights (top 1 % by SNIP) in "
+        f"|Δw|/|w₀|, and {chance['median_abs'] / safety['median_abs']:.2f} × in |Δw|. Beside controls matched on site "
+        f"and |w|, the mean |Δw| of the safety weights is {safety['ratio_abs']:.2f} ×.",
     ]
 
 
@@ -60,27 +72,53 @@ def causes(folder: Path) -> str:
         f"{before['harmful']['rate']:.2f} refused before fine-tuning, {after['harmful']['rate']:.2f} after it), in "
         f"{minutes:.0f} minutes, doses included:",
         "",
-        "| group | intervention | refused | matched random groups: mean (range) | effect (95 %) | p | ordinary refused | perplexity (random) |",
+        "| group | intervention | refused | matched random groups: mean (range) | effect (95 %) | p (Holm) | ordinary refused | perplexity (random) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for effect in found["effects"]:
         if effect["dose"] != 1:
             continue
         harmful, ordinary, answers = (effect["measures"][kind] for kind in ("harmful", "ordinary", "answers"))
-        low_high = "undefined" if None in (harmful["ci95"] or [None]) else "{:+.2f} to {:+.2f}".format(*harmful["ci95"])
         lines.append(
-            f"| {NAMES.get(effect['group'], effect['group'])} | {effect['intervention']} | {harmful['value']:.2f} | "
-            f"{harmful['null_mean']:.2f} ({harmful['null_low']:.2f} to {harmful['null_high']:.2f}), K = {_draws(effect)} | "
-            f"{harmful['effect'] + 0.0:+.2f} ({low_high}) | {harmful['p']:.2f} | "
-            f"{ordinary['value']:.2f} | {answers['perplexity']:,.1f} ({answers['null_perplexity']:,.1f}) |"
+            f"| {NAMES.get(effect['group'], effect['group'])} | {effect['intervention']} | {_number(harmful['value'])} | "
+            f"{_against(effect, harmful)} | "
+            f"{_number(ordinary['value'])} | {_number(answers['perplexity'], ',.1f')} "
+            f"({_number(answers['null_perplexity'], ',.1f')}) |"
         )
     return "\n".join([*lines, "", found["conclusion"]])
 
 
-def _draws(effect: dict) -> str:
-    """How many random groups there were, and of how many where the null stopped early."""
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value + 0.0, form)
+
+
+def _against(effect: dict, harmful: dict) -> str:
+    """Random groups, effect and p-value; of a null that was stopped only that p is above 0.1."""
     planned = effect.get("draws_planned", effect["draws"])
-    return f"{effect['draws']} of {planned}" if effect["draws"] < planned else str(planned)
+    if effect["draws"] < planned:
+        return f"stopped after {effect['draws']} of {planned} | – | p > 0.1"
+    low, high = harmful["ci95"] or (None, None)
+    interval = "undefined" if None in (low, high) else f"{low:+.2f} to {high:+.2f}"
+    p = f"{_number(harmful['p'])} ({_number(harmful.get('p_holm'))})"
+    null = f"{_number(harmful['null_mean'])} ({_number(harmful['null_low'])} to {_number(harmful['null_high'])}), K = {planned}"
+    return f"{null} | {_number(harmful['effect'], '+.2f')} ({interval}) | {p}"
+
+
+def ratio(found: dict | None) -> str:
+    """`1.02 (1.00 to 1.04)`; a dash where there is none."""
+    if found is None or found["ratio"] is None or None in found["ratio_ci95"]:
+        return "–"
+    return f"{found['ratio']:.2f} ({found['ratio_ci95'][0]:.2f} to {found['ratio_ci95'][1]:.2f})"
+
+
+def moved(found: dict) -> str:
+    """How far a group moved, in the words of the report."""
+    if not found["comparable"]:
+        return "not comparable"
+    words = VERDICTS[found["verdict"]]
+    if found["below_band"] and words == "as far":
+        return f"{'further' if found['ratio'] > 1 else 'less far'}, by less than the band"
+    return words
 
 
 def example(results: dict) -> str:
@@ -94,25 +132,38 @@ def example(results: dict) -> str:
         "",
         "![Refusals and drift over fine-tuning](docs/example/figures/refusals_over_training.png)",
         "",
-        "| group of neurons | mean relative drift | matched controls | g (95 % interval) | detectable | verdict |",
+        "Ratio of relative drift to comparable neurons, with 95 % intervals; * judges:",
+        "",
+        "| group of neurons | matched on site, norm, utility score, gradient scale | on site and norm only | compared / without control | called further from, 80 % power | moved |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for effect in analysis["effects"]:
-        if effect["metric"] != analysis["primary_metric"]:
-            continue
-        g = effect["g"]
+    effects = {e["group"]: e for e in analysis["effects"] if e["metric"] == analysis["primary_metric"]}
+    for effect in effects.values():
+        found = effect["effect_matched"] or effect["effect_norm"]
         lines.append(
-            f"| {NAMES.get(effect['group'], effect['group'])} | {effect['mean_members']['value']:.5f} | "
-            f"{effect['mean_controls']['value']:.5f} | {g['value']:+.2f} ({g['ci95'][0]:+.2f} to {g['ci95'][1]:+.2f}) | "
-            f"{effect['detectable']:.2f} | **{effect['verdict']}** |"
+            f"| {NAMES.get(effect['group'], effect['group'])}{'*' * effect['judging']} | {ratio(effect['effect_matched'])} | "
+            f"{ratio(effect['effect_norm'])} | {found['n_compared']:,} / {found['n_without_control']:,} | "
+            f"{_number(found['smallest_more'])} | **{moved(found)}** |"
         )
+    checks = [
+        f"{NAMES.get(c['group'], c['group'])}, expected {EXPECTED[c['expected']]}: {PASSED[c['passed']]}"
+        for c in analysis["controls"]
+    ]
+    checks += [
+        f"drift of {NAMES.get(e['group'], e['group'])} × {e['injected']['factor']:g}, to be found: "
+        f"{PASSED[e['injected']['found']]}"
+        for e in effects.values()
+        if e["judging"]
+    ]
     lines += [
         "",
-        f"Within ±{analysis['sesoi']} SD counts as the same (H2). Refusals of held-out harmful requests: "
-        f"{rate(behaviour, 'harmful', None)} before the alignment; {rate(behaviour, 'harmful', steps[0])} after it; "
-        f"{rate(behaviour, 'harmful', steps[-1])} after fine-tuning on ordinary instructions. Ordinary prompts refused: "
-        f"{rate(behaviour, 'ordinary', steps[0])} after the alignment, {rate(behaviour, 'ordinary', steps[-1])} at the end. "
-        f"{(analysis.get('sentences') or [analysis['conclusion']])[0]} What weakens this: {'; '.join(analysis['weaknesses'])}.",
+        f"Controls of known answer: {'; '.join(checks)}.",
+        "",
+        f"As far: the 90 % interval lies within a factor of {analysis['band']:g}. {' '.join(analysis['sentences'][:2])} "
+        f"Refusals of held-out harmful requests: {rate(behaviour, 'harmful', None)} before the alignment; "
+        f"{rate(behaviour, 'harmful', steps[0])} after it; {rate(behaviour, 'harmful', steps[-1])} after fine-tuning on "
+        f"ordinary instructions. Ordinary prompts refused: {rate(behaviour, 'ordinary', steps[0])} after the alignment, "
+        f"{rate(behaviour, 'ordinary', steps[-1])} at the end. What weakens this: {'; '.join(analysis['weaknesses'])}.",
         *weights(results),
     ]
     return "\n".join(lines)
@@ -123,7 +174,13 @@ def main(folder: Path) -> None:
     target = ROOT / "docs" / "example"
     shutil.rmtree(target, ignore_errors=True)
     (target / "figures").mkdir(parents=True)
-    for name in ("statistical_results.json", "drift_analysis_report.txt", "interventions.json", "subspaces.json"):
+    for name in (
+        "statistical_results.json",
+        "drift_analysis_report.txt",
+        "interventions.json",
+        "subspaces.json",
+        "stability.json",
+    ):
         if (folder / "results" / name).exists():
             shutil.copy(folder / "results" / name, target / name)
     for figure in sorted((folder / "results" / "figures").iterdir()):

@@ -42,7 +42,7 @@ def test_the_first_screen_holds_the_verdicts_and_the_refusals(results: dict) -> 
     told = re.sub(r"\s+", " ", first)
     for group in ("safety_set_difference", "safety_residual", "safety_top", "utility_top"):
         effect = at(results, group)
-        line = next(line for line in first.splitlines() if line.startswith(group + " "))
+        line = next(line for line in first.splitlines() if re.match(rf"{group} +(safety|utility)", line))
         for comparison in ("effect_matched", "effect_norm"):
             assert wording.ratio_with_interval(effect[comparison]) in line
         judged = effect["effect_matched"]
@@ -107,7 +107,7 @@ def test_the_pattern_of_a_claim_finds_claims() -> None:
 
 def test_a_difference_below_the_band_is_said(results: dict) -> None:
     found = at(results, "safety_set_difference")["effect_matched"]
-    found |= {"verdict": "similar", "below_band": True, "ratio": 1.07}
+    found |= {"verdict": "similar", "below_band": True, "comparable": True, "ratio": 1.07}
     assert wording.verdict(found) == "further, by less than the band"
     assert wording.verdict(found | {"ratio": 0.95}) == "less far, by less than the band"
     assert "FURTHER, BY LESS" in squeezed(results)
@@ -298,6 +298,7 @@ def test_nothing_undefined_leaks(results: dict, change) -> None:
 
 def test_undefined_values_are_shown_with_their_reason(results: dict) -> None:
     at(results, "safety_set_difference")["effect_matched"].update(
+        comparable=True,
         ratio=None,
         ratio_reason="no control in any stratum",
         ratio_ci90=[None, None],

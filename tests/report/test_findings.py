@@ -18,7 +18,7 @@ from neurondrift.report.findings.statistical import Analysis, Findings, WeightRo
 from neurondrift.report.findings.subspaces import Subspaces
 from neurondrift.report.reading import sentences_of, weaknesses_of
 from neurondrift.report.text import render_text
-from neurondrift.statistics.null import CauseVerdict, Direction
+from neurondrift.statistics.null import CauseVerdict, Direction, Standing
 from neurondrift.statistics.results import Cluster, ComparisonName, Expected, Incomparable, Verdict
 from neurondrift.statistics.weaknesses import WeaknessKind
 
@@ -29,6 +29,7 @@ ENUMERATIONS = {
     "WeaknessKind": WeaknessKind,
     "CauseVerdict": CauseVerdict,
     "Direction": Direction,
+    "Standing": Standing,
     "Cluster": Cluster,
     "ComparisonName": ComparisonName,
     "Expected": Expected,

@@ -21,7 +21,8 @@ from neurondrift.behaviour.requests import context_length, render
 from neurondrift.importance.capture import run
 from neurondrift.importance.scores import pad_token_id_of
 from neurondrift.models.architecture.saying import say_once
-from neurondrift.models.batches import Batch, make_batches, response_losses, taken_by
+from neurondrift.models.architecture.conventions import taken
+from neurondrift.models.batches import Batch, make_batches, response_losses
 from neurondrift.models.data import IGNORED, Example
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
@@ -200,7 +201,7 @@ class Margin:
 
         handle = head.register_forward_pre_hook(keep)
         try:
-            output = model(input_ids=batch.input_ids, **taken_by(model, given))
+            output = model(input_ids=batch.input_ids, **taken(unwrap(model), given))
         finally:
             handle.remove()
         logits: torch.Tensor = output.logits

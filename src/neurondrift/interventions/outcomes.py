@@ -17,9 +17,9 @@ from neurondrift.base.errors import ArtifactError
 from neurondrift.behaviour.rates import coherent_rate, counts
 from neurondrift.interventions.runs import Rows
 from neurondrift.interventions.trials import REFERENCES, Cell, Facts, Label
+from neurondrift.statistics.design.levels import ALPHA
 from neurondrift.statistics.inference import holm
 from neurondrift.statistics.null import (
-    ALPHA,
     FEWEST_DRAWS,
     TIE,
     CauseVerdict,

@@ -20,7 +20,7 @@ from neurondrift.report.findings.interventions import (
 )
 from neurondrift.report.reading import is_stopped, p_of, planned_draws
 from neurondrift.report.wording import finite, is_safety
-from neurondrift.statistics.null import ALPHA, POWER
+from neurondrift.statistics.design.levels import ALPHA, POWER
 
 #: How versions that judged no standing are read: their verdicts stood on p alone.
 OLDER_SMALLEST = 0.1

@@ -19,7 +19,7 @@ from neurondrift.report.findings.statistical import (
     TrajectoryPoint,
 )
 from neurondrift.report.wording import KINDS, clean, finite, probability, role_of
-from neurondrift.statistics.null import ALPHA
+from neurondrift.statistics.design.levels import ALPHA
 
 #: How versions that recorded no kinds began the weakness that puts all else in doubt.
 OLDER_NEGATIVE_CONTROL = "the random group, a negative control"

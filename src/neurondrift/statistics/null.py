@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from neurondrift.base.errors import DataError
+from neurondrift.statistics.design.levels import ALPHA, POWER
 
 FloatArray = npt.NDArray[np.float64]
 Direction = Literal["higher", "lower", "equal"]
@@ -25,14 +26,10 @@ CauseVerdict = Literal["cause", "against", "too_few_draws", "no_evidence"]
 #: `small`: the p-value survives, the interval does not exclude them; `too_few_draws`: no p-value of so many draws can.
 Standing = Literal["stands_out", "opposite", "small", "not", "stopped", "too_few_draws", "undefined"]
 
-#: A p-value at or below this is called evidence; with K draws it can be reached from K = 19 on.
-ALPHA = 0.05
 #: Distances from the centre that differ by less are ties.
 TIE = 1e-12
 #: The null's band holds this share of its draws.
 BAND = 0.95
-#: What a design finds with this probability counts as what it could have found.
-POWER = 0.8
 #: Fewer draws have no spread to plan by.
 FEWEST_DRAWS = 5
 

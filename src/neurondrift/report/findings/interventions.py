@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from neurondrift.base.roles import Role
 from neurondrift.report.findings.numbers import Limits, Number, RateOfPrompts
 
 if TYPE_CHECKING:  # reading a file needs nothing that computes
-    from neurondrift.base.roles import Role
     from neurondrift.statistics.null import CauseVerdict, Direction, Standing
 
 

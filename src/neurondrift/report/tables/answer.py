@@ -97,7 +97,7 @@ def controls_table(results: Findings) -> Table | None:
             continue
         rows.append(
             (
-                f"{clean(effect['group'])} × {wording.plain(injected['factor'])}",
+                f"{clean(effect['group'])} × {wording.number(injected, 'factor', wording.plain)}",
                 "injected: is found",
                 wording.VERDICTS.get(injected["verdict"], clean(injected["verdict"])),
                 "–",

@@ -40,7 +40,8 @@ from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.report.causes import intervention_findings
 from neurondrift.report.findings.interventions import Interventions
-from neurondrift.statistics.null import ALPHA, draws_needed, smallest_p
+from neurondrift.statistics.design.levels import ALPHA
+from neurondrift.statistics.null import draws_needed, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.settings import InterveneSection, Study
