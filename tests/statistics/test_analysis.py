@@ -26,13 +26,12 @@ def study():
 )
 def test_each_verdict_is_reached_by_a_simulated_study(effect, layers, site_sd, verdict):
     population, groups = make_population(np.random.default_rng(7), effect=effect, layers=layers, site_sd=site_sd)
-    result = run(population, groups)
+    result = run(population, groups, judging=["safety_top"])
     found = result.effect("safety_top", "relative")
     assert found.verdict == verdict
     text = conclusion(result)
-    assert {"more": "support H1", "similar": "support H2", "protected": "protected", "inconclusive": "cannot decide"}[
-        verdict
-    ] in text
+    answer = {"more": "further than", "similar": "as far as", "protected": "less far than", "inconclusive": "Inconclusive"}
+    assert answer[verdict] in text.partition(".")[0]
     assert "one training seed" in text
 
 
