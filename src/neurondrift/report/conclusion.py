@@ -160,7 +160,7 @@ def _overall(effects: list[GroupEffect]) -> str:
     found = {effect.group: _verdict(effect.primary_effect) for effect in effects}
     alone = [group for group, words in found.items() if words == wording.NOT_COMPARABLE]
     judged = [group for group in found if group not in alone]
-    withheld = f"{wording.listed(alone)} cannot be judged: there are no comparable neurons"
+    withheld = f"{wording.listed(alone)} cannot be judged, for want of comparable neurons"
     if not judged:
         return f"Inconclusive: {withheld}."
     verdicts = list(dict.fromkeys(found[group] for group in judged))
