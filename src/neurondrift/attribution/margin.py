@@ -20,8 +20,8 @@ from neurondrift.base.errors import DataError, ModelError
 from neurondrift.behaviour.requests import context_length, render
 from neurondrift.importance.capture import run
 from neurondrift.importance.scores import pad_token_id_of
-from neurondrift.models.architecture.saying import say_once
 from neurondrift.models.architecture.conventions import taken
+from neurondrift.models.architecture.saying import say_once
 from neurondrift.models.batches import Batch, make_batches, response_losses
 from neurondrift.models.data import IGNORED, Example
 from neurondrift.models.sites import unwrap
