@@ -30,9 +30,15 @@ def test_each_verdict_is_reached_by_a_simulated_study(effect, layers, site_sd, v
     found = result.effect("safety_top", "relative")
     assert found.verdict == verdict
     text = conclusion(result)
-    assert {"more": "support H1", "similar": "support H2", "protected": "protected", "inconclusive": "cannot decide"}[
-        verdict
-    ] in text
+    said = {
+        "more": "moved further than comparable",
+        "similar": "moved as far as comparable",
+        "protected": "moved less far than comparable",
+        "inconclusive": "cannot be told apart from comparable neurons, nor shown to move as far",
+    }[verdict]
+    first, second = text.split(". ")[:2]
+    assert said in first or (verdict == "similar" and "by less than the band, than comparable" in first)
+    assert "do not decide between H1" in second
     assert "one training seed" in text
 
 
