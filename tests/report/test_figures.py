@@ -8,6 +8,7 @@ import pytest
 
 from helpers.results import FIGURE_NAMES, bare, in_one_metric, make_results
 from neurondrift.report.figures.draw import draw_figures
+from neurondrift.report.figures.over_training import refusals_over_training
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -52,3 +53,25 @@ def test_figures_cope_with_little(tmp_path) -> None:
         for cell in effect["by_site"]:
             cell["layer"] = None
     assert {p.stem for p in draw_figures(few, tmp_path)} == FIGURE_NAMES
+
+
+def test_whole_answers_at_the_ends_are_joined_with_no_beginnings() -> None:
+    """The curve is of beginnings at every step; a star, in no line, is a rate of whole answers."""
+    results = make_results(1)
+    for rate in results["behaviour"]["rates"]:
+        rate["whole"] = rate["step"] in (0, 75)
+        rate["short"] = {"rate": 0.5, "low": 0.4, "high": 0.6}
+    for rate in results["behaviour"]["before_alignment"]:
+        rate |= {"whole": True, "short": {"rate": 0.25, "low": 0.2, "high": 0.3}}
+    lines = refusals_over_training(results).axes[0].get_lines()
+    curves = [list(line.get_ydata()) for line in lines if len(line.get_ydata()) > 2]
+    assert curves == [[0.5] * 4] * 3
+    stars = sorted(float(line.get_ydata()[0]) for line in lines if line.get_marker() == "*")
+    ends = [
+        r["rate"] for r in (*results["behaviour"]["rates"], *results["behaviour"]["before_alignment"]) if r["whole"]
+    ]
+    assert stars == pytest.approx(sorted(ends))
+    for rate in results["behaviour"]["rates"]:
+        rate["whole"] = False
+    lines = refusals_over_training(results).axes[0].get_lines()
+    assert not any(line.get_marker() == "*" for line in lines)

@@ -218,3 +218,12 @@ def test_weaknesses_are_ordered_by_kind():
     misleading["analysis"]["weaknesses"] = ["it is no negative control", "z"]
     misleading["analysis"]["weakness_details"] = [failed]
     assert weaknesses_of(misleading) == ("z", "it is no negative control")
+
+
+def test_what_is_said_of_groups_that_judge_nothing_comes_last():
+    results = make_results(3)
+    analysis = results["analysis"]
+    told = weaknesses_of(results)
+    about = {d["text"]: d["numbers"].get("group") for d in analysis["weakness_details"]}
+    judging = [about[text] in (None, *analysis["judging"]) for text in told]
+    assert judging == sorted(judging, reverse=True) and not all(judging)

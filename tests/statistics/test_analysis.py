@@ -26,12 +26,19 @@ def study():
 )
 def test_each_verdict_is_reached_by_a_simulated_study(effect, layers, site_sd, verdict):
     population, groups = make_population(np.random.default_rng(7), effect=effect, layers=layers, site_sd=site_sd)
-    result = run(population, groups, judging=["safety_top"])
+    result = run(population, groups)
     found = result.effect("safety_top", "relative")
     assert found.verdict == verdict
     text = conclusion(result)
-    answer = {"more": "further than", "similar": "as far as", "protected": "less far than", "inconclusive": "Inconclusive"}
-    assert answer[verdict] in text.partition(".")[0]
+    said = {
+        "more": "moved further than comparable",
+        "similar": "moved as far as comparable",
+        "protected": "moved less far than comparable",
+        "inconclusive": "cannot be told apart from comparable neurons, nor shown to move as far",
+    }[verdict]
+    first, second = text.split(". ")[:2]
+    assert said in first or (verdict == "similar" and "by less than the band, than comparable" in first)
+    assert "do not decide between H1" in second
     assert "one training seed" in text
 
 

@@ -48,7 +48,7 @@ def test_roles_decide_and_not_the_names():
     assert effects["second"]["d_random"]["value"] is None
     misleading = analysed(("safety_top", "random", "third"), roles={"safety_top": None, "random": "safety"})
     assert encoded(misleading)["random"]["p_holm"] is not None
-    assert "random moved as far" in conclusion(misleading).partition(".")[0]
+    assert conclusion(misleading).startswith(("Under this optimiser random ", "Inconclusive: random "))
 
 
 def test_without_roles_the_names_say_them_and_the_figures_are_the_same():
@@ -67,7 +67,7 @@ def test_a_control_is_a_negative_control_too_but_nothing_is_held_against_it():
     assert effects["second"]["p_holm"] is None
     assert effects["first"]["d_random"]["value"] is None
     assert result.family == "overall effects of all groups but 'random' and 'control', and contrasts, in all metrics"
-    assert "first moved as far" in conclusion(result).partition(".")[0]
+    assert conclusion(result).startswith(("Under this optimiser first ", "Inconclusive: first "))
 
 
 def test_an_effect_holds_its_parts_and_the_json_shows_their_fields_flat_and_in_place():

@@ -58,9 +58,9 @@ def test_a_study_that_stands_is_not_done_again_by_this_version(tmp_path):
         "score": "706ba8f2bf2c7305",
         "groups": "112d5ee2025a60ec",
         "finetune": "250f3b529a174ca1",
-        "evaluate": "523870d0fa4453ac",
-        "analyze": "64306ee9a12ae22f",
-        "report": "5bd6e2717e37d097",
+        "evaluate": "720456a9fdfee4d4",
+        "analyze": "3fbe78abfff8e79d",
+        "report": "f02e60a0f0c97442",
     }
 
 

@@ -62,6 +62,7 @@ def analysis_sentences(result: StudyResult) -> list[str]:
     what weakens it."""
     primary = [result.effect(group, result.primary_metric) for group in result.groups]
     about = [effect for effect in primary if effect.judging]
+    about = about or [effect for effect in primary if effect.role == "safety"]
     about = about or [effect for effect in primary if effect.role not in CONTROLS] or primary
     also = [effect for effect in primary if effect.role == "safety" and effect not in about]
     sentences = [_overall(about), wording.LENGTHS_ALONE]
@@ -160,12 +161,12 @@ def _overall(effects: list[GroupEffect]) -> str:
     found = {effect.group: _verdict(effect.primary_effect) for effect in effects}
     alone = [group for group, words in found.items() if words == wording.NOT_COMPARABLE]
     judged = [group for group in found if group not in alone]
-    withheld = f"{wording.listed(alone)} cannot be judged: there are no comparable neurons"
+    withheld = f"{wording.listed(alone)} cannot be judged, for want of comparable neurons"
     if not judged:
         return f"Inconclusive: {withheld}."
     verdicts = list(dict.fromkeys(found[group] for group in judged))
     if len(verdicts) > 1:
-        text = f"The judging groups differ, under this optimiser ({'; '.join(f'{g}: {found[g]}' for g in judged)})"
+        text = f"The groups differ, under this optimiser ({'; '.join(f'{g}: {found[g]}' for g in judged)})"
     elif verdicts == ["inconclusive"]:
         text = (
             f"Inconclusive: {wording.listed(judged)} cannot be told apart from comparable neurons, nor shown to move "
@@ -173,7 +174,8 @@ def _overall(effects: list[GroupEffect]) -> str:
         )
     else:
         text = f"Under this optimiser {wording.listed(judged)} {wording.moved(verdicts[0])} comparable neurons"
-    return f"{text}; {withheld}." if alone else f"{text}."
+    text += f"; {withheld}" if alone else ""
+    return f"{text}{'' if any(effect.judging for effect in effects) else ' (no group here is one that judges)'}."
 
 
 def _effect_sentence(effect: GroupEffect, result: StudyResult) -> str:

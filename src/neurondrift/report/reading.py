@@ -25,6 +25,8 @@ from neurondrift.statistics.design.levels import ALPHA
 OLDER_NEGATIVE_CONTROL = "the random group, a negative control"
 #: Kinds of weaknesses that come first, in this order: controls of known answer that failed.
 FAILED = ("positive_control", "negative_control", "injected_control")
+#: Kinds that weigh less where their group judges nothing.
+OF_A_GROUP = ("not_comparable", "unmatched", "undefined_drift", "unbalanced", "few_sites")
 
 
 def study_of(results: Findings) -> StudyFacts:
@@ -49,16 +51,20 @@ def conclusion_of(part: Analysis | Interventions) -> list[str]:
 
 
 def weaknesses_of(results: Findings) -> tuple[str, ...]:
-    """What weakens the conclusion; a control that fails comes first, as it puts all else in doubt."""
+    """What weakens the conclusion; a control that fails comes first, as it puts all else in doubt, and last what is
+    said of groups that judge nothing."""
     analysis = analysis_of(results)
     if analysis is None:
         return ()
-    kinds = {detail["text"]: detail["kind"] for detail in analysis.get("weakness_details", [])}
+    details = analysis.get("weakness_details", [])
+    kinds = {detail["text"]: detail["kind"] for detail in details}
+    judging = analysis.get("judging", [])
+    aside = {d["text"] for d in details if d["kind"] in OF_A_GROUP and d["numbers"]["group"] not in judging}
 
     def place(text: str) -> int:
         if text.startswith(OLDER_NEGATIVE_CONTROL):
             return FAILED.index("negative_control")
-        return FAILED.index(kinds[text]) if kinds.get(text) in FAILED else len(FAILED)
+        return FAILED.index(kinds[text]) if kinds.get(text) in FAILED else len(FAILED) + (text in aside)
 
     return tuple(clean(text) for text in sorted(analysis["weaknesses"], key=place))
 
