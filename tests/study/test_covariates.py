@@ -76,7 +76,7 @@ def test_the_population_has_the_covariates_of_its_neurons_and_none_without_the_f
     population, _ = load_population(logs, file)
     table = pq.read_table(file).to_pandas().set_index(["site", "row"])
     keys = [(population.site_names[site], row) for site, row in zip(population.site, population.row, strict=True)]
-    assert set(population.covariates) == {"utility_score", "gradient_scale"}
+    assert set(population.covariates) == {"safety_score", "utility_score", "gradient_scale"}
     for name, values in population.covariates.items():
         assert values.dtype == np.float64
         np.testing.assert_array_equal(values, table.loc[keys, name].to_numpy(dtype=np.float64))

@@ -166,7 +166,7 @@ def test_a_changed_setting_keeps_the_runs_that_still_count(finished, tmp_path, c
 
     shutil.copytree(finished, tmp_path / "study")
     more = said(["intervene", "--output-dir", tmp_path / "study", "--draws", "2"], capsys)
-    assert re.search(r"^rewind +9 runs, 3 made now", more, re.M), more
+    assert re.search(r"^rewind +6 runs, 2 made now", more, re.M), more
     assert re.search(r"^report +[\d.]+s", more, re.M)
     lines = said(["run", "--output-dir", tmp_path / "study"], capsys).splitlines()
     assert all(line.rstrip().endswith("stands") for line in lines[: len(STAGES) - 1])
@@ -183,7 +183,7 @@ def test_a_run_does_what_the_configuration_names(finished, tmp_path, capsys):
     file.write_text(head + table + rest.replace("enabled = false", "enabled = true").replace("draws = 4", "draws = 2"))
     lines = said(["run", "--config", file, "--output-dir", folder], capsys)
     assert re.search(r"^stability +[\d.]+s  2 draws$", lines, re.M), lines
-    assert re.search(r"^report +stands$", lines, re.M)
+    assert re.search(r"^report +[\d.]+s", lines, re.M)  # it takes the stability up
     assert read_json(folder / "results" / "stability.json")["draws"] == 2
     assert re.search(r"^stability +stands$", said(["run", "--output-dir", folder], capsys), re.M)
 
