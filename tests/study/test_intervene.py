@@ -61,6 +61,7 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
     settings, folder = study
     small = {"harmful": 3, "ordinary": 2, "answers": 2, "max_new_tokens": 4}
+    small["groups"] = ["safety_top", "safety_set_difference"]
     options = Options(draws=2, dose_draws=1, freeze_draws=1, doses=(0.5, 1.0), **small)
     lines = []
     found = intervene(settings, folder, options, say=lines.append)
