@@ -10,13 +10,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import neurondrift as nd
+from helpers.every_class import Numbers, rows
 from helpers.every_class import build as tiny
-from helpers.every_class import rows
 from helpers.families import build, gpt_oss, save
-from neurondrift.base.errors import ModelError
+from neurondrift.base.errors import DataError, ModelError
+from neurondrift.behaviour.generate import _Loop, answer
+from neurondrift.behaviour.requests import Decoding, Request, context_length
 from neurondrift.drift.difference import diff
 from neurondrift.drift.meter import DriftMeter
+from neurondrift.models import loading
 from neurondrift.models.architecture.blocks import decoder_blocks
+from neurondrift.models.architecture.classes import auto_class, configuration, model_class
 from neurondrift.models.architecture.conventions import conventions_of
 from neurondrift.models.architecture.experts import is_transposed, told_by_shapes
 from neurondrift.models.architecture.saying import kinds_of, say_once
@@ -351,3 +355,88 @@ def test_one_unit_of_an_expert_in_a_class_of_its_own_is_one_row():
     moved = {name: int((one.l2 > 0).sum()) for name, one in nd.compare_models(model, tuned).items() if one.l2.any()}
     assert moved == {"model.layers.0.mlp.input_linear.weight.2": 1}
     assert linear_sites(model)["model.layers.0.mlp.input_linear.weight.2"].module_type == "input_linear"
+
+
+# Which class a configuration makes.
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "made"),
+    [
+        (t.MllamaConfig, "MllamaForConditionalGeneration", t.MllamaForConditionalGeneration),
+        (t.MllamaConfig, "MllamaForCausalLM", t.MllamaForCausalLM),
+        (t.MllamaConfig, None, t.MllamaForCausalLM),
+        (t.Llama4Config, "Llama4ForConditionalGeneration", t.Llama4ForConditionalGeneration),
+        (t.Emu3Config, "Emu3ForConditionalGeneration", t.Emu3ForConditionalGeneration),
+        (t.LlavaConfig, "LlavaForConditionalGeneration", t.LlavaForConditionalGeneration),
+        (t.Qwen3_5Config, "Qwen3_5ForConditionalGeneration", t.Qwen3_5ForCausalLM),  # which passes the images over
+        (t.LlamaConfig, "LlamaForSequenceClassification", t.LlamaForCausalLM),
+        (t.Emu3TextConfig, "Emu3ForCausalLM", t.Emu3ForCausalLM),  # no AutoModel knows these two
+        (t.models.mllama.configuration_mllama.MllamaTextConfig, "MllamaForCausalLM", t.MllamaForCausalLM),
+    ],
+)
+def test_the_class_is_the_one_whose_files_they_are(config, named, made):
+    config = config(architectures=named and [named])
+    found, own = model_class(config, "a")
+    assert found is made
+    assert type(own) is made.config_class
+
+
+@pytest.mark.parametrize("named", [None, "Emu3TextModel", "LlamaForCausalLM", "PreTrainedModel", "os"])
+def test_a_text_models_configuration_that_names_no_class_of_its_own_is_refused(named):
+    with pytest.raises(ModelError, match=r"no causal language model.*a \(Emu3TextConfig\)"):
+        auto_class(t.Emu3TextConfig(architectures=named and [named]), "a")
+
+
+@pytest.mark.parametrize("name", ["MllamaForConditionalGeneration", "MllamaForCausalLM"])
+def test_verify_counts_the_class_whose_files_they_are(name, tmp_path, monkeypatch):
+    model = tiny("mllama", name)
+    folder = save(model, tmp_path / "a")
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    assert loading.describe_checkpoint(str(folder))["parameters"] == wanted
+    kept = configuration(str(folder))
+    monkeypatch.setattr(loading, "configuration", lambda *_, **__: kept)
+    monkeypatch.setattr(loading, "cached", lambda *_: None)
+    assert loading.describe_checkpoint("of/the-hub")["parameters"] == wanted
+
+
+def test_load_model_makes_the_class_whose_files_they_are(tmp_path):
+    model = tiny("mllama", "MllamaForConditionalGeneration")
+    loading.byte_tokenizer().save_pretrained(str(save(model, tmp_path / "a")))
+    loaded, _ = nd.load_model(tmp_path / "a", dtype="float32", device="cpu")
+    assert type(loaded) is type(model)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+# How models of RoBERTa's kind are asked.
+
+
+def test_answers_count_positions_as_the_model_does_where_it_is_trained():
+    """transformers' `generate` counts them from 0, where embeddings of RoBERTa's kind are never trained."""
+    model = tiny("roberta", "RobertaForCausalLM")
+    assert model.config.pad_token_id == 0
+    seen = []
+    table = model.roberta.embeddings.position_embeddings
+    hook = table.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten().tolist()))
+    conventions_of(model), _Loop(model, Numbers(), Decoding(max_new_tokens=4), None)
+    seen.clear()
+    answer(model, Numbers(), [Request(prompt="", text="5 6 7")], decoding=Decoding(max_new_tokens=4))
+    hook.remove()
+    assert seen == [[1, 2, 3], [4], [5], [6]]
+
+
+def test_a_text_is_as_long_as_the_positions_that_hold_tokens():
+    config = t.RobertaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config.update(dict(is_decoder=True, pad_token_id=1, max_position_embeddings=16))
+    model = t.RobertaForCausalLM(config).eval()
+    assert context_length(model) == 14
+    assert model(input_ids=torch.full((1, 14), 5)).logits.shape == (1, 14, 64)
+    with pytest.raises((IndexError, RuntimeError), match="out of "):
+        model(input_ids=torch.full((1, 15), 5))
+    with pytest.raises(DataError, match="than the context leaves"):
+        answer(model, Numbers(), [Request(prompt="", text="5 " * 11)], decoding=Decoding(max_new_tokens=4))
+    (said,) = answer(model, Numbers(), [Request(prompt="", text="5 " * 10)], decoding=Decoding(max_new_tokens=4))
+    assert len(said.split()) == 4
+    assert context_length(build("llama")) == build("llama").config.max_position_embeddings

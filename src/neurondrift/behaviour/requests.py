@@ -199,10 +199,18 @@ def render(
 
 
 def context_length(model: Any) -> int:
-    """The longest sequence that a model takes; very large where its configuration names none."""
-    config = unwrap(model).config
+    """The longest sequence that a model takes; very large where its configuration names none.
+
+    Models of RoBERTa's kind count positions from `padding_idx` + 1: so many of their positions hold no token.
+    """
+    inner = unwrap(model)
+    config = inner.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+    longest = int(getattr(config, "max_position_embeddings", None) or 10**9)
+    for name, module in inner.named_modules() if hasattr(inner, "named_modules") else ():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
 
 
 def row_seed(request: Request, seed: int) -> int:

@@ -377,6 +377,10 @@ def describe_checkpoint(
         model = load_weights(str(folder), config, dtype=torch.float32, device_map={"": "meta"}, **common)
         return {"parameters": sum(p.numel() for p in model.parameters()), "where": str(folder)}
     with as_errors(reference, config), torch.device("meta"):
-        model = auto_class(config, reference).from_config(config, trust_remote_code=trust_remote_code)
+        maker = auto_class(config, reference)
+        if hasattr(maker, "from_config"):
+            model = maker.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = maker._from_config(config)
     where = "not in the hub's cache: only its configuration has been looked at"
     return {"parameters": sum(p.numel() for p in model.parameters()), "where": where}
