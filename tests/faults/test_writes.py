@@ -66,7 +66,7 @@ def test_a_disk_that_is_really_full(reference, tmp_path):
             command = [*SMOKE, "--output-dir", small / "study"]
             full = attempt(command, tmp_path / "told", before=without_asking_for_space)
             assert complaint(full) == "", size
-            assert "No space is left while writing" in full.err
+            assert "No space is left" in full.err  # while writing, or for a snapshot of the drift
             assert partial_files(small) == []
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
         done = attempt([*SMOKE, "--output-dir", small / "study"], tmp_path / "told")

@@ -118,19 +118,19 @@ def attribute(
         device=device,
     )
     with only_one(output_dir):
-        result = measure(base, tuned, asked, output_dir, say=lambda text: print(f"{text} ...", flush=True))
+        result = measure(base, tuned, asked, output_dir, say=lambda text: say(f"{text} ..."))
     rows: list[tuple[str, ...]] = [("margin", "before", "after", "change", "attributed", "elsewhere", "points")]
     for name, found in result.summary["margin"].items():
         ends = found["values"][0], found["values"][-1], found["change"], found["attributed"], found["elsewhere"]
         rows.append((name, *(f"{value:+.3f}" for value in ends), str(sum(found["points"]))))
-    print(f"\n{_shown(base)} to {_shown(tuned[-1])}\n\n{_table(rows)}\n")
+    say(f"\n{_shown(base)} to {_shown(tuned[-1])}\n\n{_table(rows)}\n")
     rows = [("log ratio of functional drift", "members", "5 %", "median", "95 %", "floor, 5 %", "95 %")]
     for kind, found in result.summary["functional_drift"].items():
         cells = [found["log_ratio"][q] for q in ("0.05", "0.5", "0.95")] + [found["floor"][q] for q in ("0.05", "0.95")]
         shown = ("undefined" if value is None else f"{value:+.2f}" for value in cells)
         rows.append(("neurons" if kind == "rows" else "hidden units", f"{found['members']:,}", *shown))
-    print(_table(rows))
-    print("\n" + "\n".join(str(file) for file in result.files))
+    say(_table(rows))
+    say("\n" + "\n".join(str(file) for file in result.files))
 
 
 def _cells(line: Line) -> tuple[str, ...]:
