@@ -163,6 +163,18 @@ def test_folders_that_datasets_has_written(tmp_path, prefix):
         load_examples(f"{prefix}{tmp_path / 'both'}", split="dev")
 
 
+def test_a_row_of_a_folder_that_is_no_text_is_named(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"prompt": ["first", "sécond"], "response": ["r", "r"]}).save_to_disk(
+        str(tmp_path / "set")
+    )
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace("sécond".encode(), b"s\xfc\xfccond"))
+    with pytest.raises(DataError, match="Row [12] of the data set.*cannot be read.*0xfc"):
+        load_examples(str(tmp_path / "set"))
+
+
 def test_subsets_and_splits_of_a_folder_in_the_hubs_layout(tmp_path):
     for part in ("easy", "hard"):
         (tmp_path / "set" / part).mkdir(parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -163,7 +164,29 @@ def _of_datasets(loaded: Any) -> Table:
     """Columns of pictures and sounds are left out: to read them takes packages of their own."""
     unread = [name for name, kind in loaded.features.items() if type(kind).__name__ in ("Image", "Audio", "Video")]
     kept = loaded.remove_columns(unread)
-    return Table(list(kept.column_names), kept)
+    return Table(list(kept.column_names), _Rows(kept))
+
+
+class _Rows:
+    """The rows of a data set of `datasets`, which reads them when they are asked for: one that cannot be read, such as
+    text that is no UTF-8, is an error with its number."""
+
+    def __init__(self, loaded: Any) -> None:
+        self.loaded = loaded
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        rows = iter(self.loaded)
+        for number in itertools.count(1):
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (ValueError, OverflowError, OSError) as error:  # pyarrow's own are among these
+                raise DataError(
+                    f"Row {number} of the data set, or one near it, cannot be read ({_said(error)})",
+                    fix="it is damaged: save or fetch it again",
+                ) from error
+            yield row
 
 
 def _said(error: Exception) -> str:
