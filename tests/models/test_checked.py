@@ -306,3 +306,14 @@ def test_a_cached_model_of_the_hub_is_looked_at_by_its_headers(base, tmp_path, m
         describe_checkpoint("someone/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert "only its configuration has been looked at" in describe_checkpoint("someone/model")["where"]
+
+
+def test_wrappers_are_stripped_from_a_model_of_the_hub_too(base, tmp_path, monkeypatch):
+    snapshot = hub_snapshot(base, tmp_path / "hub", monkeypatch)
+    rename(snapshot / MODEL, WRAPPED["compiled"])
+    model = load("someone/model")
+    assert all(torch.equal(a, b) for a, b in zip(load(base).parameters(), model.parameters(), strict=True))
+    assert model.name_or_path == "someone/model"
+    rewrite(snapshot / MODEL, without("layers.1."))
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.input_layernorm\.weight"):
+        load("someone/model")

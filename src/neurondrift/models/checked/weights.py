@@ -23,6 +23,7 @@ from neurondrift.models.architecture.classes import auto_class, first_line, mode
 from neurondrift.models.architecture.complete import check_complete
 from neurondrift.models.disk.checkpoints import stored_tensors, weight_files
 from neurondrift.models.disk.keys import plain_names
+from neurondrift.models.disk.references import cached
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,18 +52,25 @@ def load_weights(reference: str, config: Any, **settings: Any) -> PreTrainedMode
         A file that is missing or cut off.
     """
     folder = Path(reference)
-    renamed: Mapping[str, str] = {}
-    if folder.is_dir():
-        renamed = plain_names(stored_tensors(folder, reference))
-        renamed = renamed if any(name != own for name, own in renamed.items()) else {}
+    renamed = _renamed(folder, reference) if folder.is_dir() else {}
     settings = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **settings}
     with as_errors(reference, config):
         if renamed:
             model, found = _load_renamed(folder, renamed, settings)
         else:
             model, found = auto_class(config, reference).from_pretrained(reference, use_safetensors=True, **settings)
+        fetched = None if folder.is_dir() or not found["missing_keys"] else cached(reference, settings.get("revision"))
+        if fetched is not None and (renamed := _renamed(fetched, reference)):
+            model, found = _load_renamed(fetched, renamed, settings)
+            model.config._name_or_path = model.name_or_path = reference
     check_complete(model, found, reference)
     return model
+
+
+def _renamed(folder: Path, reference: str) -> Mapping[str, str]:
+    """Tensor name -> the same without wrappers; empty where none has any."""
+    renamed = plain_names(stored_tensors(folder, reference))
+    return renamed if any(name != own for name, own in renamed.items()) else {}
 
 
 def _load_renamed(folder: Path, renamed: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[Any, Any]:
