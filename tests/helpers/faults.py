@@ -334,10 +334,13 @@ def disturbed_write(name, disturbed, after, numbers, reference, work):
     job, problems = JOBS[name], []
     folder = without(job, reference, work / "study")
     for index, command in enumerate(job.commands):
-        for number in numbers if index == disturbed else ():
+        for turn, number in enumerate(numbers if index == disturbed else ()):
             failed = attempt(filled(command, folder), work / "told", refusal=Refusal(folder, after, number))
             if number == KILLED:
-                problems += [] if failed.code == -signal.SIGKILL else [f"not killed, but exit code {failed.code}"]
+                # What went on from where the refused attempt had come may have ended before that many writes.
+                ended = turn > 0 and failed.code == 0 and failed.writes <= after
+                killed = failed.code == -signal.SIGKILL or ended
+                problems += [] if killed else [f"not killed, but exit code {failed.code}"]
             else:
                 problems += [wrong] if (wrong := complaint(failed)) else []
                 problems += [f"left over: {left}"] if (left := partial_files(folder)) and KILLED not in numbers else []
