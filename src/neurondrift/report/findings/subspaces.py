@@ -68,7 +68,6 @@ class Removal(TypedDict):
     draw: int | None
     refusals: RateOfPrompts
     partial: NotRequired[int]
-    undecided: NotRequired[int]
     coherent: Number
     perplexity: Number
 

@@ -115,7 +115,8 @@ def _removal_table(behaviour: Removals, settings: SubspaceSettings) -> Table:
         (
             REMOVALS.get(c["removed"], clean(c["removed"])) + ("" if c["draw"] is None else f" {c['draw'] + 1}"),
             wording.rate(c["refusals"]),
-            *(_share_of(c.get(name), behaviour["prompts"]) for name in ("partial", "undecided")),
+            _share_of(c.get("partial"), behaviour["prompts"]),
+            _share_of(c["refusals"].get("undecided"), behaviour["prompts"]),
             wording.number(c, "coherent", wording.share),
             wording.number(c, "perplexity", wording.plain),
         )

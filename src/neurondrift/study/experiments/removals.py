@@ -68,7 +68,6 @@ def removal_effects(
                     "draw": draw,
                     "refusals": coherent_rate(rows)._asdict(),
                     "partial": sum(row["verdict"] == "partial" for row in rows),
-                    "undecided": sum(bool(row["undecided"]) for row in rows),
                     "coherent": sum(bool(row["coherent"]) for row in rows) / len(rows),
                     "perplexity": value,
                 }
