@@ -13,6 +13,7 @@ from typing import Any
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_json
 from neurondrift.behaviour.requests import Decoding, Request, context_length, row_seed
+from neurondrift.models.checked.gguf import is_gguf
 from neurondrift.models.text.thoughts import decoded, marking_tokens
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
@@ -45,7 +46,7 @@ class VllmModel:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if reference.startswith(("pypi:", "tiny:")):
+        if is_gguf(reference) or reference.startswith("tiny:"):
             raise ConfigError("vLLM loads hub ids and folders only", received=reference, fix="--backend transformers")
         try:
             from vllm import LLM

