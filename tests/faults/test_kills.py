@@ -26,8 +26,7 @@ def test_the_log_of_a_script_of_the_users_own_is_that_of_one_that_was_never_kill
     writes = int((straight / "writes").read_text())
     log, left = DriftLog(straight / "drift"), 0
     assert log.steps() == [0, 2, 4, 6] and writes > 12
-    # Within the first files, within the snapshot of step 0, and within that of step 4, before and after a file of it.
-    for after in (1, writes // 4 + 1, writes - 8, writes - 3):
+    for after in (writes // 4 + 1, writes - 8):  # within the snapshots of step 0 and of step 4
         folder = tmp_path / f"killed{after}"
         assert train(folder, after=after, number=KILLED) == -signal.SIGKILL
         left += len(partial_files(folder / "drift"))
