@@ -77,10 +77,7 @@ def make_batches(
 
     Raises `DataError` for an example without a single target after its first token, and as `check_length`.
     """
-    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
-    if not rows:
-        raise DataError("There are no examples")
-    rows.sort(key=lambda row: (-len(row.ids), row.number))
+    rows = _by_length(encoded)
     check_length(model, len(rows[0].ids), f"Example {rows[0].name}")  # before any hook sees the model
     longest = max(context_length(model), len(rows[0].ids))
     return [
@@ -118,7 +115,7 @@ def positions_of(model: Any) -> int | None:
 
 def check_lengths(model: Any, encoded: Sequence[Mapping[str, Any]]) -> None:
     """`check_length` of encoded examples, for what makes its batches one at a time."""
-    longest = max((_unpadded(index, row) for index, row in enumerate(encoded)), key=lambda row: len(row.ids))
+    longest = _by_length(encoded)[0]
     check_length(model, len(longest.ids), f"Example {longest.name}")
 
 
@@ -128,8 +125,9 @@ def check_length(model: Any, length: int, what: str, fix: str = SHORTER) -> None
     Models whose positions are computed (rotary ones) take longer texts than they were trained on; where they are looked
     up in a table (GPT-2, OPT, BERT, RoBERTa), a longer text ends within torch.
     """
-    if length > context_length(model) and not goes_through(unwrap(model), length):
-        raise too_long(what, length, context_length(model), fix)
+    inner, most = unwrap(model), context_length(model)
+    if length > most and not goes_through(inner, length) and goes_through(inner, most):
+        raise too_long(what, length, most, fix)
 
 
 def too_long(what: str, length: int, most: int, fix: str = SHORTER) -> DataError:
@@ -140,6 +138,14 @@ def too_long(what: str, length: int, most: int, fix: str = SHORTER) -> DataError
         allowed=f"{most}",
         fix=fix.format(most=most),
     )
+
+
+def _by_length(encoded: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    """The longest first, in their order where they are as long. Raises `DataError` where there are none."""
+    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
+    if not rows:
+        raise DataError("There are no examples")
+    return sorted(rows, key=lambda row: (-len(row.ids), row.number))
 
 
 class _Row(NamedTuple):
