@@ -17,6 +17,7 @@ from neurondrift.cli.study import say
 
 if TYPE_CHECKING:
     from neurondrift.drift.difference import Line
+    from neurondrift.models.data import Example
 
 
 HEADING = ("neurons", "mean relative drift", "unmoved", "zero norm")
@@ -92,7 +93,6 @@ def attribute(
     """
     from neurondrift.attribution.tables import Asked, read_openings
     from neurondrift.attribution.tables import attribute as measure
-    from neurondrift.models.data import DataReference, load_examples
 
     for name, value in (("--limit", limit), ("--points", points), ("--batch-size", batch_size)):
         if value < 1:
@@ -100,15 +100,7 @@ def attribute(
     if not tolerance > 0:
         raise ConfigError("--tolerance takes a number above 0", received=tolerance)
     tune_allocator()
-    named = {"safety": safety, "utility": utility, "harmful": harmful, "harmless": harmless}
-    given = {name: source for name, source in named.items() if source is not None}
-    read = reading.reading(given, {name: name for name in named}, configured=False)
-    sets = {
-        name: load_examples(
-            DataReference.model_validate(source), limit=limit, require_response=name in ("safety", "utility")
-        )
-        for name, source in read.items()
-    }
+    sets = _read_sets(reading, limit, safety=safety, utility=utility, harmful=harmful, harmless=harmless)
     asked = Asked(
         safety=sets["safety"],
         utility=sets["utility"],
@@ -136,6 +128,20 @@ def attribute(
         rows.append(("neurons" if kind == "rows" else "hidden units", f"{found['members']:,}", *shown))
     say(_table(rows))
     say("\n" + "\n".join(str(file) for file in result.files))
+
+
+def _read_sets(reading: Reading, limit: int, **named: str | None) -> dict[str, list[Example]]:
+    """The sets of examples that are named, read as the flags say; prompts alone but for safety and utility."""
+    from neurondrift.models.data import DataReference, load_examples
+
+    given = {name: source for name, source in named.items() if source is not None}
+    read = reading.reading(given, {name: name for name in named}, configured=False)
+    return {
+        name: load_examples(
+            DataReference.model_validate(source), limit=limit, require_response=name in ("safety", "utility")
+        )
+        for name, source in read.items()
+    }
 
 
 def _cells(line: Line) -> tuple[str, ...]:

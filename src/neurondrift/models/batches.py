@@ -77,8 +77,7 @@ def make_batches(
 
     Raises `DataError` for an example without a single target after its first token, and as `check_length`.
     """
-    rows = _by_length(encoded)
-    check_length(model, len(rows[0].ids), f"Example {rows[0].name}")  # before any hook sees the model
+    rows = _sorted_rows(encoded, model)
     longest = max(context_length(model), len(rows[0].ids))
     return [
         _pad(rows[first : first + batch_size], pad_token_id, padding_side, multiple, longest)
@@ -115,8 +114,7 @@ def positions_of(model: Any) -> int | None:
 
 def check_lengths(model: Any, encoded: Sequence[Mapping[str, Any]]) -> None:
     """`check_length` of encoded examples, for what makes its batches one at a time."""
-    longest = _by_length(encoded)[0]
-    check_length(model, len(longest.ids), f"Example {longest.name}")
+    _sorted_rows(encoded, model)
 
 
 def check_length(model: Any, length: int, what: str, fix: str = SHORTER) -> None:
@@ -140,19 +138,21 @@ def too_long(what: str, length: int, most: int, fix: str = SHORTER) -> DataError
     )
 
 
-def _by_length(encoded: Sequence[Mapping[str, Any]]) -> list[_Row]:
-    """The longest first, in their order where they are as long. Raises `DataError` where there are none."""
-    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
-    if not rows:
-        raise DataError("There are no examples")
-    return sorted(rows, key=lambda row: (-len(row.ids), row.number))
-
-
 class _Row(NamedTuple):
     number: int
     name: str
     ids: list[int]
     labels: list[int]
+
+
+def _sorted_rows(encoded: Sequence[Mapping[str, Any]], model: Any) -> list[_Row]:
+    """The longest first, which the model takes: found before any hook sees the model. Raises as `make_batches`."""
+    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
+    if not rows:
+        raise DataError("There are no examples")
+    rows.sort(key=lambda row: (-len(row.ids), row.number))
+    check_length(model, len(rows[0].ids), f"Example {rows[0].name}")
+    return rows
 
 
 def _unpadded(index: int, row: Mapping[str, Any]) -> _Row:

@@ -64,9 +64,8 @@ class ResponseTrainer(Trainer):
 class _Collator:
     """Rows of different lengths to padded tensors."""
 
-    def __init__(self, model: Any) -> None:
-        pad = model.config.pad_token_id
-        self.model, self.pad_token_id = model, 0 if pad is None else pad
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
 
     def __call__(self, rows: Encoded) -> dict[str, torch.Tensor]:
         (batch,) = make_batches(
@@ -391,13 +390,14 @@ def _train(
     resume: Path | None = None,
 ) -> list[dict[str, float]]:
     set_seed(seed)
+    pad = model.config.pad_token_id
     try:
         with quiet_transformers():
             trainer = ResponseTrainer(
                 model=model,
                 args=arguments,
                 train_dataset=list(encoded),
-                data_collator=_Collator(model),
+                data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
             for kind in _printing_callbacks():
