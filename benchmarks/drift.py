@@ -146,7 +146,7 @@ def _finetuning():
     wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     wrapped.train()
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
-    batches = make_batches(encoded[:48], batch_size=4, pad_token_id=tokenizer.pad_token_id, multiple=16)
+    batches = make_batches(encoded[:48], model=wrapped, batch_size=4, pad_token_id=tokenizer.pad_token_id, multiple=16)
 
     def step(index: int) -> None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):

@@ -116,7 +116,7 @@ def on_the_demo_model(options) -> None:
     print(
         f"{model.device}, {model.dtype}, {len(encoded)} examples, {sum(len(r['input_ids']) for r in encoded):,} tokens"
     )
-    batches = make_batches(encoded, batch_size=8, pad_token_id=tokenizer.pad_token_id)
+    batches = make_batches(encoded, model=model, batch_size=8, pad_token_id=tokenizer.pad_token_id)
     nd.score(model, encoded[:16])  # kernels are prepared once for each shape
     ours, plain, full = [], [], []
     for _ in range(options.repeats):

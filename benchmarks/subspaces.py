@@ -68,7 +68,7 @@ def main() -> None:
     depth = 1 + max(site.layer for site in sites.values())
     layers = {round(i * (depth - 1) / max(1, options.check_layers - 1)) for i in range(options.check_layers)}
     checked = {name: site for name, site in sites.items() if site.layer in layers}
-    inputs = stored(model, checked, make_batches(encoded, batch_size=8, pad_token_id=0))
+    inputs = stored(model, checked, make_batches(encoded, model=model, batch_size=8, pad_token_id=0))
     errors, published_errors, published = {}, {}, 0.0
     for name, site in checked.items():
         weight = site.weight.double()

@@ -28,10 +28,11 @@ What holds on a tiny model with random weights of every class that transformers 
 - **drift**: LoRA on every linear site against PEFT's own merge, and the same names with and without PEFT.
 - **diff**: two folders on disk against the two models that are loaded from them, to 1e-6, site by site and in order.
 - **answers**: greedy answers in batches against transformers' own `generate`, one prompt at a time. Where `generate` gives other logits than the model's plain forward pass over the whole text, the greedy answer of the latter: it counts positions from 0 for models of RoBERTa's kind (camembert, data2vec-text, roberta, roberta-prelayernorm, xlm-roberta, xlm-roberta-xl), which are trained and scored with positions from `padding_idx` + 1.
+- **length**: a text as long as the model has positions, and one that is longer by a token, have the loss of a plain forward pass; where torch cannot do it (positions in a table: GPT-2, OPT, BERT, RoBERTa and others), it is one clear error.
 - **left out**: parameters of the blocks that are no matrix of a linear map, or of which it is not known which way round they are stored: they are not measured, and a warning names them. DBRX is not built here; its experts, which lie below each other in one matrix, are left out too.
 
-| type | class | scores | drift | diff | answers | left out |
-|---|---|---|---|---|---|---|
+| type | class | scores | drift | diff | answers | length | left out |
+|---|---|---|---|---|---|---|---|
 """
 TAIL = """
 Not built: a class that needs an image, a recording or another package to answer, or whose sizes cannot be made small in this way.

@@ -125,7 +125,7 @@ def test_sites_with_one_input_have_its_moments_once(tmp_path):
     inputs = outputs._Inputs(sites=change.sites)
     from neurondrift.models.batches import make_batches
 
-    for batch in make_batches(SAFETY, batch_size=3, pad_token_id=0):
+    for batch in make_batches(SAFETY, model=change.sites.model, batch_size=3, pad_token_id=0):
         inputs.see(change.sites.model, batch, 0)
     kinds = {tuple(sorted(name.rpartition(".")[2] for name in names)) for names in inputs.groups().values()}
     assert kinds == {("k_proj", "q_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -89,6 +90,29 @@ def test_two_adapters_of_one_model(base, tmp_path):
     }
 
 
+def test_sets_are_read_as_the_flags_say(base, tmp_path):
+    adapter(base, tmp_path / "adapter", 1)
+    rows = pd.DataFrame([{"q": x.prompt, "a": x.response, "n": "?"} for x in nd.load_examples("builtin:refusals")[:4]])
+    rows.to_csv(tmp_path / "own.csv", index=False)
+    rows.rename(columns={"q": "prompt", "a": "response"}).to_csv(tmp_path / "usual.csv", index=False)
+    folder = datasets.DatasetDict(
+        {"held": datasets.Dataset.from_pandas(rows), "train": datasets.Dataset.from_pandas(rows[:1])}
+    )
+    folder.save_to_disk(tmp_path / "folder")
+    own = ["--safety", tmp_path / "own.csv", "--harmful", tmp_path / "folder", "--split", "harmful=held"]
+    columns = [
+        part
+        for name in ("safety", "harmful")
+        for part in ("--prompt-column", f"{name}=q", "--response-column", f"{name}=a")
+    ]
+    asked = {}
+    for name, given in (("usual", ["--safety", tmp_path / "usual.csv"]), ("own", [*own, *columns])):
+        words = [base, tmp_path / "adapter", *SETS[2:], *given, "--output-dir", tmp_path / name, "--dtype", "float32"]
+        main(["attribute", *map(str, words), "--points", "1", "--tolerance", "inf"])
+        asked[name] = json.loads((tmp_path / name / "attribution.json").read_text())
+    assert asked["own"]["asked"] == asked["usual"]["asked"] and asked["own"]["margin"] == asked["usual"]["margin"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -98,6 +122,8 @@ def test_two_adapters_of_one_model(base, tmp_path):
         (["BASE", "--tolerance", "0"], "--tolerance"),
         (["BASE", "--openings", "xx"], "no list of openings"),
         (["BASE", "--harmful", "missing.csv"], "does not exist"),
+        (["BASE", "--split", "test"], "has no splits"),
+        (["BASE", "--prompt-column", "harmless=q"], "SET one of safety, utility, harmful, harmless"),
     ],
 )
 def test_mistakes_end_with_one_message(base, tmp_path, capsys, more, message):

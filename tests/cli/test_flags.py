@@ -7,12 +7,12 @@ from pydantic import BaseModel
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.cli.__main__ import app
-from neurondrift.cli.app import EPILOGUE, Flags, SettingFlags, Source, study_of
+from neurondrift.cli.app import DATA_FLAGS, EPILOGUE, STUDY_SETS, Flags, SettingFlags, Source, study_of
 from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.groups import StabilityFlags
 from neurondrift.cli.interventions import InterveneFlags
 from neurondrift.cli.subspaces import SubspacesFlags
-from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
+from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.settings import Study, nested, validated
 
 KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags)
@@ -147,6 +147,21 @@ def test_how_sets_are_read_goes_with_the_sets(tmp_path):
         ConfigError, match="--subset is about a set that no flag names.*SET one of safety, utility, data"
     ):
         study_of(Source(preset="smoke", output_dir=tmp_path, subset=["x"]), Flags(lora_r=2))
+
+
+# Commands that read no examples: what they take are folders, models and files of groups.
+READS_NO_EXAMPLES = {"clean", "overlap", "diff"}
+
+
+def test_every_command_that_reads_examples_has_the_flags_that_say_how():
+    commands = {name for name in app if not name.startswith("-")}
+    has = {
+        name: {flag for part in app[name].assemble_argument_collection() for flag in part.names} for name in commands
+    }
+    ways = {f"--{flag.replace('_', '-')}" for flag in DATA_FLAGS}
+    sets = {f"--{name}" for name in (*STUDY_SETS, *DATA_SETS, "harmless")}
+    assert commands - READS_NO_EXAMPLES == {name for name in commands if ways <= has[name]}
+    assert not [name for name in READS_NO_EXAMPLES if (ways | sets) & has[name]]
 
 
 def test_settings_that_are_new_leave_old_configurations_as_they_are():

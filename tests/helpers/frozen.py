@@ -41,7 +41,7 @@ def weights(model):
 
 
 def loss_of(model, rows):
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
+    (batch,) = make_batches(rows, model=model, batch_size=len(rows), pad_token_id=0)
     return token_losses(model, batch).losses.mean()
 
 

@@ -255,6 +255,14 @@ def test_a_model_in_16_bits_scores_as_its_float32_copy_and_is_left_as_it_was(fam
     assert 0 < error_of(actual, expected) < (0.1 if family in ("mixtral", "qwen3_moe", "opt") else 0.02)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_what_a_token_is_padded_with_moves_no_router_in_16_bits(family):
+    model, rows = build(family).to(torch.bfloat16), examples()
+    alone = score(model, rows, batch_size=1)
+    for side in ("left", "right"):
+        assert error_of(score(model, rows, batch_size=4, padding_side=side), alone) < 0.01
+
+
 @pytest.mark.real
 def test_bfloat16_scores_of_the_real_model_are_near_its_float32_ones(real_model, monkeypatch):
     """Nearer than with a residual stream that is rounded at every block. Within 1 % from about 30 examples on

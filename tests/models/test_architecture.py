@@ -15,7 +15,7 @@ from helpers.every_class import build as tiny
 from helpers.families import build, gpt_oss, save
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.behaviour.generate import _Loop, answer
-from neurondrift.behaviour.requests import Decoding, Request, context_length
+from neurondrift.behaviour.requests import Decoding, Request
 from neurondrift.drift.difference import diff
 from neurondrift.drift.meter import DriftMeter
 from neurondrift.models import loading
@@ -24,6 +24,7 @@ from neurondrift.models.architecture.classes import auto_class, configuration, m
 from neurondrift.models.architecture.conventions import conventions_of
 from neurondrift.models.architecture.experts import is_transposed, told_by_shapes
 from neurondrift.models.architecture.saying import kinds_of, say_once
+from neurondrift.models.batches import context_length
 from neurondrift.models.sites import Sites, linear_sites, magnitudes_of, mlp_units
 
 

@@ -13,7 +13,7 @@ from neurondrift.models.batches import make_batches, response_losses, token_loss
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_equal_those_of_full_logits(family):
     model, rows = build(family), examples()
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0, multiple=16)
+    (batch,) = make_batches(rows, model=model, batch_size=len(rows), pad_token_id=0, multiple=16)
     assert batch.input_ids.shape[1] % 16 == 0
     with torch.no_grad():
         found = dict(zip(batch.names, response_losses(model, batch).tolist(), strict=True))
@@ -26,7 +26,7 @@ def test_losses_equal_those_of_full_logits(family):
 def test_gradients_equal_those_of_full_logits():
     rows = examples()
     one, two = build("llama"), build("llama")
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
+    (batch,) = make_batches(rows, model=one, batch_size=len(rows), pad_token_id=0)
     token_losses(one, batch).losses.mean().backward()
     two(input_ids=batch.input_ids, labels=batch.labels, attention_mask=batch.attention_mask).loss.backward()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
@@ -45,7 +45,7 @@ def test_gradients_under_gradient_checkpointing_are_the_same(adapted):
         if checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable()
-        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
+        (batch,) = make_batches(rows, model=model, batch_size=len(rows), pad_token_id=0)
         token_losses(model, batch).losses.mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0

@@ -75,7 +75,7 @@ def test_gradient_accumulation_is_the_same_step(tmp_path):
 
 def test_alignment_lowers_the_loss_and_needs_float32(tmp_path):
     model, rows = build("llama"), examples(8)
-    (batch,) = make_batches(rows, batch_size=8, pad_token_id=0)
+    (batch,) = make_batches(rows, model=model, batch_size=8, pad_token_id=0)
     with torch.no_grad():
         before = response_losses(model, batch).mean()
     align(
@@ -103,7 +103,7 @@ def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum,
     assert all(not value.abs().gt(1e-20).any() for name, value in adapter_of(model).items() if "lora_B" in name)
     moving = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in moving]
-    (batch,) = make_batches(rows, batch_size=2, pad_token_id=0)
+    (batch,) = make_batches(rows, model=model, batch_size=2, pad_token_id=0)
     for step in range(3):
         gradients = torch.autograd.grad(token_losses(model, batch).losses.mean(), moving)
         norm = torch.stack([g.norm() for g in gradients]).norm()

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from neurondrift.attribution.openings import Openings, openings_for, tree_of
 from neurondrift.base.errors import DataError, ModelError
-from neurondrift.behaviour.requests import context_length, render
+from neurondrift.behaviour.requests import render
 from neurondrift.importance.capture import run
 from neurondrift.importance.scores import pad_token_id_of
 from neurondrift.models.architecture.conventions import taken
 from neurondrift.models.architecture.saying import say_once
-from neurondrift.models.batches import Batch, make_batches, response_losses
+from neurondrift.models.batches import Batch, check_length, make_batches, response_losses
 from neurondrift.models.data import IGNORED, Example
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
@@ -78,7 +78,7 @@ class Margin:
     Raises
     ------
     DataError
-        No prompts, an empty one, or one that leaves no room for the openings in the model's context.
+        No prompts, an empty one, or one that with the openings is longer than the model has positions.
     ConfigError
         Openings that are empty, or of which one begins with one of the other kind.
     """
@@ -111,13 +111,14 @@ class Margin:
         self._sees = torch.zeros(inner, inner, dtype=torch.bool)  # which nodes a node looks back at
         for node in range(1, inner + 1):
             self._sees[node - 1, [other - 1 for other in chains[node]]] = True
-        longest = max(map(len, self._ids)) + int(self._depths.max())
-        if longest > context_length(self.model):
-            raise DataError(
-                "A prompt leaves no room for the openings in the model's context",
-                received=f"{longest} tokens with them",
-                allowed=f"{context_length(self.model)}",
-            )
+        longest = max(range(self.count), key=lambda index: len(self._ids[index]))
+        asked = self.prompts[longest]
+        check_length(
+            self.model,
+            len(self._ids[longest]) + int(self._depths.max()),
+            f"Prompt {longest if isinstance(asked, str) else asked.id} with the openings",
+            fix="drop the prompt, or choose shorter openings",
+        )
         head = unwrap(self.model).get_output_embeddings()
         if head is None:
             raise ModelError("This model has no LM head", received=type(unwrap(self.model)).__name__)
@@ -278,7 +279,7 @@ class ResponseLoss:
     """
 
     def __init__(self, model: nn.Module, encoded: Sequence[Any]) -> None:
-        self._encoded, self._pad = encoded, pad_token_id_of(model)
+        self._encoded, self._model, self._pad = encoded, model, pad_token_id_of(model)
 
     @property
     def count(self) -> int:
@@ -287,7 +288,7 @@ class ResponseLoss:
 
     def batches(self, batch_size: int) -> list[Batch]:
         """The examples, sorted by length."""
-        return make_batches(self._encoded, batch_size=batch_size, pad_token_id=self._pad)
+        return make_batches(self._encoded, model=self._model, batch_size=batch_size, pad_token_id=self._pad)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of each example, float32 `[B]`, differentiable."""

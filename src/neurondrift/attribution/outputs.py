@@ -142,7 +142,7 @@ def functional_drift(
         )
     pad = pad_token_id_of(vessel.sites.model)
     sets = [list(safety), list(utility[::2]), list(utility[1::2])]
-    batches = [make_batches(part, batch_size=batch_size, pad_token_id=pad) for part in sets]
+    batches = [make_batches(part, model=vessel.sites.model, batch_size=batch_size, pad_token_id=pad) for part in sets]
     downs = {unit.down for unit in known_units(vessel.sites).values()}
     rows: dict[str, torch.Tensor] = {}
     columns: dict[str, torch.Tensor] = {}

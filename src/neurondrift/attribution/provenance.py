@@ -105,7 +105,10 @@ def provenance(
     check_loaded(vessel.sites)
     moved = {name: vessel.sites[name] for name in change.moved()}
     pad = pad_token_id_of(vessel.sites.model)
-    sets = [make_batches(list(part), batch_size=batch_size, pad_token_id=pad) for part in (safety, utility)]
+    sets = [
+        make_batches(list(part), model=vessel.sites.model, batch_size=batch_size, pad_token_id=pad)
+        for part in (safety, utility)
+    ]
     counts = [len(safety), len(utility)]
     downs = {unit.down for unit in known_units(vessel.sites).values()}
     rows: dict[str, torch.Tensor] = {}

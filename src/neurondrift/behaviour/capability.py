@@ -30,7 +30,8 @@ def perplexity(
     """exp of the mean cross-entropy over all response tokens of all examples (each token counts the same)."""
     device = model.get_input_embeddings().weight.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = make_batches(encode(examples, tokenizer, max_length=max_length), batch_size=batch_size, pad_token_id=pad)
+    encoded = encode(examples, tokenizer, max_length=max_length)
+    batches = make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad)
     total, count = 0.0, 0
     for batch in batches:
         losses_N, _ = token_losses(model, batch.to(device))

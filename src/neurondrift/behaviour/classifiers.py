@@ -24,6 +24,7 @@ import torch
 from neurondrift.base.errors import ArtifactError, ConfigError, ModelError
 from neurondrift.base.files import read_json
 from neurondrift.base.processes import release_memory
+from neurondrift.models.batches import check_length
 from neurondrift.models.loading import load_model, quiet_transformers
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import template_of, with_pinned_date
@@ -300,6 +301,14 @@ class _Loaded:
     ) -> list[float]:
         asked = [self.encode(prompt, response) for prompt, response in answers]
         order = sorted(range(len(asked)), key=lambda index: -len(asked[index]))
+        if asked:
+            longest, answer = len(asked[order[0]]) + len(self.lead), answers[order[0]]
+            check_length(
+                self.model,
+                longest + 1,  # room for white space before its answer
+                f"What the judge {self.name} is asked of the prompt {answer[0][:60]!r}",
+                fix="choose a judge of a longer context, drop the prompt, or ask for shorter answers",
+            )
         scores, heard = [0.0] * len(asked), 0.0
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]

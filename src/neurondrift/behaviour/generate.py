@@ -23,10 +23,10 @@ from neurondrift.base.errors import ConfigError, DataError, ModelError
 from neurondrift.behaviour.decoding.cache import GrowingLayer, is_filled, selects
 from neurondrift.behaviour.decoding.draws import Draws, end_tokens
 from neurondrift.behaviour.decoding.own import answers_by_its_own_loop, holds_in_batches
-from neurondrift.behaviour.requests import Decoding, Request, context_length, render
+from neurondrift.behaviour.requests import Decoding, Request, render
 from neurondrift.models.architecture.conventions import check_causal, close, conventions_of, some_tokens
 from neurondrift.models.architecture.saying import say_once
-from neurondrift.models.batches import takes_mask
+from neurondrift.models.batches import context_length, takes_mask
 from neurondrift.models.sites import unwrap
 from neurondrift.models.text.templates import prompt_ids
 from neurondrift.models.text.thoughts import decoded, marking_tokens

@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import DataError
-from neurondrift.models.sites import unwrap
 from neurondrift.models.text.examples import Message
 from neurondrift.models.text.templates import render_prompt
 from neurondrift.models.text.thoughts import opened_at_end
@@ -196,21 +195,6 @@ def render(
         return render_prompt(prompt, tokenizer, system=system, earlier=earlier)
     before = [turn.content for turn in earlier if not (system and turn.role == "system")]
     return "\n\n".join([*([system] if system else []), *before, prompt.strip()]) + "\n"
-
-
-def context_length(model: Any) -> int:
-    """The longest sequence that a model takes; very large where its configuration names none.
-
-    Models of RoBERTa's kind count positions from `padding_idx` + 1: so many of their positions hold no token.
-    """
-    inner = unwrap(model)
-    config = inner.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = int(getattr(config, "max_position_embeddings", None) or 10**9)
-    for name, module in inner.named_modules() if hasattr(inner, "named_modules") else ():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
-    return longest
 
 
 def row_seed(request: Request, seed: int) -> int:

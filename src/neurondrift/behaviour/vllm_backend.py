@@ -12,7 +12,8 @@ from typing import Any
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_json
-from neurondrift.behaviour.requests import Decoding, Request, context_length, row_seed
+from neurondrift.behaviour.requests import Decoding, Request, row_seed
+from neurondrift.models.batches import context_length
 from neurondrift.models.checked.gguf import is_gguf
 from neurondrift.models.text.thoughts import decoded, marking_tokens
 

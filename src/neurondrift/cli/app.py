@@ -151,14 +151,9 @@ def _read(text: str) -> Parameter:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Which study, where, and how the files of examples that flags name are read."""
+class Reading:
+    """How the sets of examples that flags name are read: every command that reads examples has these flags."""
 
-    preset: Annotated[
-        str | None, Parameter(help="smoke, demo or llama2-7b-chat; default: the folder's study.toml, else demo")
-    ] = None
-    config: Annotated[Path | None, Parameter(help="TOML file that overrides the preset")] = None
-    output_dir: Annotated[Path, Parameter(help="the study's folder")] = Path()
     prompt_column: Annotated[list[str] | None, _read("column of the prompts, where it has no usual name")] = None
     response_column: Annotated[list[str] | None, _read("column of the responses")] = None
     split: Annotated[list[str] | None, _read("split of an hf: set or of a folder")] = None
@@ -201,6 +196,18 @@ class Source:
                     else:
                         result[f"{path}.{field}"] = value
         return result
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Source(Reading):
+    """Which study, where, and how the files of examples that flags name are read."""
+
+    preset: Annotated[
+        str | None, Parameter(help="smoke, demo or llama2-7b-chat; default: the folder's study.toml, else demo")
+    ] = None
+    config: Annotated[Path | None, Parameter(help="TOML file that overrides the preset")] = None
+    output_dir: Annotated[Path, Parameter(help="the study's folder")] = Path()
 
 
 @Parameter(name="*")
@@ -257,4 +264,4 @@ def study_of(source: Source, *flags: SettingFlags) -> Study:
     return resolve(preset=source.preset, file=file, flags=source.reading(given, STUDY_SETS, configured=True))
 
 
-NO_SOURCE, NO_FLAGS = Source(), Flags()
+NO_READING, NO_SOURCE, NO_FLAGS = Reading(), Source(), Flags()

@@ -84,6 +84,9 @@ class ModelFlags(SettingFlags):
     ] = None
     limit: Annotated[int | None, _alone("limit", "prompts drawn from each set", read=_limit)] = None
     max_new_tokens: Annotated[int | None, _alone("max_new_tokens", "longest answer in tokens; default: 128")] = None
+    max_length: Annotated[
+        int | None, _alone("max_length", "longest prompt, or held-out answer with its prompt, in tokens; default: 2048")
+    ] = None
     revision: Annotated[str | None, _alone("model.revision", "branch, tag or commit of the model")] = None
     trust_remote_code: Annotated[
         bool | None, _alone("model.trust_remote_code", "let code that comes with a model run")

@@ -12,11 +12,12 @@ from cyclopts import Parameter
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
-from neurondrift.cli.app import app
+from neurondrift.cli.app import NO_READING, Reading, app
 from neurondrift.cli.study import say
 
 if TYPE_CHECKING:
     from neurondrift.drift.difference import Line
+    from neurondrift.models.data import Example
 
 
 HEADING = ("neurons", "mean relative drift", "unmoved", "zero norm")
@@ -85,6 +86,7 @@ def attribute(
     max_length: Annotated[int, Parameter(help="longest example in tokens")] = 512,
     dtype: Annotated[str, Parameter(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")] = "auto",
+    reading: Reading = NO_READING,
 ) -> None:
     """Attribute what a change between models does to their weights: to the refusal margin, to outputs on safety and on
     ordinary text, and whose update it resembles. One row a neuron and one a hidden unit.
@@ -93,7 +95,6 @@ def attribute(
     """
     from neurondrift.attribution.tables import Asked, read_openings
     from neurondrift.attribution.tables import attribute as measure
-    from neurondrift.models.data import load_examples
 
     for name, value in (("--limit", limit), ("--points", points), ("--batch-size", batch_size)):
         if value < 1:
@@ -101,16 +102,12 @@ def attribute(
     if not tolerance > 0:
         raise ConfigError("--tolerance takes a number above 0", received=tolerance)
     tune_allocator()
-    answered = [load_examples(name, limit=limit) for name in (safety, utility)]
-    prompts = [
-        own if name is None else load_examples(name, limit=limit, require_response=False)
-        for name, own in zip((harmful, harmless), answered, strict=True)
-    ]
+    sets = _read_sets(reading, limit, safety=safety, utility=utility, harmful=harmful, harmless=harmless)
     asked = Asked(
-        safety=answered[0],
-        utility=answered[1],
-        harmful=prompts[0],
-        harmless=prompts[1],
+        safety=sets["safety"],
+        utility=sets["utility"],
+        harmful=sets.get("harmful", sets["safety"]),
+        harmless=sets.get("harmless", sets["utility"]),
         openings=read_openings(openings),
         points=points,
         tolerance=tolerance,
@@ -133,6 +130,20 @@ def attribute(
         rows.append(("neurons" if kind == "rows" else "hidden units", f"{found['members']:,}", *shown))
     say(_table(rows))
     say("\n" + "\n".join(str(file) for file in result.files))
+
+
+def _read_sets(reading: Reading, limit: int, **named: str | None) -> dict[str, list[Example]]:
+    """The sets of examples that are named, read as the flags say; prompts alone but for safety and utility."""
+    from neurondrift.models.data import DataReference, load_examples
+
+    given = {name: source for name, source in named.items() if source is not None}
+    read = reading.reading(given, {name: name for name in named}, configured=False)
+    return {
+        name: load_examples(
+            DataReference.model_validate(source), limit=limit, require_response=name in ("safety", "utility")
+        )
+        for name, source in read.items()
+    }
 
 
 def _cells(line: Line) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurondrift.base.errors import ArtifactError, GroupError
-from neurondrift.base.files import atomic_path, read_json, read_parquet, write_json
+from neurondrift.base.files import atomic_path, read_json, read_parquet, remove_partial, write_json
 from neurondrift.groups.group import Group, load_group
 
 if TYPE_CHECKING:
@@ -92,8 +92,12 @@ class DriftLog:
 
         `metadata` identifies the run (see `describe`), `initial` holds the neurons before training.
 
+        What writes that were killed have left is deleted.
+
         Raises `ArtifactError` where the folder holds the snapshots of another model.
         """
+        for name in (METADATA, INITIAL, "step=*"):
+            remove_partial(self.directory / name)
         if (self.directory / METADATA).exists():
             standing, wanted = self.metadata(), dict(metadata)
             same = [key for key in {**standing, **wanted} if standing.get(key) == wanted.get(key)]

@@ -159,7 +159,11 @@ def iterate_bases(
     check_rank(rank, sites)
     check_loaded(sites)
     batches = make_batches(
-        encoded, batch_size=batch_size, pad_token_id=pad_token_id_of(model), padding_side=padding_side
+        encoded,
+        model=model,
+        batch_size=batch_size,
+        pad_token_id=pad_token_id_of(model),
+        padding_side=padding_side,
     )
     given = factors or {}
     for names in plan_moments(sites):

@@ -135,7 +135,7 @@ def iterate_scores(
             yield name, chosen.finish(torch.zeros(0), site.weight, 0, 0, generator).cpu()
         return
     pad = pad_token_id_of(model)
-    batches = make_batches(encoded, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
+    batches = make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
     for names in plan.passes:

@@ -335,7 +335,7 @@ def answer_losses(model: Any, tokenizer: Any, bench: Bench) -> list[tuple[float,
     batch_size = int(bench.judging.get("batch_size", 32))
     device = model.get_input_embeddings().weight.device
     sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
-    for batch in make_batches(encoded, batch_size=batch_size, pad_token_id=pad):
+    for batch in make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad):
         losses_N, owners_N = token_losses(model, batch.to(device))
         numbers = np.array([int(name) for name in batch.names])[owners_N.cpu().numpy()]
         np.add.at(sums, numbers, losses_N.double().cpu().numpy())

@@ -1,14 +1,15 @@
 """Padded batches of encoded examples, and the loss on their responses.
 
-Owns padding and the rule that logits are computed only where a response token is predicted. Scoring, training
-and the perplexity of held-out answers all go through `token_losses`. Shapes: B = examples, T = tokens,
-N = predicted response tokens of a batch, V = vocabulary.
+Owns padding, how long a text a model takes, and the rule that logits are computed only where a response token is
+predicted. Scoring, training and the perplexity of held-out answers all go through `token_losses`. Shapes: B = examples,
+T = tokens, N = predicted response tokens of a batch, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,14 +20,22 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neurondrift.base.errors import DataError, ModelError
-from neurondrift.models.architecture.conventions import taken
-from neurondrift.models.data import IGNORED
+from neurondrift.models.architecture.conventions import goes_through, taken
+from neurondrift.models.data import IGNORED, name_of
 from neurondrift.models.sites import unwrap
 
 # Elements of the logits that are in float32 at a time: as many as stay in a core's cache, or keep another device busy.
 LOGITS_AT_ONCE_CPU, LOGITS_AT_ONCE = 1 << 19, 1 << 22
 # Types whose attention mask is for show.
 IGNORES_MASK = ("cpmant",)
+# What configurations call the number of positions.
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+POSITIONS = re.compile("pos|wpe")  # what a table of them is called
+UNUSED = 8  # rows of a table of positions that stand for none, at most
+SHORTER = (
+    "drop the example, or set max_length to at most {most} (align.max_length, score.max_length, finetune.max_length or "
+    "evaluate.max_length, whichever stage it is; --max-length with a model alone)"
+)
 SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
@@ -55,6 +64,7 @@ class Batch:
 def make_batches(
     encoded: Sequence[Mapping[str, Any]],
     *,
+    model: Any,
     batch_size: int,
     pad_token_id: int,
     padding_side: str = "right",
@@ -62,23 +72,87 @@ def make_batches(
 ) -> list[Batch]:
     """Examples sorted by length and padded batch by batch; padding that a row brings along is dropped.
 
-    `multiple` rounds the padded length up: fewer different shapes, for which the CPU's kernels are prepared once each.
-    Raises `DataError` for an example without a single target after its first token.
+    `model` is what the batches are for. `multiple` rounds the padded length up, as far as the model takes it: fewer
+    different shapes, for which the CPU's kernels are prepared once each.
+
+    Raises `DataError` for an example without a single target after its first token, and as `check_length`.
     """
-    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
-    if not rows:
-        raise DataError("There are no examples")
-    rows.sort(key=lambda row: (-len(row.ids), row.number))
+    rows = _sorted_rows(encoded, model)
+    longest = max(context_length(model), len(rows[0].ids))
     return [
-        _pad(rows[first : first + batch_size], pad_token_id, padding_side, multiple)
+        _pad(rows[first : first + batch_size], pad_token_id, padding_side, multiple, longest)
         for first in range(0, len(rows), batch_size)
     ]
 
 
+def context_length(model: Any) -> int:
+    """The longest sequence that a model's configuration speaks of; very large where it names none.
+
+    Models of RoBERTa's kind count positions from `padding_idx` + 1: so many of their positions hold no token.
+    """
+    inner = unwrap(model)
+    config = inner.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = (getattr(config, name, None) for name in LENGTHS)
+    longest = next((int(length) for length in named if length), 10**9)
+    for name, module in inner.named_modules() if hasattr(inner, "named_modules") else ():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a model has an embedding of a position for, beside that of the tokens; None where none is seen.
+    Nothing is computed, so that the model may be without its numbers; what else can be a table is found by
+    `check_length` alone."""
+    inner, most = unwrap(model), context_length(model)
+    tokens = inner.get_input_embeddings()
+    beside = next((module for module in inner.modules() if any(one is tokens for one in module.children())), inner)
+    tables = [one for name, one in beside.named_children() if isinstance(one, nn.Embedding) and POSITIONS.search(name)]
+    return most if any(most <= table.num_embeddings <= most + UNUSED for table in tables) else None
+
+
+def check_lengths(model: Any, encoded: Sequence[Mapping[str, Any]]) -> None:
+    """`check_length` of encoded examples, for what makes its batches one at a time."""
+    _sorted_rows(encoded, model)
+
+
+def check_length(model: Any, length: int, what: str, fix: str = SHORTER) -> None:
+    """Raise `DataError` where a text of so many tokens, called `what`, is longer than the model has positions.
+
+    Models whose positions are computed (rotary ones) take longer texts than they were trained on; where they are looked
+    up in a table (GPT-2, OPT, BERT, RoBERTa), a longer text ends within torch.
+    """
+    inner, most = unwrap(model), context_length(model)
+    if length > most and not goes_through(inner, length) and goes_through(inner, most):
+        raise too_long(what, length, most, fix)
+
+
+def too_long(what: str, length: int, most: int, fix: str = SHORTER) -> DataError:
+    """What is said of a text that is longer than a model's positions."""
+    return DataError(
+        f"{what} is longer than the model has positions",
+        received=f"{length} tokens",
+        allowed=f"{most}",
+        fix=fix.format(most=most),
+    )
+
+
 class _Row(NamedTuple):
     number: int
+    name: str
     ids: list[int]
     labels: list[int]
+
+
+def _sorted_rows(encoded: Sequence[Mapping[str, Any]], model: Any) -> list[_Row]:
+    """The longest first, which the model takes: found before any hook sees the model. Raises as `make_batches`."""
+    rows = [_unpadded(index, row) for index, row in enumerate(encoded)]
+    if not rows:
+        raise DataError("There are no examples")
+    rows.sort(key=lambda row: (-len(row.ids), row.number))
+    check_length(model, len(rows[0].ids), f"Example {rows[0].name}")
+    return rows
 
 
 def _unpadded(index: int, row: Mapping[str, Any]) -> _Row:
@@ -88,14 +162,15 @@ def _unpadded(index: int, row: Mapping[str, Any]) -> _Row:
         ids = [token for token, keep in zip(ids, mask, strict=True) if keep]
         labels = [label for label, keep in zip(labels, mask, strict=True) if keep]
     if len(ids) != len(labels):
-        raise DataError(f"Example {index} has {len(ids)} input_ids but {len(labels)} labels")
+        raise DataError(f"Example {name_of(row, index)} has {len(ids)} input_ids but {len(labels)} labels")
+    name = name_of(row, index)
     if all(label == IGNORED for label in labels[1:]):
-        raise DataError(f"Example {index} has no response token", fix="raise max_length or drop the example")
-    return _Row(index, ids, labels)
+        raise DataError(f"Example {name} has no response token", fix="raise max_length or drop the example")
+    return _Row(index, name, ids, labels)
 
 
-def _pad(rows: Sequence[_Row], pad_token_id: int, padding_side: str, multiple: int) -> Batch:
-    longest = -(-max(len(row.ids) for row in rows) // multiple) * multiple
+def _pad(rows: Sequence[_Row], pad_token_id: int, padding_side: str, multiple: int, most: int) -> Batch:
+    longest = min(-(-max(len(row.ids) for row in rows) // multiple) * multiple, most)
     shape = (len(rows), longest)
     input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORED)
     attention_mask = torch.zeros(shape, dtype=torch.long)

@@ -33,6 +33,7 @@ from neurondrift.models.text.templates import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from neurondrift.models.text.templates import Encoded as Encoded
 from neurondrift.models.text.templates import data_fingerprint as data_fingerprint
 from neurondrift.models.text.templates import encode as encode
+from neurondrift.models.text.templates import name_of as name_of
 from neurondrift.models.text.templates import render_prompt as render_prompt
 
 

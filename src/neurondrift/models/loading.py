@@ -26,6 +26,7 @@ from transformers import (
 from neurondrift.base.errors import ModelError, UserError
 from neurondrift.base.processes import local_rank, process_count, release_memory
 from neurondrift.models.architecture.classes import auto_class, configuration, first_line
+from neurondrift.models.batches import positions_of
 from neurondrift.models.checked.gguf import dequantised, gguf_file, is_gguf, keep, kept_folder, parameter_count
 from neurondrift.models.checked.weights import as_errors, load_weights
 from neurondrift.models.disk.references import cached, download
@@ -308,25 +309,32 @@ def describe_checkpoint(
     """Size of a model without reading its numbers; what `load_model` would refuse about its files is refused here.
 
     Of a hub id these are the files in the hub's cache, as far as they are there; nothing is downloaded. Used by
-    `neurondrift verify`; raises as `load_model` does.
+    `neurondrift verify`; raises as `load_model` does. `positions`: as `positions_of` sees them.
     """
     if reference.startswith("tiny:"):
         model, _ = _tiny(reference)
-        return {"parameters": sum(p.numel() for p in model.parameters()), "where": "built in code"}
+        return _described(model, "built in code")
     if is_gguf(reference):
         path = gguf_file(reference)
-        return {"parameters": parameter_count(path), "where": str(path)}
+        return {"parameters": parameter_count(path), "where": str(path), "positions": None}
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = configuration(reference, **common)
     folder = Path(reference) if Path(reference).is_dir() else cached(reference, revision)
     if folder is not None:
         model = load_weights(str(folder), config, dtype=torch.float32, device_map={"": "meta"}, **common)
-        return {"parameters": sum(p.numel() for p in model.parameters()), "where": str(folder)}
+        return _described(model, str(folder))
     with as_errors(reference, config), torch.device("meta"):
         maker = auto_class(config, reference)
         if hasattr(maker, "from_config"):
             model = maker.from_config(config, trust_remote_code=trust_remote_code)
         else:
             model = maker._from_config(config)
-    where = "not in the hub's cache: only its configuration has been looked at"
-    return {"parameters": sum(p.numel() for p in model.parameters()), "where": where}
+    return _described(model, "not in the hub's cache: only its configuration has been looked at")
+
+
+def _described(model: Any, where: str) -> dict[str, Any]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "where": where,
+        "positions": positions_of(model),
+    }

@@ -22,7 +22,7 @@ from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
-from neurondrift.models.batches import Batch, make_batches, token_losses
+from neurondrift.models.batches import Batch, check_lengths, make_batches, token_losses
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.models.sites import Sites
 from neurondrift.study.folder import saved_step, saved_steps
@@ -64,11 +64,13 @@ class ResponseTrainer(Trainer):
 class _Collator:
     """Rows of different lengths to padded tensors."""
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
 
     def __call__(self, rows: Encoded) -> dict[str, torch.Tensor]:
-        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=self.pad_token_id, multiple=16)
+        (batch,) = make_batches(
+            rows, model=self.model, batch_size=len(rows), pad_token_id=self.pad_token_id, multiple=16
+        )
         return {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
 
 
@@ -181,6 +183,7 @@ def align(
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError("Alignment trains all weights and needs them in float32", received=str(model.dtype))
+    check_lengths(model, encoded)
     arguments = _arguments(
         scratch,
         model,
@@ -253,7 +256,10 @@ def finetune(
     ------
     ArtifactError
         A checkpoint that holds more than numbers: nothing is unpickled.
+    DataError
+        An example that is longer than the model has positions.
     """
+    check_lengths(model, encoded)
     set_seed(seed)
     if settings.method == "lora":
         model = _with_lora(model, settings)
@@ -391,7 +397,7 @@ def _train(
                 model=model,
                 args=arguments,
                 train_dataset=list(encoded),
-                data_collator=_Collator(0 if pad is None else pad),
+                data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
             for kind in _printing_callbacks():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +77,8 @@ def verify(study: Study, output_dir: Path, *, say: Say) -> None:
     _packages(say, problems)
     device, dtype = _device(study, say, problems)
     _memory(output_dir, say)
-    parameters = _model(study, say, problems)
-    _data(study, say, problems)
+    parameters, positions = _model(study, say, problems)
+    _data(study, positions, say, problems)
     if parameters and device:
         cost = estimate(study, parameters, device=device, dtype=dtype)
         size = f"{cost.memory / 1e9:.1f} GB of memory, {cost.disk / 1e9:.1f} GB of disk"
@@ -129,7 +129,8 @@ def _memory(output_dir: Path, say: Say) -> None:
         say("/dev/shm      not there: scores go beside the study")
 
 
-def _model(study: Study, say: Say, problems: list[str]) -> int:
+def _model(study: Study, say: Say, problems: list[str]) -> tuple[int, int | None]:
+    """Parameters, and positions where they are in a table."""
     from neurondrift.models.loading import describe_checkpoint, quiet_transformers
 
     try:
@@ -140,9 +141,9 @@ def _model(study: Study, say: Say, problems: list[str]) -> int:
             )
     except UserError as error:
         problems.append(str(error))
-        return 0
+        return 0, None
     say(f"model         {study.model.reference}: {found['parameters'] / 1e6:.1f} million parameters, {found['where']}")
-    return int(found["parameters"])
+    return int(found["parameters"]), found["positions"]
 
 
 def data_references(study: Study) -> dict[str, DataReference]:
@@ -156,7 +157,7 @@ def data_references(study: Study) -> dict[str, DataReference]:
     }
 
 
-def _data(study: Study, say: Say, problems: list[str]) -> None:
+def _data(study: Study, positions: int | None, say: Say, problems: list[str]) -> None:
     """Count the examples of every set that can be read here, and show the first as the model will see it."""
     from neurondrift.models.data import is_local, load_examples
 
@@ -170,8 +171,27 @@ def _data(study: Study, say: Say, problems: list[str]) -> None:
             say(f"data          {setting} = {reference.source}: {len(examples)} examples")
             if tokenizer is not None:
                 say(f"  the first   {_as_seen(examples[0], tokenizer, study, setting)}")
+                if setting not in PROMPTS_ONLY and positions is not None:
+                    _fit(examples, tokenizer, _max_length(study, setting), positions)
         except UserError as error:
             problems.append(f"{setting}: {error}")
+
+
+def _max_length(study: Study, setting: str) -> int:
+    length: int = getattr(study, setting.partition(".")[0]).max_length
+    return length
+
+
+def _fit(examples: Sequence[Example], tokenizer: Any, max_length: int, positions: int) -> None:
+    """Raise `DataError` where an example is longer than the model has positions, which the setting allows."""
+    from neurondrift.models.batches import too_long
+    from neurondrift.models.data import encode
+
+    if max_length > positions:
+        rows = encode(examples, tokenizer, max_length=max_length)
+        length, name = max((len(row["input_ids"]), example.id) for row, example in zip(rows, examples, strict=True))
+        if length > positions:
+            raise too_long(f"Example {name}", length, positions)
 
 
 def _tokenizer(study: Study) -> Any:
@@ -212,7 +232,7 @@ def _as_seen(example: Example, tokenizer: Any, study: Study, setting: str) -> st
                 earlier=example.messages,
             )
         )
-    (row,) = encode([example], tokenizer, max_length=getattr(study, setting.partition(".")[0]).max_length)
+    (row,) = encode([example], tokenizer, max_length=_max_length(study, setting))
     start = sum(label == IGNORED for label in row["labels"])
     parts = (row["input_ids"][:start], row["input_ids"][start:])
     return " -> ".join(_shortened(tokenizer.decode(part)) for part in parts)

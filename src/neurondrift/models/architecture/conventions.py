@@ -1,7 +1,8 @@
 """How a model reads what it is given, found by asking it: a few tokens go through it in several ways.
 
-Owns what cannot be told from a configuration: whether what comes later changes what is predicted before, and whether
-the model counts positions in a way of its own. Asked once for each class and configuration in a process.
+Owns what cannot be told from a configuration: whether what comes later changes what is predicted before, whether the
+model counts positions in a way of its own, and whether a text of some length goes through it. Asked once for each class
+and configuration in a process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurondrift.base.errors import ModelError
 
@@ -29,12 +31,17 @@ class Conventions(NamedTuple):
 
 
 _KNOWN: dict[tuple[type, str], Conventions] = {}
+_GONE_THROUGH: dict[tuple[type, str], int] = {}  # the longest text that has
+
+
+def _kind(model: Any) -> tuple[type, str]:
+    return type(model), repr(model.config.to_dict())
 
 
 def conventions_of(model: Any) -> Conventions:
     """The conventions of an (unwrapped) model. Where it cannot be asked, because it needs more than tokens, the usual
     ones: what it needs is said where it is used."""
-    key = type(model), repr(model.config.to_dict())
+    key = _kind(model)
     if key not in _KNOWN:
         _KNOWN[key] = _asked(model)
     return _KNOWN[key]
@@ -103,3 +110,47 @@ def _asked(model: Any) -> Conventions:
     finally:
         for module in training:
             module.training = True
+
+
+class _WithinTables(TorchDispatchMode):
+    """Within it a look-up beyond the end of a table is an `IndexError`: a GPU would end the process."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.embedding:
+            _check_within(args[1], args[0].shape[0])
+        elif packet in (torch.ops.aten.gather, torch.ops.aten.index_select):
+            _check_within(args[2], args[0].shape[args[1]])
+        elif packet is torch.ops.aten.index and not any(one is None for one in args[1]):
+            for indices, size in zip(args[1], args[0].shape, strict=False):
+                _check_within(indices, size)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_within(indices: torch.Tensor, size: int) -> None:
+    if not indices.is_floating_point() and indices.dtype != torch.bool and indices.numel() and indices.max() >= size:
+        raise IndexError(f"a look-up at {int(indices.max())} in a table of {size}")
+
+
+@torch.no_grad()
+def goes_through(model: Any, length: int) -> bool:
+    """Whether a text of so many tokens goes through an (unwrapped) model, found by sending one: where positions are
+    looked up in a table, only as many tokens do as the table has rows."""
+    key = _kind(model)
+    if length > _GONE_THROUGH.get(key, 0):
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            tokens = some_tokens(model, length)
+            given = {"attention_mask": torch.ones_like(tokens), "logits_to_keep": 1, "use_cache": False}
+            with _WithinTables():
+                model(input_ids=tokens, **taken(model, given))
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError, AssertionError):
+            return False
+        finally:
+            for module in training:
+                module.training = True
+        _GONE_THROUGH[key] = length
+    return True

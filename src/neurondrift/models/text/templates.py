@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.models.text.examples import Example, Message
@@ -46,6 +46,19 @@ class Encoded(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
+
+
+class _Row(dict[str, list[int]]):
+    """An encoded example that knows which one it is: no key, as collators make tensors of all keys."""
+
+    def __init__(self, name: str, row: Encoded) -> None:
+        super().__init__(row)  # type: ignore[arg-type]
+        self.name = name
+
+
+def name_of(row: Mapping[str, Any], index: int) -> str:
+    """What a message calls an encoded example: its identifier, or (of rows made elsewhere) its number."""
+    return row.name if isinstance(row, _Row) else str(index)
 
 
 def render_prompt(
@@ -308,7 +321,7 @@ def encode(
             )
         ids = (before + response_ids)[:max_length]
         labels = ([IGNORED] * len(before) + response_ids)[:max_length]
-        encoded.append({"input_ids": ids, "labels": labels})
+        encoded.append(cast(Encoded, _Row(example.id, {"input_ids": ids, "labels": labels})))
     return encoded
 
 

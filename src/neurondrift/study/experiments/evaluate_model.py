@@ -16,7 +16,8 @@ from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
 from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_rate
 from neurondrift.behaviour.requests import system_prompt
-from neurondrift.models.data import Example, load_examples
+from neurondrift.models.batches import check_lengths
+from neurondrift.models.data import Example, encode, load_examples
 from neurondrift.models.loading import load_model
 from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
@@ -72,6 +73,8 @@ def evaluate_model(
     }
     held_out = load_examples(asked.answers, limit=limit) if asked.answers else []
     model, tokenizer = _loaded(asked)
+    if held_out:
+        check_lengths(model, encode(held_out, tokenizer, max_length=asked.max_length))
     rows: list[dict[str, Any]] = []
     parts = [
         (attack, {kind: of_kind for kind, of_kind in examples.items() if first or kind == "harmful"})

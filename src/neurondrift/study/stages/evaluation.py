@@ -47,6 +47,10 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
         for step in steps:
             model, tokenizer = _model_at(study, folder, seed, step)
+            value = perplexity(  # first: it is soon known whether the answers fit into the model
+                model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
+            )
+            perplexities.append({"seed": seed, "step": step, "perplexity": value})
             long = step in (steps[0], steps[-1]) or bool(judging["panel"].models)  # a model reads to the end anyway
             how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
             rows = judge_answers(model, tokenizer, sets, advance=advance, **how)
@@ -55,10 +59,6 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             prompts = per_prompt(rows)
             harmful[step] = refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate
             undecided += sum(row["undecided"] for row in prompts)
-            value = perplexity(
-                model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
-            )
-            perplexities.append({"seed": seed, "step": step, "perplexity": value})
             if settings.capability_tasks:
                 of_tasks = capability(
                     model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
