@@ -31,7 +31,7 @@ COVARIATES = ("safety_score", "utility_score", "gradient_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The groups of an analysis and how it compares them, as in `statistics.analyze`; `on`: what each is balanced on."""
+    """The groups of an analysis and how it compares them, as in `statistics.analyze`; `on`: what each balances."""
 
     population: Population
     members: Mapping[str, npt.NDArray[np.bool_]]

@@ -1,7 +1,7 @@
 """A design applied to parts of a sum: which share of it members carry, beside what their controls would carry.
 
-Parts have signs, so that no ratio of them has a logarithm: shares are compared by their difference, and by a band around
-what is expected. The effect is linear in the parts, with the clusters of ratios. Shapes: N neurons, S seeds.
+Parts have signs, so that no ratio of them has a logarithm: shares are compared by their difference, and by a band
+around what is expected. The effect is linear in the parts, with the clusters of ratios. Shapes: N neurons, S seeds.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SHARE_FIELDS = ("share", "share_of_group", "expected", "ratio", "smallest_more",
 class ShareEffect:
     """Which share of a sum the members of a group carry.
 
-    `share_of_group` is of all members; `share` of those that are compared, `expected` what their controls carry, weighted
-    to be as many; all means over seeds. `difference` is share - expected. `margin` is what counts as the band: (band - 1)
-    times the larger of `expected` and `share_of_neurons`, the part of all neurons that is compared. `excess` is
-    difference - margin: "more" where its 95 % interval lies above 0, "not_more" where its 90 % interval lies below.
+    `share_of_group` is of all members; `share` of those that are compared, `expected` what their controls carry,
+    weighted to be as many; all means over seeds. `difference` is share - expected. `margin` is what counts as the band:
+    (band - 1) times the larger of `expected` and `share_of_neurons`, the part of all neurons that is compared. `excess`
+    is difference - margin: "more" where its 95 % interval lies above 0, "not_more" where its 90 % interval lies below.
     `ratio` is share / expected, NaN where that is not positive. `p_more` tests "not beyond the band", `p_not_more`
     "beyond the band", one-sided. `smallest_more`: the smallest true share that would be called "more" with 80 % power.
     """
