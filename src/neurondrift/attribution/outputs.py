@@ -6,6 +6,7 @@ follow. Knows nothing of where a change comes from. Shapes: O = out, I = in, N =
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -179,25 +180,33 @@ def _passes(sites: Mapping[str, Site]) -> list[list[str]]:
 
 @dataclass(eq=False)
 class _Moments:
-    """Sums of x xᵀ of one input in each part of the data, float32 `[I, I]`, and how many tokens each has."""
+    """One input in each part of the data, float32: its tokens `[N, I]`, as long as these are no more than the rows of
+    the three sums of x xᵀ `[I, I]` that they are added up to otherwise."""
 
-    sums: list[torch.Tensor]
-    tokens: list[int]
-    waiting: list[torch.Tensor] = field(default_factory=list)
-    waiting_tokens: int = 0
+    size: int
+    tokens: list[int] = field(default_factory=lambda: [0] * PARTS)
+    kept: list[list[torch.Tensor]] = field(default_factory=lambda: [[] for _ in range(PARTS)])
+    sums: list[torch.Tensor] = field(default_factory=list)
+    waiting: int = 0
 
     def add(self, inputs_NI: torch.Tensor, part: int) -> None:
         self.tokens[part] += len(inputs_NI)
-        self.waiting.append(inputs_NI)
-        self.waiting_tokens += len(inputs_NI)
-        if self.waiting_tokens >= KEPT_TOKENS:
-            self.flush(part)
+        self.kept[part].append(inputs_NI.float())
+        self.waiting += len(inputs_NI)
+        if sum(self.tokens) > PARTS * self.size and self.waiting >= KEPT_TOKENS:
+            self.sum_up()
 
-    def flush(self, part: int) -> None:
-        if self.waiting:
-            inputs_NI = torch.cat(self.waiting).float()
-            self.waiting, self.waiting_tokens = [], 0
-            self.sums[part].addmm_(inputs_NI.T, inputs_NI)
+    def sum_up(self) -> None:
+        """Add the tokens that are kept to their sums."""
+        for part, several in enumerate(self.kept):
+            if several and not self.sums:
+                device = several[0].device
+                self.sums = [torch.zeros(self.size, self.size, device=device) for _ in range(PARTS)]
+            if several:
+                inputs_NI = torch.cat(several)
+                several.clear()
+                self.sums[part].addmm_(inputs_NI.T, inputs_NI)
+        self.waiting = 0
 
 
 @dataclass(eq=False)
@@ -219,8 +228,6 @@ class _Inputs:
         shown = Batch(**{**vars(batch), "labels": before})
         run(model, self.sites, [shown], self._record, backward=False, objective=_passed_through)
         self.last = None
-        for moments in self.moments.values():
-            moments.flush(part)
 
     def _record(self, site: Site, tokens: Tokens) -> None:
         assert tokens.inputs is not None and tokens.is_response is not None
@@ -233,10 +240,7 @@ class _Inputs:
         if self.last is None or self.last[0] != site.name:
             self.last = site.name, inputs
         if site.name not in self.moments:
-            size, device = site.shape[1], site.tensor.device
-            self.moments[site.name] = _Moments(
-                [torch.zeros(size, size, device=device) for _ in range(PARTS)], [0] * PARTS
-            )
+            self.moments[site.name] = _Moments(site.shape[1])
         chosen = inputs[tokens.is_response]
         if len(chosen):
             self.moments[site.name].add(chosen, self.part)
@@ -269,19 +273,33 @@ def _passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 @dataclass(eq=False)
 class Spread:
-    """C of the inputs of a site, float32 `[I, I]`, on safety text and on either half of the ordinary text, with their
-    tokens; and B, the directions that are taken out, float64 `[I, shared]`. NaN where a part has no token."""
+    """C of the inputs of a site on safety text and on either half of the ordinary text: as the sums of x xᵀ, float32
+    `[I, I]`, or (where there are few) as the tokens x themselves, `[N, I]`. B: the directions that are taken out,
+    float64 `[I, shared]`. What a part without tokens gives is NaN."""
 
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    tokens: tuple[int, int, int]
+    sums: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor]
+    counts: tuple[int, int, int]
     basis: torch.Tensor
+
+    @property
+    def tokens(self) -> tuple[float, ...]:
+        """Of each part; NaN for none, as it is divided by."""
+        return tuple(count or float("nan") for count in self.counts)
+
+    @cached_property
+    def projected(self) -> list[torch.Tensor]:
+        """P x of the tokens with P = I - B Bᵀ, float32: formed in float64, as a few directions may hold nearly all."""
+        return [(x.double() - (x.double() @ self.basis) @ self.basis.T).float() for x in self.inputs]
 
     @cached_property
     def rests(self) -> list[torch.Tensor]:
-        """P C P with P = I - B Bᵀ, float32: formed in float64, as a few directions may hold nearly all of C."""
+        """P C P, float32."""
+        if not self.sums:
+            return [x.T @ x / n for x, n in zip(self.projected, self.tokens, strict=True)]
         rests = []
-        for part in self.parts:
-            whole = part.double()
+        for total, n in zip(self.sums, self.tokens, strict=True):
+            whole = total.double() / n
             rest = whole - self.basis @ (self.basis.T @ whole)
             rests.append((rest - (rest @ self.basis) @ self.basis.T).float())
         return rests
@@ -289,71 +307,115 @@ class Spread:
     @cached_property
     def diagonals(self) -> list[torch.Tensor]:
         """The diagonals of P C P, float64 `[I]`."""
+        if not self.sums:
+            pairs = zip(self.projected, self.tokens, strict=True)
+            return [x.square().sum(dim=0, dtype=torch.float64) / n for x, n in pairs]
         found = []
-        for part in self.parts:
-            along = part.double() @ self.basis
+        for total, n in zip(self.sums, self.tokens, strict=True):
+            along = total.double() @ self.basis / n
             within = self.basis @ (self.basis.T @ along)
-            found.append(part.diagonal().double() + ((within - 2 * along) * self.basis).sum(dim=1))
+            found.append(total.diagonal().double() / n + ((within - 2 * along) * self.basis).sum(dim=1))
         return found
+
+    def along(self, rows_RI: torch.Tensor) -> list[torch.Tensor]:
+        """R P C P Rᵀ for a few rows, float64 `[R, R]`."""
+        rest = rows_RI.double() - (rows_RI.double() @ self.basis) @ self.basis.T
+        if self.sums:
+            return [rest @ (total.double() / n) @ rest.T for total, n in zip(self.sums, self.tokens, strict=True)]
+        moved = [(x @ rest.T.to(x)).double() for x in self.projected]
+        return [one.T @ one / n for one, n in zip(moved, self.tokens, strict=True)]
+
+    def squares(self, rows_OI: torch.Tensor) -> list[torch.Tensor]:
+        """The diagonal of the same for many rows, `[O]`."""
+        if self.sums or max(self.counts) > rows_OI.shape[1]:
+            return [((rows_OI @ part.to(rows_OI)) * rows_OI).sum(dim=1) for part in self.rests]
+        pairs = zip(self.projected, self.tokens, strict=True)
+        return [(x.to(rows_OI) @ rows_OI.T).square().sum(dim=0) / n for x, n in pairs]
 
     def powers(self, found: Sequence[torch.Tensor], norm: torch.Tensor) -> torch.Tensor:
         """Powers of the three parts as `[members, 5]`: safety, all ordinary text, its halves, and ‖D‖²; float64."""
         safety, even, odd = (part.cpu().double().clamp(min=0) for part in found)
-        whole = self.tokens[1] + self.tokens[2]
-        shares = [(part, tokens) for part, tokens in ((even, self.tokens[1]), (odd, self.tokens[2])) if tokens]
+        whole = self.counts[1] + self.counts[2]
+        shares = [(part, tokens) for part, tokens in ((even, self.counts[1]), (odd, self.counts[2])) if tokens]
         utility = torch.stack([part * (tokens / whole) for part, tokens in shares]).sum(dim=0) if shares else even
         return torch.stack([safety, utility, even, odd, norm.cpu().double().clamp(min=0)], dim=1)
 
 
 def _spread(moments: _Moments, shared: int) -> Spread:
-    if moments.sums[0].device.type == "mps":  # which has no float64
-        moments.sums = [total.cpu() for total in moments.sums]
-    tokens = moments.tokens
-    safety, even, odd = (total / (n or float("nan")) for total, n in zip(moments.sums, tokens, strict=True))
-    basis = torch.zeros(len(safety), 0, dtype=torch.float64, device=safety.device)
-    ordinary = tokens[1] + tokens[2]
-    if shared and tokens[0] and ordinary:
-        both = (safety + (moments.sums[1] + moments.sums[2]) / ordinary) / 2
-        basis = leading(both.double(), shared)
-    return Spread((safety, even, odd), (tokens[0], tokens[1], tokens[2]), basis)
+    if moments.sums:
+        moments.sum_up()
+    counts = (moments.tokens[0], moments.tokens[1], moments.tokens[2])
+    first = next(one for one in (*moments.sums, *itertools.chain(*moments.kept)))
+    device = torch.device("cpu") if first.device.type == "mps" else first.device  # which has no float64
+    sums = [total.to(device) for total in moments.sums]
+    none = torch.zeros(0, moments.size, device=device)
+    inputs = [] if sums else [torch.cat([none, *(x.to(device) for x in part)]) for part in moments.kept]
+    basis = torch.zeros(moments.size, 0, dtype=torch.float64, device=device)
+    ordinary = counts[1] + counts[2]
+    if shared and counts[0] and ordinary:
+        weights = (0.5 / counts[0], 0.5 / ordinary, 0.5 / ordinary)
+        if sums:
+            both = torch.stack([total.double() * w for total, w in zip(sums, weights, strict=True)]).sum(dim=0)
+            basis = leading(both, shared)
+        else:
+            rows = torch.cat([x * w**0.5 for x, w in zip(inputs, weights, strict=True)])
+            basis = leading_of(rows, shared)
+    return Spread(sums, inputs, counts, basis)
 
 
 def leading(moments_II: torch.Tensor, count: int) -> torch.Tensor:
-    """The leading eigenvectors of a symmetric matrix without negative eigenvalues, float64 `[I, count]`.
-
-    Of a large one by subspace iteration (Halko et al., arXiv 0909.4061) from a fixed start, in float32 with a last
-    round in float64, until each residual is below a thousandth of its eigenvalue, so that a millionth of the
-    direction's energy is left; where that takes too long, by all eigenvectors.
-    """
+    """The leading eigenvectors of a symmetric matrix without negative eigenvalues, float64 `[I, count]`; of a large one
+    by `_subspace`, or where that takes too long, by all eigenvectors."""
     size = len(moments_II)
-    if size > SMALL:
-        generator = torch.Generator().manual_seed(0)
-        narrow_II = moments_II.float()
-        start = torch.randn(size, count + SPARE, generator=generator).to(moments_II.device)
-        vectors: torch.Tensor = torch.linalg.qr(start).Q
-        for _ in range(ROUNDS):
-            moved = narrow_II @ vectors
-            values, turn = torch.linalg.eigh(vectors.T @ moved)
-            top, chosen = values.flip(0)[:count].clamp(min=0), turn.flip(1)[:, :count]
-            residual = (moved @ chosen - (vectors @ chosen) * top).norm(dim=0)
-            # What float32 cannot tell from the largest has no energy worth taking out.
-            if bool((residual <= CLOSE * top + ROUNDING * values[-1]).all()):
-                return torch.linalg.qr(moments_II @ (vectors @ chosen).double()).Q
-            vectors = torch.linalg.qr(moved).Q
+    narrow_II = moments_II.float()
+    found = _subspace(lambda v: narrow_II @ v, size, count, moments_II.device) if size > SMALL else None
+    if found is not None:
+        return torch.linalg.qr(moments_II @ found.double()).Q
     vectors = torch.linalg.eigh(moments_II).eigenvectors
     return vectors.flip(1)[:, :count]
+
+
+def leading_of(rows_NI: torch.Tensor, count: int) -> torch.Tensor:
+    """The same of Rᵀ R, which is formed only where it is small, or where the iteration takes too long."""
+    size = rows_NI.shape[1]
+    found = _subspace(lambda v: rows_NI.T @ (rows_NI @ v), size, count, rows_NI.device) if size > SMALL else None
+    wide_NI = rows_NI.double()
+    if found is None:
+        return leading(wide_NI.T @ wide_NI, count)
+    return torch.linalg.qr(wide_NI.T @ (wide_NI @ found.double())).Q
+
+
+def _subspace(
+    product: Callable[[torch.Tensor], torch.Tensor], size: int, count: int, device: torch.device
+) -> torch.Tensor | None:
+    """The leading eigenvectors of what `product` multiplies with, but for a last round: `[I, count]`, float32.
+
+    Subspace iteration (Halko et al., arXiv 0909.4061) from a fixed start, until each residual is below a thousandth of
+    its eigenvalue, so that a millionth of the direction's energy is left; None where that takes too long.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, count + SPARE, generator=generator).to(device)
+    vectors: torch.Tensor = torch.linalg.qr(start).Q
+    for _ in range(ROUNDS):
+        moved = product(vectors)
+        values, turn = torch.linalg.eigh(vectors.T @ moved)
+        top, chosen = values.flip(0)[:count].clamp(min=0), turn.flip(1)[:, :count]
+        residual = (moved @ chosen - (vectors @ chosen) * top).norm(dim=0)
+        # What float32 cannot tell from the largest has no energy worth taking out.
+        if bool((residual <= CLOSE * top + ROUNDING * values[-1]).all()):
+            return vectors @ chosen
+        vectors = torch.linalg.qr(moved).Q
+    return None
 
 
 def row_powers(delta: Delta, spread: Spread) -> torch.Tensor:
     """D̃ᵢ C D̃ᵢᵀ on safety text, on ordinary text and on its halves, and ‖Dᵢ‖², float64 `[O, 5]`."""
     if isinstance(delta, LowRank):
-        basis = spread.basis
-        a, b = delta.a.to(basis), delta.b.to(basis)
-        rest = a - (a @ basis) @ basis.T
-        found = [((b @ (rest @ part.double() @ rest.T)) * b).sum(dim=1) for part in spread.parts]
+        a, b = delta.a.to(spread.basis), delta.b.to(spread.basis)
+        found = [((b @ part) * b).sum(dim=1) for part in spread.along(a)]
         norm = ((b @ (a @ a.T)) * b).sum(dim=1)
     else:
-        found = [((delta @ part.to(delta)) * delta).sum(dim=1) for part in spread.rests]
+        found = spread.squares(delta)
         norm = delta.square().sum(dim=1)
     return spread.powers(found, norm)
 
