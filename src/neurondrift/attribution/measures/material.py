@@ -133,12 +133,15 @@ class Material:
             vessel.go(self.model.states[-1], self.model.states[-1], 1.0)
             yield self.sites.model
 
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What several scores have in common: made when it is first asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
     def compounds(self, unit: Unit) -> dict[str, Compound]:
         """The hidden units or the heads of the model."""
-        key = f"compounds {unit}"
-        if key not in self._kept:
-            self._kept[key] = compounds(self.sites, unit)
-        found: dict[str, Compound] = self._kept[key]
+        found: dict[str, Compound] = self.once(f"compounds {unit}", lambda: compounds(self.sites, unit))
         return found
 
     @cached_property
@@ -148,17 +151,17 @@ class Material:
 
     def encoded(self, part: Set) -> list[Mapping[str, Any]]:
         """The examples of a set as token ids and labels."""
-        key = f"encoded {part}"
-        if key not in self._kept:
-            given: Sequence[Any] = getattr(self, part)
-            if not given:
-                raise DataError(f"There are no examples of {part}")
-            rows = [one for one in given if isinstance(one, Mapping)]
-            if len(rows) not in (0, len(given)):
-                raise DataError(f"Some examples of {part} are encoded and some are not", received=len(rows))
-            self._kept[key] = rows or list(encode(given, self.tokenizer, max_length=self.max_length))
-        found: list[Mapping[str, Any]] = self._kept[key]
+        found: list[Mapping[str, Any]] = self.once(f"encoded {part}", lambda: self._encoded(part))
         return found
+
+    def _encoded(self, part: Set) -> list[Mapping[str, Any]]:
+        given: Sequence[Any] = getattr(self, part)
+        if not given:
+            raise DataError(f"There are no examples of {part}")
+        rows: list[Mapping[str, Any]] = [one for one in given if isinstance(one, Mapping)]
+        if len(rows) not in (0, len(given)):
+            raise DataError(f"Some examples of {part} are encoded and some are not", received=len(rows))
+        return rows or list(encode(given, self.tokenizer, max_length=self.max_length))
 
     def prompts(self, part: Set) -> Sequence[str | Example]:
         """The harmful prompts (of `safety`) or the harmless ones (of `utility`)."""

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from neurondrift.attribution.changes import Change
+from neurondrift.attribution.measures.contrasts import check_prompts, cohens_d, contrast, refusal_direction
 from neurondrift.attribution.measures.material import Base, Examples, Material
+from neurondrift.attribution.measures.patching import attribution_patching, pairs_of
 from neurondrift.attribution.measures.scores import (
     Measured,
     change_length,
+    check_floor,
     drift_ratio,
     drift_shrunk,
     gradient,
@@ -27,7 +30,7 @@ from neurondrift.attribution.measures.scores import (
     ratio,
     taylor,
 )
-from neurondrift.base.errors import ConfigError
+from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.importance.methods import METHODS
 from neurondrift.models.data import Example
 from neurondrift.models.parts import Unit
@@ -59,6 +62,8 @@ class Measure:
         Whether it exists for single weights too (a method of `importance.methods`): groups of weights can be made.
     signed
         Whether values below 0 mean the opposite, so that no logarithm is to be taken.
+    check
+        Raises, before anything is computed, where a material has not what it needs.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Measure:
     base: bool = False
     weights: bool = False
     signed: bool = False
+    check: Callable[[Material], object] = lambda material: None
 
 
 def _of_importance(name: str) -> Measure:
@@ -83,6 +89,19 @@ MEASURES: dict[str, Measure] = {
         *map(_of_importance, METHODS),
         Measure(name="snip_ratio", take=ratio("snip"), needs="backward", question="matters"),
         Measure(name="wanda_ratio", take=ratio("wanda"), needs="forward", question="matters"),
+        Measure(name="activation_contrast", take=contrast, needs="forward", question="carries", check=check_prompts),
+        Measure(name="cohens_d", take=cohens_d, needs="forward", question="carries", check=check_prompts),
+        Measure(
+            name="refusal_direction", take=refusal_direction, needs="forward", question="carries", check=check_prompts
+        ),
+        Measure(
+            name="attribution_patching",
+            take=attribution_patching,
+            needs="backward",
+            question="carries",
+            signed=True,
+            check=pairs_of,
+        ),
         Measure(
             name="functional_drift_ratio",
             take=drift_ratio,
@@ -90,6 +109,7 @@ MEASURES: dict[str, Measure] = {
             question="trained",
             base=True,
             signed=True,
+            check=check_floor,
         ),
         Measure(
             name="functional_drift_shrunk",
@@ -98,6 +118,7 @@ MEASURES: dict[str, Measure] = {
             question="trained",
             base=True,
             signed=True,
+            check=check_floor,
         ),
         Measure(name="path_attribution", take=path, needs="backward", question="trained", base=True, signed=True),
         Measure(
@@ -173,13 +194,36 @@ def measures(
 ) -> Iterator[tuple[str, Measured]]:
     """Several scores, one after the other; what they have in common is computed once.
 
-    `names`: by default all that can be taken, those that need a base only where one is known. Errors as of `measure`.
+    `names`: by default all that the material is enough for. Errors as of `measure`; those about what is missing come
+    before anything is computed.
     """
-    chosen = list(names) if names is not None else [n for n, m in MEASURES.items() if material.has_base or not m.base]
-    for name in chosen:
-        get_measure(name)
+    if names is None:
+        chosen = [name for name, one in MEASURES.items() if _enough(one, material)]
+    else:
+        chosen = list(names)
+        for name in chosen:
+            check(get_measure(name), material)
     for name in chosen:
         yield name, take(name, material, unit)
+
+
+def check(chosen: Measure, material: Material) -> None:
+    """Raise where a material lacks what a score needs: `ConfigError` for a base, `DataError` for examples."""
+    if chosen.base and not material.has_base:
+        raise ConfigError(
+            f"The score {chosen.name} needs the model from before the change that is studied",
+            fix="name it as the base, or use a score that needs none: "
+            + ", ".join(other for other, one in MEASURES.items() if not one.base),
+        )
+    chosen.check(material)
+
+
+def _enough(chosen: Measure, material: Material) -> bool:
+    try:
+        check(chosen, material)
+    except (ConfigError, DataError):
+        return False
+    return True
 
 
 def take(name: str, material: Material, unit: Unit = "row") -> Measured:
@@ -187,12 +231,7 @@ def take(name: str, material: Material, unit: Unit = "row") -> Measured:
     chosen = get_measure(name)
     if unit not in UNITS:
         raise ConfigError("There is no such unit", received=unit, allowed=", ".join(UNITS))
-    if chosen.base and not material.has_base:
-        raise ConfigError(
-            f"The score {name} needs the model from before the change that is studied",
-            fix="name it as the base, or use a score that needs none: "
-            + ", ".join(other for other, one in MEASURES.items() if not one.base),
-        )
+    check(chosen, material)
     found = chosen.take(material, unit)
     assert all(values.dtype == torch.float32 and values.ndim == 1 for values in found.values())
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from neurondrift.attribution.measures.material import Material, Set
+from neurondrift.base.errors import DataError
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import pad_token_id_of
@@ -109,6 +110,15 @@ def taylor(material: Material, unit: Unit) -> Measured:
     with material.standing() as model:
         run(model, sites, batches, record, backward=True, on_batch=material.on_batch)
     return Measured({name: totals[one.down] / len(encoded) for name, one in material.compounds(unit).items()})
+
+
+def check_floor(material: Material) -> None:
+    """Raise `DataError` for fewer than two ordinary examples: their halves are the noise floor."""
+    if len(material.utility) < 2:
+        raise DataError(
+            "The ordinary set is split in two for the noise floor: it needs two examples or more",
+            received=len(material.utility),
+        )
 
 
 def drift_ratio(material: Material, unit: Unit) -> Measured:
