@@ -15,14 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -30,28 +27,14 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_toml, without_none
 from neurondrift.base.roles import group_names
 from neurondrift.models.data import DataOrNone, DataReference
+from neurondrift.study.sections.attribute import AttributeSection
+from neurondrift.study.sections.section import Count, Fraction, Positive
+from neurondrift.study.sections.section import Section as Section
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
-
-
-class Section(BaseModel):
-    """A table of the configuration: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def unsaid(self) -> Collection[str]:
-        """Settings to leave out of what is written: the fingerprints of studies that stand do not know them."""
-        return ()
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name not in self.unsaid()}
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -308,6 +291,7 @@ class Study(Section):
     groups: GroupsSection = GroupsSection()
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    attribute: AttributeSection = AttributeSection()
     analyze: AnalyzeSection = AnalyzeSection()
     intervene: InterveneSection = InterveneSection()
     subspaces: SubspacesSection = SubspacesSection()
