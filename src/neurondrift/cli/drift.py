@@ -109,7 +109,7 @@ def attribute(
     if base is None:
         if given := given_of(alone):
             raise ConfigError(
-                "These flags are about models that are named, and none is",
+                "These flags are about a change between models, and no model is named",
                 received=", ".join(given),
                 fix="neurondrift attribute BASE TUNED ..., or set [attribute] in the study's configuration",
             )

@@ -278,7 +278,7 @@ def _methods(results: Findings) -> Section:
         "requests, D̃ its change without the 8 leading input directions of both; compared as drift is.",
         "Share of the lost margin: integrated gradients of the refusal margin along the saved steps (or the straight "
         "way), summed over a group, beside its controls as they are weighted; clusters as for ratios.",
-        "H1: more than comparable neurons, by more than the band, in every group that judges. H2: shown not to be, and "
+        "H1: more than comparable neurons, by more than the band, in every group that judges. H2: in none of them, and "
         "patching their original activations brings no refusals back. Else undecided.",
         "Controls of known answer: random, mirrored and placebo groups are to move as far, the top by fine-tuning "
         "gradient further, and a group's own drift times 1.25 is to be told from itself.",
