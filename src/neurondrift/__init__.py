@@ -48,6 +48,7 @@ _HOMES = {
     "path_attribution": "attribution.paths",
     "budget": "attribution.paths",
     "provenance": "attribution.provenance",
+    "measure": "attribution.measures.registry",
     "UserError": "base.errors",
 }
 
@@ -55,6 +56,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neurondrift.attribution.margin import Margin, ResponseLoss, refusal_margin
+    from neurondrift.attribution.measures.registry import measure
     from neurondrift.attribution.openings import Openings, own_openings
     from neurondrift.attribution.outputs import functional_drift
     from neurondrift.attribution.paths import budget, path_attribution

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import numpy as np
 import numpy.typing as npt
 
-from neurondrift.base.roles import Role, role_of_name
+from neurondrift.base.roles import ALIGNMENT_GROUPS, Role, role_of_name
 from neurondrift.behaviour.rates import category_interval, mean_of, paired_change, refusal_rate
 from neurondrift.drift.bins import WeightDrift, aligned, pooled, weight_drifts
 from neurondrift.drift.log import METRICS, DriftLog
@@ -42,8 +42,12 @@ from neurondrift.statistics.design.ratios import Rules
 from neurondrift.study.population import MATCHED, Compared, Rows, behaviour_series, load_population, membership
 from neurondrift.study.settings import AnalyzeSection
 
-#: The mirrored group is chosen by utility, so it is balanced on the safety score instead, where that is known.
-MIRRORED = {"utility_set_difference": ("norm", "safety_score", "gradient_scale")}
+#: What groups are matched on that are not matched as usual: the mirrored group is chosen by utility, so it is balanced
+#: on the safety score instead, and groups of the alignment's change on how far the alignment moved them.
+MATCHED_OTHERWISE = {
+    "utility_set_difference": ("norm", "safety_score", "gradient_scale"),
+    **dict.fromkeys(ALIGNMENT_GROUPS, ("norm", "utility_score", "gradient_scale", "alignment_change")),
+}
 
 
 class DriftFindings(TypedDict):
@@ -104,7 +108,9 @@ def analysis(
     members = {name: membership(population, logs, group, name) for name, group in groups.items()}
     roles = {name: role_of(group, name) for name, group in groups.items()}
     match_on = {
-        name: on for name, on in MIRRORED.items() if name in members and {"norm", *population.covariates}.issuperset(on)
+        name: on
+        for name, on in MATCHED_OTHERWISE.items()
+        if name in members and {"norm", *population.covariates}.issuperset(on)
     }
     result = analyze(
         population,

@@ -27,6 +27,8 @@ Rows = list[dict[str, Any]]
 MATCHED = ".matched"
 #: What neurons are matched on beside site and norm, of the columns of the file of covariates.
 COVARIATES = ("safety_score", "utility_score", "gradient_scale")
+#: What groups of the alignment's change are matched on besides, where it is known.
+FURTHER = ("alignment_change",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None
 def read_covariates(
     path: Path, model: str, sites: Sequence[str], site_N: npt.NDArray[np.int64], row_N: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Utility score and gradient scale of neurons (their site's place in `sites`, their row), float64 [N], as they are.
+    """Scores, gradient scale and (where it is known) change of the alignment of neurons (their site's place in `sites`,
+    their row), float64 [N], as they are.
 
     Raises `ArtifactError` where the file is damaged, of another model than that with this fingerprint, or does not
     cover the neurons.
@@ -95,7 +98,8 @@ def read_covariates(
         raise ArtifactError(
             "The covariates of neurons are of another model", received=file.about.get("model"), allowed=model
         )
-    result = {name: np.full(len(site_N), np.nan) for name in COVARIATES}
+    known = [*COVARIATES, *(name for name in FURTHER if name in file.columns)]
+    result = {name: np.full(len(site_N), np.nan) for name in known}
     for place, site in enumerate(sites):
         here_N = site_N == place
         for name, values_N in result.items():

@@ -115,6 +115,16 @@ def _openings(study: Study) -> dict[str, Any]:
     }
 
 
+def _base(study: Study) -> dict[str, Any]:
+    """The model from before the alignment, where it is known: groups of its change are made then."""
+    return {} if study.base is None else {"base": study.base}
+
+
+def base_of_scores(study: Study) -> dict[str, Any]:
+    """The same, where scores are of that change."""
+    return _base(study) if study.scores_change else {}
+
+
 def gradient_data(study: Study) -> dict[str, Any]:
     """The gradient scale is taken from fine-tuning examples, as long as fine-tuning sees them."""
     data, length = study.finetune.data, study.finetune.max_length
@@ -137,7 +147,7 @@ STAGES = (
         no_result=frozenset({"checkpoint_activations"}),  # less memory, the same scores
         run=scoring.score,
         outputs=scoring.outputs,
-        extra_inputs=lambda study: first_seed(study) | gradient_data(study),
+        extra_inputs=lambda study: first_seed(study) | gradient_data(study) | base_of_scores(study),
         root=lambda folder: folder.scratch,
         scratch_until="groups",
         in_processes=True,
@@ -148,7 +158,7 @@ STAGES = (
         section="groups",
         run=grouping.groups,
         outputs=grouping.outputs,
-        extra_inputs=lambda study: first_seed(study) | _units(study),
+        extra_inputs=lambda study: first_seed(study) | _units(study) | _base(study),
     ),
     Stage(
         name="finetune",
