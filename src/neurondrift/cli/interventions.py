@@ -1,4 +1,4 @@
-"""The command that acts on groups: prune, rewind, transplant, freeze, against matched random groups."""
+"""The command that acts on groups: prune, rewind, transplant, patch, freeze, against matched random groups."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ class InterveneFlags(SettingFlags):
         list[str] | None, asked("intervene.groups", "group's name or file; default: the safety groups")
     ] = None
     intervention: Annotated[
-        list[Literal["prune", "rewind", "transplant", "freeze"]] | None,
+        list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] | None,
         asked("intervene.interventions", "may be repeated; default: all"),
+    ] = None
+    outcome: Annotated[
+        Literal["margin", "refusals", "both"] | None,
+        asked("intervene.outcome", "the refusal margin (fast), written refusals, or both (default)"),
     ] = None
     draws: Annotated[int | None, asked("intervene.draws", "matched random groups for each group")] = None
     dose_draws: Annotated[int | None, asked("intervene.dose_draws", "the same at each smaller dose")] = None
@@ -93,9 +97,10 @@ def intervene(
     *,
     json: Annotated[Path | None, Parameter(help="write the findings here too")] = None,
 ) -> None:
-    """Act on groups, and on matched random groups: prune, rewind, transplant, freeze. Drift alone shows no cause.
+    """Act on groups, and on matched random groups: prune, rewind, transplant, patch, freeze.
 
-    Runs that are done are not made again. The findings go to results/interventions.json and into the report.
+    Drift alone shows no cause. Runs that are done are not made again. The findings go to results/interventions.json
+    and into the report.
     """
     asks.check()
     study = study_of(source, flags, asks)

@@ -25,6 +25,7 @@ from neurondrift.behaviour.decoding.cache import is_filled
 from neurondrift.groups.group import Group
 from neurondrift.interventions.contexts import Applied, check_base
 from neurondrift.models.architecture.conventions import close, some_tokens
+from neurondrift.models.parts import parts
 from neurondrift.models.sites import Site, Sites, sites_of, unwrap
 
 # Where a model keeps what it has read, if it is no cache of transformers.
@@ -52,7 +53,8 @@ def patch(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = N
     model
         The fine-tuned model, or its `linear_sites`: with an unmerged adapter, or fully fine-tuned with a `donor`.
     group
-        Of neurons (rows: the outputs of linear layers) or of hidden units (what goes into the down projection).
+        Of neurons (rows: the outputs of linear layers) or of hidden units (what goes into the down projection), or of
+        anything else that is some columns of one site: attention heads (what goes into the output projection).
     donor
         The loaded model from before; None: the model itself with its adapters switched off.
 
@@ -124,28 +126,14 @@ def places_of(group: Group, sites: Sites) -> list[Place]:
             received=f"a group of {len(group)} weights",
             allowed="groups of neurons or of hidden units",
         )
-    is_input = group.granularity != "neuron"
-    if not is_input:
-        group.check_members(sites.shapes)
     places = []
-    for name, members in group.members.items():
-        if not len(members):
-            continue
-        where = name
-        if is_input:
-            if name not in sites.units:
-                raise GroupError(f"The model has no MLP {name}, which the group names")
-            unit = sites.units[name]
-            if members[-1] >= unit.count:
-                raise GroupError(
-                    f"The group names a hidden unit beyond the end of {name}",
-                    received=int(members[-1]),
-                    allowed=f"below {unit.count}",
-                )
-            where = unit.down
-        site = sites[where]
-        index = torch.from_numpy(members.copy()).to(site.tensor.device)
-        places += [Place(module, index, is_input) for module in _modules_of(site)]
+    for name, part in parts(group, sites).items():
+        # A neuron's output is its row's; a unit's or a head's, made of rows elsewhere, is what goes into its columns.
+        where = part.rows if group.granularity == "neuron" else part.columns
+        if len(where):
+            site = sites[name]
+            index = torch.from_numpy(where.copy()).to(site.tensor.device)
+            places += [Place(module, index, group.granularity != "neuron") for module in _modules_of(site)]
     return places
 
 
@@ -187,8 +175,8 @@ def _switches(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _switched(layers: list[Any], *, disabled: bool) -> Iterator[None]:
-    """Adapters off or on within the block. The flag alone: PEFT's own switch also sets what requires gradients, layer by
-    layer, which would cost as much as the step of a small model."""
+    """Adapters off or on within the block. The flag alone: PEFT's own switch also sets what requires gradients, layer
+    by layer, which would cost as much as the step of a small model."""
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = disabled
@@ -306,8 +294,8 @@ class _Exchange:
         return self._second(value) if isinstance(value, Cache) else value
 
     def _second(self, cache: Any) -> Any:
-        """The giver's part of a cache: as many layers again, behind the taker's own, so that what is done to the rows of
-        the one is done to those of the other."""
+        """The giver's part of a cache: as many layers again, behind the taker's own, so that what is done to the rows
+        of the one is done to those of the other."""
         own = self.own_layers
         if not cache.layers:
             cache.layers = [DynamicLayer() for _ in range(own)]
@@ -324,7 +312,7 @@ class _Exchange:
 
     @torch.no_grad()
     def _known(self) -> bool:
-        """Whether the patched model says the same of a few tokens with a cache as without: asked once for each class."""
+        """Whether the patched model says the same of a few tokens with a cache as without: asked once a class."""
         key = type(self.inner), repr(self.inner.config.to_dict())
         if key not in _CACHES:
             _CACHES[key] = False

@@ -240,8 +240,11 @@ class InterveneSection(Experiment):
 
     granularity: Literal["neuron", "weight", "unit"] = "neuron"
     groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups that judge")
-    interventions: list[Literal["prune", "rewind", "transplant", "freeze"]] = Field(
+    interventions: list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] = Field(
         [], description="empty: all that can be run"
+    )
+    outcome: Literal["margin", "refusals", "both"] = Field(
+        "both", description="the refusal margin (primary, one forward a prompt), written refusals, or both"
     )
     draws: int = Field(20, description="matched random groups for each group")
     dose_draws: int = Field(3, description="the same at each smaller dose")
@@ -253,6 +256,7 @@ class InterveneSection(Experiment):
     smallest_effect: Fraction = Field(
         0.1, description="smallest effect of interest, in shares refused: the interval must lie beyond it"
     )
+    smallest_margin: Fraction = Field(0.1, description="the same of the margin, as a share of the margin that was lost")
     mode: Literal["zero", "mean"] = Field("zero", description="what pruned weights become")
     harmful: Count = Field(32, description="harmful requests of each run")
     ordinary: Count = Field(8, description="ordinary prompts of each run")
