@@ -109,11 +109,11 @@ def test_all_interventions_on_a_study_are_resumed_and_reported(study):
 def test_a_run_is_the_same_whatever_is_answered_together(study):
     from neurondrift.behaviour.evaluate import judge_answers
     from neurondrift.interventions.measures import answer_losses, margins_of, measure
-    from neurondrift.study.experiments.intervene import _bench, _subject
+    from neurondrift.study.experiments.intervene import _bench, subject_of
     from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
-    subject, _ = _subject(settings, folder, Options(), 0)
+    subject, _ = subject_of(settings, folder, Options(), 0)
     bench = _bench(settings, Options(harmful=5, ordinary=4, answers=3, max_new_tokens=6))
     margins = margins_of(subject.after, subject.tokenizer, bench)
     rows = measure(subject.after, subject.tokenizer, bench, whole=True, margins=margins)
@@ -137,11 +137,11 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups.group import load_group
     from neurondrift.models.parts import parts
-    from neurondrift.study.experiments.intervene import _subject
+    from neurondrift.study.experiments.intervene import subject_of
     from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
-    subject, _ = _subject(settings, folder, Options(), 0)
+    subject, _ = subject_of(settings, folder, Options(), 0)
     group = load_group(folder.group_file("safety_top", "neuron"))
     base = {name: site.weight.clone() for name, site in linear_sites(subject.before).items()}
     changes = []

@@ -89,6 +89,34 @@ class InterveneFlags(SettingFlags):
 NOTHING_ASKED = InterveneFlags()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DoseFlags(SettingFlags):
+    """What the dose-response is asked for."""
+
+    doses: Annotated[
+        str | None,
+        asked("dose_response.doses", "top shares of neurons (default 0.01,0.02,0.05,0.1)", read=_shares),
+    ] = None
+    intervention: Annotated[
+        list[Literal["rewind", "patch"]] | None,
+        asked("dose_response.interventions", "may be repeated; default: both"),
+    ] = None
+    ranking: Annotated[
+        Literal["budget", "path"] | None,
+        asked("dose_response.ranking", "along the saved steps (default), or straight to the last"),
+    ] = None
+    draws: Annotated[int | None, asked("dose_response.draws", "permutations of the ranking within site and |w|")] = None
+    uniform_draws: Annotated[int | None, asked("dose_response.uniform_draws", "permutations within the site alone")] = (
+        None
+    )
+    prompts: Annotated[int | None, asked("dose_response.harmful", "harmful prompts, both halves together")] = None
+    seed: Annotated[int | None, asked("dose_response.seed", "training seed; default: the first")] = None
+
+
+NO_DOSES = DoseFlags()
+
+
 @app.command
 def intervene(
     source: Source = NO_SOURCE,
@@ -119,3 +147,16 @@ def intervene(
         show(folder, say=say)
     if json is not None:
         write_json(json, read_json(results_file(folder)))
+
+
+@app.command
+def dose_response(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, asks: DoseFlags = NO_DOSES) -> None:
+    """Out of sample: rank neurons by what they contributed to the lost margin on half of the harmful prompts, put the
+    top shares back or patch them, and measure the margin on the other half, beside other rankings and random groups.
+    """
+    study = study_of(source, flags, asks)
+    from neurondrift.study.experiments.dose_response import show
+    from neurondrift.study.folder import StudyFolder
+
+    folder = StudyFolder(source.output_dir, study)
+    run_experiment("dose-response", study, source.output_dir, lambda: show(folder, say=say))

@@ -1,4 +1,4 @@
-"""The figure of interventions in doses."""
+"""The figures of interventions in doses: of the groups, and of rankings out of sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from matplotlib.patches import Patch
 from neurondrift.report.figures.style import FULL_WIDTH, GREY, INK, LEAST_WIDTH, group_marks, letters, new_figure, words
 from neurondrift.report.findings.interventions import InterventionEffect, NullMeasure
 from neurondrift.report.findings.statistical import Findings
-from neurondrift.report.reading import draws_made, interventions_of, is_stopped, outcome_of, roles_of
+from neurondrift.report.reading import (
+    draws_made,
+    interventions_of,
+    is_same_model,
+    is_stopped,
+    outcome_of,
+    roles_of,
+    study_of,
+)
 from neurondrift.report.wording import finite, role_of
 
 NULL_BAND = "#D9D9D9"
@@ -100,3 +108,60 @@ def _panel(
         ax.plot([x[0] - 4, x[0] + 4], [mean[0], mean[0]], color=GREY, ls=(0, (3.5, 2.0)), lw=1.0, zorder=2)
     ax.plot(x, mean, color=GREY, ls=(0, (3.5, 2.0)), lw=1.0, zorder=2)
     ax.plot(doses, [float("nan") if v is None else v for v in values], color=colour, marker=marker, zorder=3)
+
+
+#: Colour and marker of what neurons are ranked by.
+RANKINGS = {"budget": ("#D55E00", "o"), "norm": ("#0072B2", "s"), "safety_score": ("#009E73", "^")}
+RANKED_BY = {"budget": "by the budget", "norm": "by the norm of the change", "safety_score": "by the safety score"}
+
+
+def out_of_sample_doses(results: Findings) -> Figure | None:
+    """Share of the lost margin that comes back against dose, a panel per intervention; permuted rankings as bands."""
+    found = results.get("dose_response")
+    if not found or not is_same_model(found["model_fingerprint"], study_of(results).get("model_fingerprint")):
+        return None
+    if all(finite(effect["share"]) is None for effect in found["effects"]):
+        return None
+    kinds = list(dict.fromkeys(effect["intervention"] for effect in found["effects"]))
+    figure = new_figure(
+        3.2, "Lost margin that comes back on other prompts than those ranked by", width=max(LEAST_WIDTH, FULL_WIDTH)
+    )
+    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for ax, kind in zip(axes, kinds, strict=True):
+        effects = [effect for effect in found["effects"] if effect["intervention"] == kind]
+        doses = sorted({effect["dose"] for effect in effects})
+        for style in (0.0, 1.0):
+            ax.axhline(style, color=INK, lw=0.8, ls=":" if style == 0 else "-", zorder=1)
+        budget = {effect["dose"]: effect["random"] for effect in effects if effect["arm"] == "budget"}
+        for null, colour, alpha in (("uniform", "#B8C9D6", 0.5), ("matched", NULL_BAND, 0.9)):
+            known = [dose for dose in doses if null in budget.get(dose, {})]
+            low, high = (
+                [float(budget[dose][null][field] or 0.0) for dose in known]  # type: ignore[literal-required]
+                for field in ("share_low", "share_high")
+            )
+            ax.fill_between([100 * dose for dose in known], low, high, color=colour, alpha=alpha, lw=0, zorder=0)
+        for arm, (colour, marker) in RANKINGS.items():
+            own = {effect["dose"]: effect["share"] for effect in effects if effect["arm"] == arm}
+            values = [finite(own.get(dose)) for dose in doses]
+            ax.plot(
+                [100 * dose for dose in doses],
+                [float("nan") if value is None else value for value in values],
+                color=colour,
+                marker=marker,
+                zorder=3,
+            )
+        ax.set(title=kind, xscale="log", xticks=[100 * dose for dose in doses])
+        ax.set_xticklabels([f"{100 * dose:g}" for dose in doses])
+        ax.minorticks_off()
+        ax.set_xlabel("neurons of each site, %")
+    axes[0].set_ylabel("share of the lost margin")
+    if len(kinds) > 1:
+        letters(list(axes))
+    handles = [
+        *(Line2D([], [], color=c, marker=m, label=RANKED_BY[arm]) for arm, (c, m) in RANKINGS.items()),
+        Patch(facecolor=NULL_BAND, label="random, same site and |w|: range"),
+        Patch(facecolor="#B8C9D6", alpha=0.5, label="random, same site: range"),
+        Line2D([], [], color=INK, lw=0.8, label="before fine-tuning"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure

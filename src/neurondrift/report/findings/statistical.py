@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.base.roles import Role
+from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.numbers import Estimate, Limits, Number
 from neurondrift.report.findings.ratios import ControlCheck, InjectedControl, RatioEffect
@@ -366,6 +367,7 @@ class Findings(TypedDict, total=False):
     weights: list[WeightRow]
     behaviour: Behaviour | None
     interventions: Interventions
+    dose_response: DoseResponse
     subspaces: Subspaces
     stability: Stability
 

@@ -106,7 +106,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     began = time.perf_counter()
     seed = study.seed if options.seed is None else options.seed
     draws = planned(options)
-    subject, adapter = _subject(study, folder, options, seed)
+    subject, adapter = subject_of(study, folder, options, seed)
     base = subject.sites_before.fingerprint
     groups = _groups(folder, options)
     asked = _asked(options, subject, groups, say)
@@ -218,7 +218,11 @@ def last_step(folder: StudyFolder, seed: int) -> int:
     return steps[-1]
 
 
-def _subject(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:
+def subject_of(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:
+    """The models before and after fine-tuning, and a digest of the latter's weights.
+
+    Raises `ConfigError` for a training seed that the study does not have, `ArtifactError` where it was not trained.
+    """
     if options.adapter is not None:
         model, tokenizer = load_named(study, adapter=options.adapter)
         return Subject(before=model, after=model, tokenizer=tokenizer), _digest(options.adapter)
