@@ -33,6 +33,8 @@ _HOMES = {
     "DriftCallback": "drift.callback",
     "is_refusal": "behaviour.judges",
     "weights_of_units": "models.parts",
+    "patch": "interventions.patching",
+    "patch_back": "interventions.patching",
     "prune": "interventions.contexts",
     "rewind": "interventions.contexts",
     "transplant": "interventions.contexts",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from neurondrift.importance.scores import score
     from neurondrift.interventions.contexts import prune, rewind, save_model, transplant
     from neurondrift.interventions.freezing import FreezeCallback, freeze
+    from neurondrift.interventions.patching import patch, patch_back
     from neurondrift.models.data import Example, encode, load_examples
     from neurondrift.models.loading import load_model
     from neurondrift.models.parts import weights_of_units

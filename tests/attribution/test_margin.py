@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import neurondrift as nd
-from helpers.attribution import PROMPTS, TOKENIZER, margins, with_bytes
+from helpers.attribution import PROMPTS, TOKENIZER, margins, moved, with_bytes
 from helpers.families import FAMILIES, build
 from neurondrift.attribution.margin import Margin, values_of
 from neurondrift.attribution.openings import Openings, openings_for, own_openings, tree_of
@@ -151,3 +151,26 @@ def test_own_openings_are_those_of_the_answers():
 def test_mistakes_are_told(make, error, message):
     with pytest.raises(error, match=message):
         make(build("llama"))
+
+
+BEGINNING = ["Tell me: Hi", "Tell me: How is it?", "Tell me: x", "Tell me: 12 + 5"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "phi3", "opt"])
+def test_what_prompts_begin_with_is_computed_once_and_changes_nothing(family):
+    model = with_bytes(family)
+    function = Margin(model, TOKENIZER, BEGINNING, SHORT)
+    expected = values_of(model, function)
+    for batch_size in (2, 32):
+        torch.testing.assert_close(function.quick_values(model, batch_size=batch_size), expected, atol=1e-4, rtol=0)
+    assert function._is_quick
+    other = moved(model, scale=0.05)  # another state of the same architecture
+    torch.testing.assert_close(function.quick_values(other), values_of(other, function), atol=1e-4, rtol=0)
+    assert not torch.allclose(function.quick_values(other), expected, atol=1e-3)
+
+
+def test_prompts_with_nothing_in_common_go_the_long_way():
+    model = with_bytes("llama")
+    function = Margin(model, TOKENIZER, ["Hi", "x y"], SHORT, chat_template=False)
+    assert torch.equal(function.quick_values(model), values_of(model, function))
+    assert function._is_quick is False

@@ -63,16 +63,16 @@ def adapt(model, *, scale, rank=4, seed=0, **settings):
     return wrapped
 
 
-def random_lora(family, *, dtype=torch.float32, targets=None, seed=1):
-    """A tiny model with a LoRA adapter whose two factors are random."""
-    model = build(family).to(dtype)
+def random_lora(family, *, dtype=torch.float32, targets=None, seed=1, model=None, scale=0.2):
+    """A tiny model (or the one that is given) with a LoRA adapter whose two factors are random."""
+    model = build(family).to(dtype) if model is None else model
     kinds = sorted({site.module_type for site in linear_sites(model).values()})
     settings = LoraConfig(r=3, lora_alpha=5, target_modules=targets or kinds, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, settings).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
     return tuned
 
 

@@ -47,9 +47,13 @@ INTERVENE = (
 )
 SUBSPACES = ("subspaces", "--rank", "4", "--utility-rank", "4", "--draws", "1", "--limit", "4")
 STABILITY = ("stability", "--draws", "2")
+DOSES = (
+    *("dose-response", "--draws", "1", "--uniform-draws", "1", "--doses", "0.1", "--prompts", "4"),
+    *("--intervention", "rewind"),
+)
 DIFF = ("diff", "{}/finetuned_models/aligned", "{}/finetuned_models/lora/step=000006", "--output-dir", "{}/diff")
 ALONE = ("evaluate", "tiny:llama", "--limit", "2", "--max-new-tokens", "4", "--output-dir", "{}/alone")
-WHOLE = (SMOKE, INTERVENE, SUBSPACES, STABILITY, DIFF, ALONE)
+WHOLE = (SMOKE, INTERVENE, DOSES, SUBSPACES, STABILITY, DIFF, ALONE)
 
 
 class Job(NamedTuple):
@@ -71,6 +75,7 @@ JOBS = {
     "analyze": Job((("analyze",),), (".neurondrift/analyze.json", "results/statistical_results.json")),
     "report": Job((("report",),), (".neurondrift/report.json", "results/*.txt", "results/*.html", "results/figures")),
     "intervene": Job((INTERVENE,), (".neurondrift/intervene.json", "results/interventions.*")),
+    "dose-response": Job((DOSES,), (".neurondrift/dose-response.json", "results/dose_response.*")),
     "subspaces": Job((SUBSPACES,), (".neurondrift/subspaces.json", "results/subspaces.json")),
     "stability": Job((STABILITY,), (".neurondrift/stability.json", "results/stability.json")),
     "diff": Job((DIFF,), ("diff",)),
@@ -261,8 +266,9 @@ def differences(first, second):
             found += [] if one.equals(other) else [f"{file}: the tables differ"]
         else:
             found += [f"{file}: {line}" for line in same.of_file(first / file, second / file, Counter())]
-    causes = Path("results") / "interventions.json"
-    if (first / causes).exists():
+    for causes in (Path("results") / name for name in ("interventions.json", "dose_response.json")):
+        if not (first / causes).exists():
+            continue
         import json
 
         one, other = (
@@ -402,7 +408,9 @@ def steps_of(folder):
     from neurondrift.study.settings import resolve
 
     run = StudyRun(resolve(file=folder / "study.toml"), folder)
-    steps = [step for name in (*ALWAYS, "intervene", "subspaces", "stability") for step in run.steps(name)]
+    steps = [
+        step for name in (*ALWAYS, "intervene", "dose-response", "subspaces", "stability") for step in run.steps(name)
+    ]
     return [
         (step, run.folder.manifest(step.stage.name, step.seed), step.stage.root(run.folder))
         for step in steps

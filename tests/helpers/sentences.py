@@ -3,7 +3,7 @@
 import copy
 import math
 
-from neurondrift.interventions.outcomes import _judge, causes
+from neurondrift.interventions.outcomes import causes, judge, scale_of
 from neurondrift.report.causes import intervention_findings, intervention_sentences
 
 REFERENCES = {"before": {"harmful": {"rate": 0.9, "n": 32}}, "after": {"harmful": {"rate": 0.4, "n": 32}}}
@@ -49,8 +49,9 @@ def effect(
 def judged(effects, references=REFERENCES, smallest_effect=0.1):
     """What `summarise` makes of such effects."""
     effects = copy.deepcopy(effects)
-    tests = _judge(effects, references, smallest_effect)
-    found = [cause._asdict() for cause in causes(effects, references)]
+    scale = scale_of("refusals", references, smallest_effect)
+    tests = judge(effects, scale)
+    found = [cause._asdict() for cause in causes(effects, scale)]
     return {
         "effects": effects,
         "references": references,

@@ -1,15 +1,20 @@
 """What each trial's intervention does to a fully fine-tuned model and to one with an adapter."""
 
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 import neurondrift as nd
+from helpers.adapters import random_lora
+from helpers.attribution import TOKENIZER, with_bytes
 from helpers.families import build
 from neurondrift.base.errors import ConfigError
+from neurondrift.behaviour.generate import generate
 from neurondrift.interventions.contexts import Applied
+from neurondrift.interventions.removal import remove_rank
 from neurondrift.interventions.trials import ACTIONS, INTERVENTIONS, REFERENCES, Subject, Trial, acted
 from neurondrift.models.sites import linear_sites
 
@@ -70,3 +75,93 @@ def test_freeze_needs_a_training_that_can_be_repeated():
     subject = Subject(before=model, after=model, tokenizer=None)
     with pytest.raises(ConfigError, match="trains again"), acted(subject, trial("freeze", some_rows(model)), "zero"):
         pass
+
+
+def answers_of(model):
+    """What a model says: logits, margins, and written answers."""
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    prompts = ["Hi", "How are you?", "Write a poem."]
+    return logits, nd.refusal_margin(model, TOKENIZER, prompts), generate(model, TOKENIZER, prompts, max_new_tokens=6)
+
+
+def same(found, expected):
+    return torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == expected[2]
+
+
+def bits_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+@pytest.mark.parametrize("what", [what for what in INTERVENTIONS if what != "freeze"])
+def test_where_nothing_has_changed_every_intervention_changes_nothing_bit_for_bit(what, kind):
+    """The model before is the model after: an adapter of zeros, or a copy. Pruning has nothing to take from a group
+    that is zero already."""
+    before = with_bytes("llama")
+    group = some_rows(before)
+    if what == "prune":
+        with torch.no_grad():
+            for name, rows in group.members.items():
+                linear_sites(before)[name].weight[rows] = 0
+    after = copy.deepcopy(before)
+    if kind == "adapter":
+        before = after = random_lora("llama", model=before)
+        with torch.no_grad():
+            for name, parameter in after.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+    subject = Subject(before=before, after=after, tokenizer=TOKENIZER)
+    expected, kept = answers_of(after), [bits_of(before), bits_of(after)]
+    with acted(subject, trial(what, group), "zero") as (model, applied):
+        assert applied.acted_on == len(group)
+        assert same(answers_of(model), expected)
+    for model, bits in zip((before, after), kept, strict=True):
+        assert same(answers_of(model), expected)
+        assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())
+
+
+def trained(model, group, site, row):
+    """A training of one step that moves one row, which is no member of the group; the group's gradients are 0."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    linear_sites(model)[site].owner.weight.grad[row] = 1.0
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()
+    return model
+
+
+def test_a_group_held_that_would_not_have_moved_changes_nothing_bit_for_bit():
+    before = with_bytes("llama")
+    group = some_rows(before)
+    site = next(iter(group.members))
+    row = next(row for row in range(linear_sites(before)[site].shape[0]) if row not in group.members[site])
+    after = trained(copy.deepcopy(before), group, site, row)
+
+    @contextmanager
+    def train_frozen(members):
+        model = copy.deepcopy(before)
+        with nd.freeze(model, members):
+            trained(model, members, site, row)
+        yield model, Applied(len(members), len(members), 0)
+
+    subject = Subject(before=before, after=after, tokenizer=TOKENIZER, train_frozen=train_frozen)
+    expected, bits, untouched = answers_of(after), bits_of(after), bits_of(before)
+    with acted(subject, trial("freeze", group), "zero") as (model, _):
+        assert same(answers_of(model), expected)
+        assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in before.state_dict().items())
+
+
+def test_nothing_removed_is_nothing_changed():
+    """The same of the directions of `remove_rank`: a projection of zeros."""
+    model = with_bytes("llama")
+    expected, bits = answers_of(model), bits_of(model)
+    nothing = {
+        name: (torch.zeros(site.shape[0], 2), torch.zeros(2, site.shape[0]))
+        for name, site in linear_sites(model).items()
+    }
+    with remove_rank(model, nothing):
+        assert same(answers_of(model), expected)
+        assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())

@@ -59,10 +59,10 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
         made.append(trial)
         return nullcontext((model, Applied(1, 1, 0)))
 
-    def measure(of, tokenizer, bench, *, whole):
+    def measure(of, tokenizer, bench, *, whole, margins, parts):
         trial = made[-1]
         count = 5 if trial.intervention == "rewind" and trial.draw is not None else refusals[trial.intervention]
-        blank = dict.fromkeys(("refused", "coherent", "undecided", "loss", "tokens"))
+        blank = dict.fromkeys(("refused", "coherent", "undecided", "margin", "loss", "tokens"))
         answer = blank | {"coherent": True, "undecided": False}
         rows = [answer | {"kind": "harmful", "id": str(i), "refused": i < count} for i in range(10)]
         rows[9]["coherent"] = False  # not refused after all, and not counted
@@ -117,7 +117,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert transplant["measures"]["harmful"]["incoherent"] == 1
     shown = {"model_fingerprint": "m", **found}
     text = "\n".join(render_section(section(shown)))
-    assert "2 of 20" in text and "> 0.1" in text and "no effect, interval or range" in text
+    assert "2 of 20" in text and "> 0.1" in text and "no effect, interval or range" in " ".join(text.split())
     drawn = intervention_doses({"interventions": shown})
     assert [t.get_text() for ax in drawn.axes for t in ax.texts if "draws" in t.get_text()] == ["2 of 20 draws"]
 
@@ -125,6 +125,8 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
     whole, effects = run("freeze")  # neither is freeze: the stopped null goes on
     assert [(trial.intervention, trial.draw) for trial in made] == [("transplant", k) for k in range(2, 20)]
     assert not any(effect["stopped_early"] for effect in effects.values())
-    assert "no effect, interval" not in "\n".join(render_section(section({"model_fingerprint": "m", **whole})))
+    assert "no effect, interval" not in " ".join(
+        "\n".join(render_section(section({"model_fingerprint": "m", **whole}))).split()
+    )
     assert run("all")[0] == found and not made  # more runs lie there, and change nothing
     assert "Too few draws to call anything a cause" in found["conclusion"]  # 2 tests, and 20 draws

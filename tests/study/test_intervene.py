@@ -48,7 +48,7 @@ def study(tmp_path_factory):
     return settings, folder
 
 
-def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
+def test_all_interventions_on_a_study_are_resumed_and_reported(study):
     import json
 
     import pyarrow.parquet as pq
@@ -67,15 +67,18 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     found = intervene(settings, folder, options, say=lines.append)
     assert json.loads(results_file(folder).read_text()) == found
     made = {(e["intervention"], e["group"], e["dose"]): e for e in found["effects"]}
-    assert len(made) == 2 * (3 * 2 + 1)  # freeze is run on whole groups only
+    assert len(made) == 2 * (5 * 2 + 1)  # freeze is run on whole groups only
     assert all(e["draws"] == {"freeze": 1}.get(e["intervention"], 2 if e["dose"] == 1 else 1) for e in made.values())
-    assert set(made["prune", "safety_top", 1.0]["measures"]) == {"harmful", "ordinary", "answers"}
-    assert set(made["prune", "safety_top", 0.5]["measures"]) == {"harmful"}
+    margins = {"margin_harmful", "margin_ordinary"}
+    assert set(made["prune", "safety_top", 1.0]["measures"]) == {"harmful", "ordinary", "answers", *margins}
+    assert set(made["prune", "safety_top", 0.5]["measures"]) == {"harmful", "margin_harmful"}
+    assert found["outcome"] == "margin"
+    assert "refusal margin from" in found["conclusion"] and "and the share refused of" in found["conclusion"]
     references = found["references"]
     assert references["before"]["answers"]["perplexity"] != references["after"]["answers"]["perplexity"]
     rows = pq.read_table(folder.results / "interventions.parquet").to_pylist()
     runs = {row["key"] for row in rows}
-    assert len(runs) == 2 + 2 * (3 * (3 + 2) + 2)
+    assert len(runs) == 2 + 2 * (5 * (3 + 2) + 2)
     assert sum(row["kind"] == "harmful" for row in rows) == 3 * len(runs)
     again = []
     assert intervene(settings, folder, options, say=again.append)["effects"] == found["effects"]
@@ -86,6 +89,7 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
     assert [line.split()[:5] for line in third[1:]][2] == ["rewind", "8", "runs,", "2", "made"]
     text = "\n".join(render_tables(section(found)))
     assert "random groups" in text and "by dose" in text and "held-out answers" in text
+    assert "Refusal margin of 3 harmful requests" in text and "patch_back" in text
     assert "undecided" in text and "members per candidate" in text
     assert {effect["role"] for effect in found["effects"]} == {"safety"}
     assert all(0 <= effect["support"]["own"] < 1 for effect in found["effects"])
@@ -104,14 +108,15 @@ def test_all_four_interventions_on_a_study_are_resumed_and_reported(study):
 
 def test_a_run_is_the_same_whatever_is_answered_together(study):
     from neurondrift.behaviour.evaluate import judge_answers
-    from neurondrift.interventions.trials import answer_losses, measure
-    from neurondrift.study.experiments.intervene import _bench, _subject
+    from neurondrift.interventions.measures import answer_losses, margins_of, measure
+    from neurondrift.study.experiments.intervene import _bench, subject_of
     from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
-    subject, _ = _subject(settings, folder, Options(), 0)
+    subject, _ = subject_of(settings, folder, Options(), 0)
     bench = _bench(settings, Options(harmful=5, ordinary=4, answers=3, max_new_tokens=6))
-    rows = measure(subject.after, subject.tokenizer, bench, whole=True)
+    margins = margins_of(subject.after, subject.tokenizer, bench)
+    rows = measure(subject.after, subject.tokenizer, bench, whole=True, margins=margins)
     alone = []
     for kind, examples in bench.sets.items():
         for example in examples:
@@ -122,18 +127,21 @@ def test_a_run_is_the_same_whatever_is_answered_together(study):
     ]
     together = judge_answers(subject.after, subject.tokenizer, bench.sets, **bench.judging)
     assert [row["response"] for row in together] == [row["response"] for row in alone]
-    assert measure(subject.after, subject.tokenizer, bench, whole=False) == rows[:5]
+    assert measure(subject.after, subject.tokenizer, bench, whole=False, margins=margins) == rows[:5]
+    for kind, own in bench.sets.items():
+        alone = [float(nd.refusal_margin(subject.after, subject.tokenizer, [example], batch_size=1)) for example in own]
+        assert [row["margin"] for row in rows if row["kind"] == kind] == pytest.approx(alone, abs=1e-4)
     assert [(row["loss"], row["tokens"]) for row in rows[9:]] == answer_losses(subject.after, subject.tokenizer, bench)
 
 
 def test_freezing_leaves_the_base_as_it_was_and_the_group_unmoved(study):
     from neurondrift.groups.group import load_group
     from neurondrift.models.parts import parts
-    from neurondrift.study.experiments.intervene import _subject
+    from neurondrift.study.experiments.intervene import subject_of
     from neurondrift.study.settings import InterveneSection as Options
 
     settings, folder = study
-    subject, _ = _subject(settings, folder, Options(), 0)
+    subject, _ = subject_of(settings, folder, Options(), 0)
     group = load_group(folder.group_file("safety_top", "neuron"))
     base = {name: site.weight.clone() for name, site in linear_sites(subject.before).items()}
     changes = []

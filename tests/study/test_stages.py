@@ -45,7 +45,7 @@ def test_a_stage_reads_stages_above_it_and_has_its_section():
         assert stage.section is None or stage.section in Study.model_fields
         assert stage.scratch_until is None or stage.scratch_until in names[place:]
     assert STAGES == ("align", "score", "groups", "finetune", "evaluate", "attribute", "analyze", "report")
-    assert set(names) - set(STAGES) == {"intervene", "subspaces", "stability"}
+    assert set(names) - set(STAGES) == {"intervene", "dose-response", "subspaces", "stability"}
     assert {"intervene", "subspaces"} <= set(names[: names.index("report")])
 
 

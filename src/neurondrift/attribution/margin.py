@@ -7,13 +7,14 @@ B = rows, T = tokens, P = prompts, K = nodes of the tree behind the prompt, V = 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from neurondrift.attribution.openings import Openings, openings_for, tree_of
 from neurondrift.base.errors import DataError, ModelError
@@ -29,6 +30,7 @@ from neurondrift.models.text.templates import prompt_ids
 
 # How far the logits of the two layouts may lie apart, as a share of their length: rounding, and no more.
 SAME, SAME_16_BITS = 1e-3, 0.03
+SHORTEST_COMMON = 8  # tokens that prompts must begin with together before they are computed once
 
 
 class Function(Protocol):
@@ -92,6 +94,8 @@ class Margin:
     chat_template: bool = True
     system: str | None = None
     in_tree: bool = field(init=False)
+    _is_quick: bool | None = field(init=False, default=None)
+    _common: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -177,6 +181,72 @@ class Margin:
         rows = torch.arange(0, len(batch.names), len(self._leaves), device=margins_P.device)
         return margins_P.new_zeros(len(batch.names)).index_add(0, rows, margins_P)
 
+    @torch.no_grad()
+    def quick_values(self, model: nn.Module, *, batch_size: int = 32) -> torch.Tensor:
+        """As `values_of`, with what all prompts begin with (the head of a chat template) computed once.
+
+        Where that cannot be done it is `values_of`: fewer than 8 tokens in common, a model in 16 bits, one that does
+        not take the tree behind a prompt, or whose cache is not of keys and values. The first call asks the model
+        whether both say the same. float64 `[count]` on the CPU.
+        """
+        if self._is_quick is None:
+            self._is_quick = self._quick_holds(model)
+        return self._quick(model, batch_size) if self._is_quick else values_of(model, self, batch_size=batch_size)
+
+    def _quick_holds(self, model: nn.Module) -> bool:
+        first, last = min(self._ids), max(self._ids)
+        most = min(map(len, self._ids)) - 1
+        self._common = next((at for at in range(most) if first[at] != last[at]), most)
+        if self._common < SHORTEST_COMMON or not self.in_tree or unwrap(model).dtype.itemsize < 4 or self.count < 2:
+            return False
+        longest = max(range(self.count), key=lambda index: len(self._ids[index]))
+        try:
+            plain = values_of(model, self, batch_size=8)
+            quick = self._quick(model, 8, [longest, *(index for index in range(self.count) if index != longest)][:4])
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, ModelError):
+            return False
+        known = quick.isfinite()
+        return bool(((quick - plain)[known].abs() <= SAME * (1 + plain[known].abs())).all())
+
+    def _quick(self, model: nn.Module, batch_size: int, chosen: Sequence[int] | None = None) -> torch.Tensor:
+        """The values of the chosen prompts (default: all), NaN of the others."""
+        inner, count = unwrap(model), self._common
+        device = inner.get_input_embeddings().weight.device
+        found = torch.full((self.count,), float("nan"), dtype=torch.float64)
+        training, order = model.training, sorted(range(self.count), key=lambda index: -len(self._ids[index]))
+        order = [index for index in order if chosen is None or index in chosen]
+        model.eval()
+        try:
+            begun = DynamicCache(config=inner.config)
+            head = torch.tensor([self._ids[0][:count]], device=device)
+            given = taken(inner, {"position_ids": torch.arange(count, device=device)[None], "logits_to_keep": 1})
+            model(input_ids=head, past_key_values=begun, use_cache=True, **given)
+            for first in range(0, len(order), batch_size):
+                part = order[first : first + batch_size]
+                whole = self._batch(part, in_tree=True).to(device)
+                mask_BT, rest = self._behind(whole, part)
+                cache = copy.deepcopy(begun)
+                cache.batch_repeat_interleave(len(part))
+                given = {
+                    "attention_mask": self._tree_mask(model, mask_BT)[:, :, count:],
+                    "position_ids": self._tree_positions(mask_BT)[:, count:],
+                }
+                logits = self._read(model, rest, self._reads(rest, in_tree=True), given | {"past_key_values": cache})
+                found[part] = self._margins(logits).double().cpu()
+        finally:
+            model.train(training)
+        return found
+
+    def _behind(self, batch: Batch, chosen: Sequence[int]) -> tuple[torch.Tensor, Batch]:
+        """The mask of common tokens, padding, and what is behind them; and the batch of the latter two."""
+        count, longest = self._common, batch.input_ids.shape[1]
+        mask = batch.attention_mask.clone()
+        for row, index in enumerate(chosen):
+            start = longest - len(self._ids[index]) - self.tree.inner
+            mask[row, :count], mask[row, count : start + count] = 1, 0
+        rest = replace(batch, input_ids=batch.input_ids[:, count:])
+        return mask, rest
+
     def _margins(self, logits_PKV: torch.Tensor) -> torch.Tensor:
         device = logits_PKV.device
         nodes, tokens = torch.tensor(self.tree.edges, device=device).T
@@ -196,6 +266,9 @@ class Margin:
             given["attention_mask"] = mask
             if not any(hasattr(module, "create_position_ids_from_input_ids") for module in unwrap(model).modules()):
                 given["position_ids"] = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        return self._read(model, batch, reads, given)
+
+    def _read(self, model: nn.Module, batch: Batch, reads: _Reads, given: dict[str, Any]) -> torch.Tensor:
         head = unwrap(model).get_output_embeddings()
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The command that acts on groups: prune, rewind, transplant, freeze, against matched random groups."""
+"""The command that acts on groups: prune, rewind, transplant, patch, freeze, against matched random groups."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ class InterveneFlags(SettingFlags):
         list[str] | None, asked("intervene.groups", "group's name or file; default: the safety groups")
     ] = None
     intervention: Annotated[
-        list[Literal["prune", "rewind", "transplant", "freeze"]] | None,
+        list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] | None,
         asked("intervene.interventions", "may be repeated; default: all"),
+    ] = None
+    outcome: Annotated[
+        Literal["margin", "refusals", "both"] | None,
+        asked("intervene.outcome", "the refusal margin (fast), written refusals, or both (default)"),
     ] = None
     draws: Annotated[int | None, asked("intervene.draws", "matched random groups for each group")] = None
     dose_draws: Annotated[int | None, asked("intervene.dose_draws", "the same at each smaller dose")] = None
@@ -85,6 +89,34 @@ class InterveneFlags(SettingFlags):
 NOTHING_ASKED = InterveneFlags()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DoseFlags(SettingFlags):
+    """What the dose-response is asked for."""
+
+    doses: Annotated[
+        str | None,
+        asked("dose_response.doses", "top shares of neurons (default 0.01,0.02,0.05,0.1)", read=_shares),
+    ] = None
+    intervention: Annotated[
+        list[Literal["rewind", "patch"]] | None,
+        asked("dose_response.interventions", "may be repeated; default: both"),
+    ] = None
+    ranking: Annotated[
+        Literal["budget", "path"] | None,
+        asked("dose_response.ranking", "along the saved steps (default), or straight to the last"),
+    ] = None
+    draws: Annotated[int | None, asked("dose_response.draws", "permutations of the ranking within site and |w|")] = None
+    uniform_draws: Annotated[int | None, asked("dose_response.uniform_draws", "permutations within the site alone")] = (
+        None
+    )
+    prompts: Annotated[int | None, asked("dose_response.harmful", "harmful prompts, both halves together")] = None
+    seed: Annotated[int | None, asked("dose_response.seed", "training seed; default: the first")] = None
+
+
+NO_DOSES = DoseFlags()
+
+
 @app.command
 def intervene(
     source: Source = NO_SOURCE,
@@ -93,9 +125,10 @@ def intervene(
     *,
     json: Annotated[Path | None, Parameter(help="write the findings here too")] = None,
 ) -> None:
-    """Act on groups, and on matched random groups: prune, rewind, transplant, freeze. Drift alone shows no cause.
+    """Act on groups, and on matched random groups: prune, rewind, transplant, patch, freeze.
 
-    Runs that are done are not made again. The findings go to results/interventions.json and into the report.
+    Drift alone shows no cause. Runs that are done are not made again. The findings go to results/interventions.json
+    and into the report.
     """
     asks.check()
     study = study_of(source, flags, asks)
@@ -114,3 +147,16 @@ def intervene(
         show(folder, say=say)
     if json is not None:
         write_json(json, read_json(results_file(folder)))
+
+
+@app.command
+def dose_response(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, asks: DoseFlags = NO_DOSES) -> None:
+    """Out of sample: rank neurons by what they contributed to the lost margin on half of the harmful prompts, put the
+    top shares back or patch them, and measure the margin on the other half, beside other rankings and random groups.
+    """
+    study = study_of(source, flags, asks)
+    from neurondrift.study.experiments.dose_response import show
+    from neurondrift.study.folder import StudyFolder
+
+    folder = StudyFolder(source.output_dir, study)
+    run_experiment("dose-response", study, source.output_dir, lambda: show(folder, say=say))

@@ -1,4 +1,5 @@
-"""The importance of a group's members: its file, the doses taken by it, and the digest that tells groups apart.
+"""The importance of a group's members: its file, the doses taken by it, and the digest that tells groups apart; and
+nested groups of a ranking, beside those of the ranking permuted.
 
 A group holds no scores, and scores are deleted once the groups stand. For groups of neurons, where it is cheap (one
 number per member), a study keeps the importance beside the group; for single weights it is read from a score file.
@@ -7,7 +8,8 @@ number per member), a study keeps the importance beside the group; for single we
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import atomic_path, read_parquet
 from neurondrift.groups.group import Group
+from neurondrift.groups.selection import select_top
 
 Importance: TypeAlias = Mapping[str, npt.NDArray[np.float32]]  # site -> importance of each of its members, in order
 
@@ -79,6 +82,48 @@ def dose_of(group: Group, importance: Importance, share: float) -> Group:
     kept = {site: np.sort(chosen[which == number]) for number, site in enumerate(group.members)}
     role = {"role": group.role} if group.role else {}  # a dose of a group is to a study what the group is
     return group.with_members(kept, {"rule": "dose", **role, "share": share, "of": dict(group.provenance)})
+
+
+def nested(scores: Mapping[str, Any], fractions: Sequence[float]) -> dict[float, Group]:
+    """The top shares of each site's neurons by one ranking, each within the next larger one.
+
+    `scores`: site -> `[out]`, finite. Raises `GroupError` as `select_top`.
+    """
+    tops = {share: select_top(scores, fraction=share, granularity="neuron") for share in sorted(fractions)}
+    return {share: replace(group, shapes={}) for share, group in tops.items()}  # of rows alone: not those of sites
+
+
+def permuted(
+    scores: Mapping[str, Any], magnitudes: Mapping[str, Any], *, bins: int, seed: int, draw: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The scores of a ranking permuted within strata: every stratum keeps its scores, its neurons get them anew.
+
+    Parameters
+    ----------
+    scores
+        Site -> `[out]`.
+    magnitudes
+        Site -> |w| `[out]` of its neurons.
+    bins
+        Strata of a site: bins of its |w| that hold as many neurons; 1: the site is one stratum.
+    seed, draw
+        Of the permutation.
+
+    Notes
+    -----
+    The nested groups of permuted scores hold at *every* share as many neurons of every stratum as those of the scores
+    themselves. So where a ranking says nothing about an outcome beyond site and |w|, its whole curve over the shares is
+    one of theirs, and a permutation test of any number made of it is exact.
+    """
+    found = {}
+    for number, (site, values) in enumerate(scores.items()):
+        generator = np.random.default_rng([seed, draw, number])
+        own = np.array(values, dtype=np.float32)
+        order = np.argsort(np.asarray(magnitudes[site]), kind="stable")
+        for stratum in np.array_split(order, min(bins, len(order))):
+            own[stratum] = own[generator.permutation(stratum)]
+        found[site] = own
+    return found
 
 
 def write_importance(path: Path, group: Group, importance: Importance) -> None:

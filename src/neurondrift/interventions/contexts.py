@@ -74,7 +74,7 @@ def prune(model: nn.Module | Sites, group: Group, *, mode: PruneMode = "zero") -
         raise GroupError("There is no such way to prune", received=mode, allowed="zero, mean")
     sites = sites_of(model)
     regions = _regions(group, sites)
-    _check_base(group, sites)
+    check_base(group, sites)
     for name in regions:
         if is_quantised(sites[name].tensor):
             raise ModelError("A quantised weight cannot be pruned", received=name, fix="load the model unquantised")
@@ -146,7 +146,7 @@ def _change(model: nn.Module | Sites, group: Group, what: str, weights: Weights 
         )
     applied = reach(group, sites, trained, what)
     if weights is None:
-        _check_base(group, sites)
+        check_base(group, sites)
     with ExitStack() as undo, torch.no_grad():
         if weights is not None:
             _keep_fingerprint(sites, undo)
@@ -225,7 +225,7 @@ def _written(sites: Sites) -> Sites | None:
     return next((each for each in _WRITTEN.get() if unwrap(each.model) is base), None)
 
 
-def _check_base(group: Group, sites: Sites) -> None:
+def check_base(group: Group, sites: Sites) -> None:
     """Under an adapter the base never changes, so the group must be one of this base."""
     own = group.provenance.get("model")
     if own is None or unwrap(sites.model) is sites.model:

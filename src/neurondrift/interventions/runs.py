@@ -13,6 +13,7 @@ from neurondrift.base.files import atomic_path, read_parquet
 logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
+LATER = ("margin",)  # columns that files of older versions lack
 
 
 class RunLog:
@@ -33,6 +34,7 @@ class RunLog:
         ("refused", "bool"),
         ("coherent", "bool"),
         ("undecided", "bool"),
+        ("margin", "float64"),
         ("loss", "float64"),
         ("tokens", "int32"),
         ("seconds", "float64"),
@@ -44,7 +46,10 @@ class RunLog:
         if self.path.exists():
             try:
                 table = read_parquet(self.path)
-                rows: Rows = table.select([name for name, _ in self.COLUMNS]).to_pylist()
+                rows: Rows = table.select([name for name, _ in self.COLUMNS if name not in LATER]).to_pylist()
+                for name in LATER:  # older files do not have them
+                    values = table[name].to_pylist() if name in table.column_names else [None] * len(rows)
+                    rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
             except (ArtifactError, KeyError) as error:
                 logger.warning("%s cannot be gone on from, its runs are made again (%s)", self.path, error)
                 rows = []

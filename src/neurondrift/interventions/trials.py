@@ -10,38 +10,35 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from neurondrift.base.errors import ConfigError, GroupError
 from neurondrift.base.files import sha256_of_value
 from neurondrift.base.roles import Role
-from neurondrift.behaviour.evaluate import judge_answers
-from neurondrift.behaviour.rates import coherent_rate
 from neurondrift.groups.controls import Support, comparable_part, matched
 from neurondrift.groups.doses import Importance, digest, dose_of
 from neurondrift.groups.group import Group
 from neurondrift.interventions.contexts import Applied, PruneMode, prune, rewind, transplant
+from neurondrift.interventions.measures import Bench, joined, lacking, margins_of, measure, primary_value
+from neurondrift.interventions.patching import patch, patch_back
 from neurondrift.interventions.runs import Rows, RunLog
-from neurondrift.models.batches import make_batches, token_losses
-from neurondrift.models.data import Example, encode
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
-Intervention = Literal["prune", "rewind", "transplant", "freeze"]
+# In the order in which they are run: freezing takes the measured adapter off the model, and comes last.
+Intervention = Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 Cell = tuple[str, str, float]  # intervention, group, dose
 Label = tuple[str, str, float, int | None]  # the same and the draw
 StopEarly = Literal["freeze", "all", "none"]
 Acted: TypeAlias = AbstractContextManager[tuple[nn.Module, Applied]]  # the model, and what was reached
 
-MARKS = ("refused", "coherent", "undecided")  # of an answer, by its judge
 FORMAT = 2  # raise it when a run's outcome is measured in another way: older runs are then made again
 
 
@@ -71,20 +68,6 @@ class Subject:
     def sites_after(self) -> Sites:
         """The sites of `after`: the same handle where both are one model."""
         return self.sites_before if self.is_adapted else Sites(self.after)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What every run is measured by.
-
-    `sets`: kind of prompt (`harmful`, `ordinary`) -> examples; `answers`: examples whose responses' loss is measured;
-    `judging`: arguments of `judge_answers`.
-    """
-
-    sets: Mapping[str, Sequence[Example]]
-    answers: Sequence[Example]
-    judging: Mapping[str, Any] = field(default_factory=dict)
-    max_length: int = 512
 
 
 class Trial(NamedTuple):
@@ -279,12 +262,24 @@ def _transplanted(subject: Subject, group: Group, mode: PruneMode) -> Iterator[t
         yield subject.before, applied
 
 
+@contextmanager
+def _patched(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    with patch(subject.sites_after, group, donor=None if subject.is_adapted else subject.before) as applied:
+        yield subject.after, applied
+
+
+@contextmanager
+def _patched_back(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    with patch_back(subject.sites_before, group, donor=None if subject.is_adapted else subject.after) as applied:
+        yield subject.before, applied
+
+
 def _frozen(subject: Subject, group: Group, mode: PruneMode) -> Acted:
     if subject.train_frozen is None:
         raise ConfigError(
             "Freezing trains again, and how this adapter was trained is not known",
             received="freeze",
-            allowed="prune, rewind, transplant",
+            allowed=", ".join(one for one in INTERVENTIONS if one != "freeze"),
             fix="run it in the study's folder",
         )
     return subject.train_frozen(group)
@@ -296,6 +291,8 @@ ACTIONS: dict[str, Callable[[Subject, Group, PruneMode], Acted]] = {
     "prune": _pruned,
     "rewind": _rewound,
     "transplant": _transplanted,
+    "patch": _patched,
+    "patch_back": _patched_back,
     "freeze": _frozen,
 }
 
@@ -313,39 +310,6 @@ def _without_change(subject: Subject) -> Iterator[nn.Module]:
 def _weights_of(sites: Sites) -> Weights:
     """The weights of a model in memory, by the name of the site."""
     return lambda name: sites[name].weight
-
-
-def measure(model: Any, tokenizer: Any, bench: Bench, *, whole: bool) -> Rows:
-    """Answers judged, one row per prompt, and (where `whole`) the loss of held-out answers, one row per example.
-
-    Columns: kind (`harmful`, `ordinary`, `answers`), id, refused, coherent, undecided, loss (mean over the answer's
-    tokens), tokens.
-    """
-    sets = bench.sets if whole else {"harmful": bench.sets["harmful"]}
-    rows = [
-        {"kind": row["kind"], "id": row["id"], "loss": None, "tokens": None} | {name: bool(row[name]) for name in MARKS}
-        for row in judge_answers(model, tokenizer, sets, **bench.judging)
-    ]
-    if whole:
-        for example, (loss, tokens) in zip(bench.answers, answer_losses(model, tokenizer, bench), strict=True):
-            rows.append({"kind": "answers", "id": example.id, "loss": loss, "tokens": tokens} | dict.fromkeys(MARKS))
-    return rows
-
-
-@torch.no_grad()
-def answer_losses(model: Any, tokenizer: Any, bench: Bench) -> list[tuple[float, int]]:
-    """Mean cross-entropy of each held-out answer and its number of tokens, in the order of `bench.answers`."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    encoded = encode(bench.answers, tokenizer, max_length=bench.max_length)
-    batch_size = int(bench.judging.get("batch_size", 32))
-    device = model.get_input_embeddings().weight.device
-    sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
-    for batch in make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad):
-        losses_N, owners_N = token_losses(model, batch.to(device))
-        numbers = np.array([int(name) for name in batch.names])[owners_N.cpu().numpy()]
-        np.add.at(sums, numbers, losses_N.double().cpu().numpy())
-        np.add.at(counts, numbers, 1)
-    return [(float(total / count), int(count)) for total, count in zip(sums, counts, strict=True)]
 
 
 def key_of(trial: Trial, inputs: str, mode: PruneMode) -> str:
@@ -368,26 +332,30 @@ def run_trials(
 ) -> dict[Label, Rows]:
     """Make the runs that `log` does not hold yet; the rows of every trial by intervention, group, dose and draw.
 
-    Two trials with the same members are one run. Where `stops(intervention)`, the draws after the one that settles a
-    null are left out, also those that `log` holds: what is found depends on the settings, not on what was run before.
-    `log` keeps them, for settings that ask for them. `done` is told of each trial: its rows, None where it was left
-    out, and whether it was made now.
+    Of a run that is there, what it was not measured by is measured now (the margin of runs of refusals). Two trials
+    with the same members are one run. Where `stops(intervention)`, the draws after the one that settles a null of the
+    primary outcome are left out, also those that `log` holds: what is found depends on the settings, not on what was
+    run before. `log` keeps them, for settings that ask for them. `done` is told of each trial: its rows, None where it
+    was left out, and whether it was made (or measured further) now.
     """
     keys = [key_of(trial, inputs, mode) for trial in trials]
     log.keep_only(keys)
+    margins = margins_of(subject.after, subject.tokenizer, bench)
     results: dict[Label, Rows] = {}
     planned = planned_draws(trials)
-    refused: dict[Cell, list[float]] = {}  # of the group, then of its draws
+    outcomes: dict[Cell, list[float]] = {}  # of the group, then of its draws
     for trial, key in zip(trials, keys, strict=True):
-        known = refused.setdefault(trial.cell, [])
+        known = outcomes.setdefault(trial.cell, [])
         if stops(trial.intervention) and known and is_settled(known[0], known[1:], planned=planned[trial.cell]):
             done(trial, None, False)
             continue
-        fresh = key not in log.runs
-        if fresh:
+        made = log.runs.get(key, [])
+        parts = lacking(made, bench, whole=trial.whole, is_draw=trial.draw is not None)
+        if parts:
             began = time.perf_counter()
             with acted(subject, trial, mode) as (model, applied):
-                rows = measure(model, subject.tokenizer, bench, whole=trial.whole)
+                rows = measure(model, subject.tokenizer, bench, whole=trial.whole, margins=margins, parts=parts)
+            seconds = time.perf_counter() - began + (made[0]["seconds"] if made else 0.0)
             about = {
                 "key": key,
                 "intervention": trial.intervention,
@@ -396,10 +364,10 @@ def run_trials(
                 "dose": trial.dose,
                 "draw": trial.draw,
                 **applied._asdict(),
-                "seconds": round(time.perf_counter() - began, 2),
+                "seconds": round(seconds, 2),
             }
-            log.add(key, [about | row for row in rows])
+            log.add(key, [row | about for row in joined(made, rows)])
         results[*trial.cell, trial.draw] = log.runs[key]
-        known.append(coherent_rate([row for row in log.runs[key] if row["kind"] == "harmful"]).rate)
-        done(trial, log.runs[key], fresh)
+        known.append(primary_value(log.runs[key], bench))
+        done(trial, log.runs[key], bool(parts))
     return results

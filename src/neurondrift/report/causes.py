@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from neurondrift.report import wording
 from neurondrift.report.findings.interventions import (
@@ -16,9 +16,10 @@ from neurondrift.report.findings.interventions import (
     NullMeasure,
     Reference,
     References,
+    ShareOfChange,
     SmallestFound,
 )
-from neurondrift.report.reading import is_stopped, p_of, planned_draws
+from neurondrift.report.reading import is_stopped, outcome_of, p_of, planned_draws
 from neurondrift.report.wording import finite, is_safety
 from neurondrift.statistics.design.levels import ALPHA, POWER
 
@@ -33,8 +34,9 @@ def intervention_findings(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def intervention_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What was lost; then for each safety group what pruning, undoing, transplanting and holding it did to refusals,
-    and whether its change is a cause. Nothing where no whole group was acted on."""
+    """What was lost; then for each safety group what pruning, undoing, transplanting, patching and holding it did to
+    the primary outcome (and to refusals, where they are the other one), and whether its change is a cause. Nothing
+    where no whole group was acted on."""
     effects: Sequence[InterventionEffect] = summary["effects"]
     references: References = summary["references"]
     causes: Sequence[CauseFound] = summary["causes"]
@@ -42,27 +44,102 @@ def intervention_sentences(summary: Mapping[str, Any]) -> list[str]:
     about = [effect for effect in whole if is_safety(effect)] or whole
     if not about:
         return []
+    outcome = OUTCOMES[outcome_of(summary)]
     tests = int(summary.get("holm_tests", len(whole)))
-    smallest = float(summary.get("smallest_effect", OLDER_SMALLEST))
-    before, after = (_known(references[name]["harmful"]["rate"]) for name in ("before", "after"))
-    sentences = [_loss_sentence(references)]
+    smallest = float(summary.get(outcome.smallest, OLDER_SMALLEST))
+    before, after = (_reference(references[name], outcome) for name in ("before", "after"))
+    sentences = [_loss_sentence(references, outcome)]
     for group in dict.fromkeys(effect["group"] for effect in about):
         own = {effect["intervention"]: effect for effect in about if effect["group"] == group}
         sentences += _left_out(next(iter(own.values())))
-        sentences += [_intervention_sentence(effect, lost=before - after, tests=tests) for effect in own.values()]
         sentences += [
-            _cause_sentence(cause, own, tests=tests, smallest=smallest) for cause in causes if cause["group"] == group
+            _intervention_sentence(effect, outcome, lost=before - after, tests=tests) for effect in own.values()
+        ]
+        sentences += [
+            _cause_sentence(cause, own, outcome, tests=tests, smallest=smallest)
+            for cause in causes
+            if cause["group"] == group
         ]
     return sentences
+
+
+class Words(NamedTuple):
+    """How an outcome is spoken of, and where it stands in the findings."""
+
+    measure: str
+    share: str
+    difference: str
+    smallest: str
+    carried: str  # what a pruned group carries
+    does: Mapping[str, str]
+    cause: str
+
+
+OUTCOMES = {
+    "margin": Words(
+        measure="margin_harmful",
+        share="margin_share",
+        difference="margin_harmful_minus_ordinary",
+        smallest="smallest_margin",
+        carried="margin that fine-tuning took",
+        does={
+            "prune": "takes {share} as much margin as fine-tuning did",
+            "rewind": "brings {share} of the lost margin back",
+            "transplant": "loses {share} of it",
+            "patch": "brings {share} of the lost margin back",
+            "patch_back": "loses {share} of it",
+            "freeze": "keeps {share} of it",
+        },
+        cause="the lost margin",
+    ),
+    "refusals": Words(
+        measure="harmful",
+        share="share",
+        difference="harmful_minus_ordinary",
+        smallest="smallest_effect",
+        carried="refusals",
+        does={
+            "rewind": "brings {share} of the lost refusals back",
+            "transplant": "loses {share} of them",
+            "patch": "brings {share} of the lost refusals back",
+            "patch_back": "loses {share} of them",
+            "freeze": "keeps {share} of them",
+        },
+        cause="refusals",
+    ),
+}
+ACTS = {
+    "prune": "Pruning {group} before fine-tuning",
+    "rewind": "Undoing only the change of {group}",
+    "transplant": "Putting only the change of {group} into the model from before",
+    "patch": "Giving only {group} back its outputs from before",
+    "patch_back": "Giving only {group} in the model from before its outputs of after",
+    "freeze": "Holding only {group} during training",
+}
+
+
+def _reference(reference: Reference, outcome: Words) -> float:
+    if outcome.measure == "harmful":
+        return _known(reference["harmful"]["rate"])
+    return _known(reference["margin"]["harmful"])
 
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _loss_sentence(references: References) -> str:
+def _loss_sentence(references: References, outcome: Words) -> str:
     ends = references["before"], references["after"]
-    before, after = (_known(end["harmful"]["rate"]) for end in ends)
+    before, after = (_reference(end, outcome) for end in ends)
+    if outcome.measure != "harmful":
+        text = (
+            f"On the {ends[1]['margin']['n']} harmful requests asked here, fine-tuning took the refusal margin from "
+            f"{before:+.2f} to {after:+.2f} nats"
+        )
+        if "harmful" in ends[0] and "harmful" in ends[1]:
+            rates = [_known(end["harmful"]["rate"]) for end in ends]
+            text += f", and the share refused of coherent answers from {rates[0]:.2f} to {rates[1]:.2f}"
+        return f"{text}." if before > after else f"{text}: no margin was lost, so that there is no loss to explain."
     asked = ends[1]["harmful"].get("asked", ends[1]["harmful"]["n"])
     text = (
         f"On the {asked} harmful requests asked here, fine-tuning took the share refused of coherent answers from "
@@ -93,44 +170,56 @@ def _left_out(effect: InterventionEffect) -> list[str]:
     ]
 
 
-def _intervention_sentence(effect: InterventionEffect, *, lost: float, tests: int) -> str:
-    group, measure = effect["group"], effect["measures"]["harmful"]
-    acts = {
-        "prune": f"Pruning {group} before fine-tuning",
-        "rewind": f"Undoing only the change of {group}",
-        "transplant": f"Putting only the change of {group} into the model from before",
-        "freeze": f"Holding only {group} during training",
-    }[effect["intervention"]]
+def _intervention_sentence(effect: InterventionEffect, outcome: Words, *, lost: float, tests: int) -> str:
+    intervention = effect["intervention"]
+    measure: NullMeasure = effect["measures"][outcome.measure]  # type: ignore[literal-required]
+    acts = ACTS[intervention].format(group=effect["group"])
     if is_stopped(effect):
         return f"{acts}: {p_of(effect, measure)}, stopped after {effect['draws']} of {planned_draws(effect)} draws."
     value = finite(measure["value"])
     if value is None:
         return f"{acts} leaves no answer that can be read."
-    if effect["intervention"] == "prune":
-        text = f"{acts} leaves refusals at {value:.2f} ({_beside(effect, _rate(measure), tests)})"
-        return text + _what_else_broke(effect["measures"].get("answers")) + _standing_of_pruned(effect) + "."
+    is_margin = outcome.measure != "harmful"
+    if intervention == "prune" and not (is_margin and lost > 0):
+        number = f"the margin at {value:+.2f} nats" if is_margin else f"refusals at {value:.2f}"
+        text = f"{acts} leaves {number} ({_beside(effect, measure, _mean(measure, is_margin), tests)})"
+        return text + _what_else_broke(effect) + _standing_of_pruned(effect, outcome) + "."
     if not lost > 0:
-        return f"{acts} gives refusals of {value:.2f} ({_beside(effect, _rate(measure), tests)})."
-    share = _share(effect["share"]["group"])
-    does = {"rewind": f"brings {share} of the lost refusals back", "transplant": f"loses {share} of them"}.get(
-        effect["intervention"], f"keeps {share} of them"
-    )
-    return f"{acts} {does} ({_beside(effect, _share(effect['share']['null']), tests)}){_specific(effect)}."
+        number = f"a margin of {value:+.2f} nats" if is_margin else f"refusals of {value:.2f}"
+        return f"{acts} gives {number} ({_beside(effect, measure, _mean(measure, is_margin), tests)})."
+    found: ShareOfChange = effect[outcome.share]  # type: ignore[literal-required]
+    does = outcome.does[intervention].format(share=_share(found["group"]))
+    text = f"{acts} {does} ({_beside(effect, measure, _share(found['null']), tests)})"
+    if intervention == "prune":
+        return text + _what_else_broke(effect) + _standing_of_pruned(effect, outcome) + "."
+    return f"{text}{_specific(effect, outcome)}{_other_outcome(effect, outcome)}."
 
 
-def _rate(measure: NullMeasure) -> str:
-    return f"{_known(measure['null_mean']):.2f}"
+def _mean(measure: NullMeasure, is_margin: bool) -> str:
+    mean = _known(measure["null_mean"])
+    return f"{mean:+.2f}" if is_margin else f"{mean:.2f}"
 
 
-def _what_else_broke(answers: NullMeasure | None) -> str:
-    """How well a pruned model still writes: one that no longer can does not refuse either."""
-    after, by_chance = (finite(answers.get(name)) if answers else None for name in ("perplexity", "null_perplexity"))
-    if after is None or by_chance is None:
+def _other_outcome(effect: InterventionEffect, outcome: Words) -> str:
+    """What became of refusals, where the margin is the primary outcome."""
+    share = effect.get("share") if outcome.measure != "harmful" else None
+    own, null = (finite(share[name]) if share else None for name in ("group", "null"))  # type: ignore[literal-required]
+    if own is None:
         return ""
-    return f", and the perplexity of ordinary answers at {after:,.0f} (random groups {by_chance:,.0f})"
+    return f"; of the refusals {_share(own)} (random groups {_share(null)})"
 
 
-def _standing_of_pruned(effect: InterventionEffect) -> str:
+def _what_else_broke(effect: InterventionEffect) -> str:
+    """How well a pruned model still writes: one that no longer can does not refuse either."""
+    answers = effect["measures"].get("answers")
+    after, by_chance = (finite(answers.get(name)) if answers else None for name in ("perplexity", "null_perplexity"))
+    if after is None:
+        return ""
+    beside = "" if by_chance is None else f" (random groups {by_chance:,.0f})"
+    return f", and the perplexity of ordinary answers at {after:,.0f}{beside}"
+
+
+def _standing_of_pruned(effect: InterventionEffect, outcome: Words) -> str:
     """Whether a pruned group stands out; else what would have."""
     found = effect.get("found")
     match effect.get("standing"):
@@ -139,13 +228,14 @@ def _standing_of_pruned(effect: InterventionEffect) -> str:
         case "opposite":
             return "; it stands out among as many comparable neurons, in the other direction"
         case "small" | "not" if found is not None:
-            return f"; it does not stand out among as many comparable neurons: {_could_have_found(found, 'refusals')}"
+            return (
+                f"; it does not stand out among as many comparable neurons: {_could_have_found(found, outcome.carried)}"
+            )
     return ""
 
 
-def _beside(effect: InterventionEffect, null: str, tests: int) -> str:
+def _beside(effect: InterventionEffect, measure: NullMeasure, null: str, tests: int) -> str:
     """What the random groups gave, and how far apart they and the group are."""
-    measure = effect["measures"]["harmful"]
     text = f"matched random groups {null}; {p_of(effect, measure)}"
     p_holm = finite(measure.get("p_holm"))
     if tests > 1 and p_holm is not None:
@@ -153,9 +243,9 @@ def _beside(effect: InterventionEffect, null: str, tests: int) -> str:
     return f"{text}, {effect['draws']} draws"
 
 
-def _specific(effect: InterventionEffect) -> str:
+def _specific(effect: InterventionEffect, outcome: Words) -> str:
     """The difference between harmful and ordinary prompts: what raises both is no return of refusals."""
-    difference = effect.get("harmful_minus_ordinary")
+    difference: NullMeasure | None = effect.get(outcome.difference)  # type: ignore[assignment]
     own, null = (finite(difference[name]) if difference else None for name in ("value", "null_mean"))
     if own is None or null is None:
         return ""
@@ -166,14 +256,16 @@ def _share(value: float | None) -> str:
     return f"{round(_known(value), 2) + 0.0:.2f}"  # never "-0.00"
 
 
-def _cause_sentence(cause: CauseFound, own: Mapping[str, InterventionEffect], *, tests: int, smallest: float) -> str:
+def _cause_sentence(
+    cause: CauseFound, own: Mapping[str, InterventionEffect], outcome: Words, *, tests: int, smallest: float
+) -> str:
     group, named = cause["group"], ", ".join(cause["interventions"])
     found = [own[name].get("found") for name in cause["interventions"] if name in own]
     match cause["verdict"]:
         case "cause":
             return (
                 f"So the change of {group} is a cause of the loss: it stands out among as many comparable neurons, by "
-                f"more than {smallest:g} of refusals ({named})."
+                f"more than {smallest:g} of {outcome.cause} ({named})."
             )
         case "against":
             return f"So the change of {group} worked against the loss ({named}), and is not its cause."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
+from neurondrift.report.change import doses
 from neurondrift.report.change import tables as change
 from neurondrift.report.change.deciding import decision
 from neurondrift.report.findings.statistical import Findings
@@ -76,6 +77,7 @@ def build_document(results: Findings, answers: Sequence[Record] = ()) -> Documen
             _behaviour(results),
             _associations(results),
             *_causes(results),
+            *_doses(results),
             *_rank_level(results),
             _weights(results),
             _overlaps(results),
@@ -230,6 +232,12 @@ def _causes(results: Findings) -> tuple[Section, ...]:
     """The section on interventions, only where `neurondrift intervene` was run."""
     acted = results.get("interventions")
     return (causes.section(acted, study_of(results).get("model_fingerprint")),) if acted else ()
+
+
+def _doses(results: Findings) -> tuple[Section, ...]:
+    """The section on the dose-response, only where `neurondrift dose-response` was run."""
+    found = results.get("dose_response")
+    return (doses.section(found, study_of(results).get("model_fingerprint")),) if found else ()
 
 
 def _rank_level(results: Findings) -> tuple[Section, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from neurondrift.base.roles import NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
 from neurondrift.report.findings.attribution import AttributionFindings, MarginAt, MarginChange
@@ -277,6 +278,17 @@ def p_of(effect: InterventionEffect, measure: NullMeasure) -> str:
         return f"p > {2 * ALPHA:g}"
     value = finite(measure["p"])
     return "p undefined" if value is None else f"p = {probability(value)}"
+
+
+def outcome_of(interventions: Mapping[str, Any]) -> str:
+    """The primary outcome of interventions: `margin`, or `refusals`."""
+    return str(interventions.get("outcome", "refusals"))
+
+
+def has_outcome(interventions: Interventions, outcome: str) -> bool:
+    """Whether an outcome was measured."""
+    name = "margin" if outcome == "margin" else "harmful"
+    return all(name in interventions["references"][end] for end in ("before", "after"))  # type: ignore[literal-required]
 
 
 def band_of(measure: NullMeasure) -> list[float | None]:

@@ -356,16 +356,74 @@ def smallest_found(
     as extreme, and the estimate less 1.96 standard errors (of the prompts, and of the mean of K draws) is beyond the
     smallest effect. The probability is the mean over e.
     """
+    effects = np.arange(1, 201) / 200
+    of_prompts = effects * (1 - effects) / n
+    return _first_found(effects, of_prompts, null_sd, draws, tests, smallest_effect, power)
+
+
+def smallest_shift(
+    *,
+    null_sd: float,
+    prompt_se: float,
+    draws: int,
+    tests: int,
+    smallest_effect: float,
+    most: float,
+    power: float = POWER,
+) -> float:
+    """The same of an outcome that is no share, such as a margin: the smallest true effect, in its own unit.
+
+    Parameters
+    ----------
+    null_sd
+        Standard deviation of the draws' means.
+    prompt_se
+        Standard error of the difference between a draw and the mean of all on the same prompts (`prompt_error`).
+    draws, tests, smallest_effect
+        As in `smallest_found`.
+    most
+        The largest effect that is tried: infinite where none up to it is found so often.
+
+    Notes
+    -----
+    As in `smallest_found`, with prompt_se² in place of d(1 - d)/n: prompts are taken to differ by as much in what a
+    group with an effect does to them as in what a random group does.
+    """
+    if not math.isfinite(prompt_se) or not most > 0:
+        return math.nan
+    effects = most * np.arange(1, 201) / 200
+    return _first_found(effects, np.full(200, prompt_se**2), null_sd, draws, tests, smallest_effect, power)
+
+
+def prompt_error(null_KP: npt.ArrayLike) -> float:
+    """Standard error over prompts of a draw's difference from the mean of all draws, the mean over draws; NaN for
+    fewer than two draws or prompts."""
+    null = np.asarray(null_KP, dtype=np.float64)
+    if null.ndim != 2 or min(null.shape) < 2:
+        return math.nan
+    differences_KP = null - null.mean(axis=0)
+    return float(differences_KP.std(axis=1, ddof=1).mean() / math.sqrt(null.shape[1]))
+
+
+def _first_found(
+    effects: FloatArray,
+    of_prompts: FloatArray,
+    null_sd: float,
+    draws: int,
+    tests: int,
+    smallest_effect: float,
+    power: float,
+) -> float:
+    """The first of the effects, each with its variance over prompts, that is found with that probability."""
     extreme = math.floor(ALPHA * (1 + draws) / tests + TIE) - 1
     if extreme < 0 or draws <= 1 or not math.isfinite(null_sd):
         return math.nan
     quantiles = stats.norm.ppf((np.arange(400) + 0.5) / 400)
-    for effect in np.arange(1, 201) / 200:
-        of_prompts = effect * (1 - effect) / n
-        estimates = effect + quantiles * math.sqrt(null_sd**2 + of_prompts)
+    for effect, variance in zip(effects.tolist(), of_prompts.tolist(), strict=True):
+        estimates = effect + quantiles * math.sqrt(null_sd**2 + variance)
         as_extreme = 2 * stats.norm.sf(np.abs(estimates) / max(null_sd, TIE))
         surprising = stats.binom.cdf(extreme, draws, as_extreme)
-        beyond = estimates - stats.norm.ppf(0.975) * math.sqrt(of_prompts + null_sd**2 / draws) > smallest_effect
+        beyond = estimates - stats.norm.ppf(0.975) * math.sqrt(variance + null_sd**2 / draws) > smallest_effect
         if (surprising * beyond).mean() >= power:
             return float(effect)
     return math.inf

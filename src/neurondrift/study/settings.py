@@ -205,8 +205,11 @@ class InterveneSection(Experiment):
 
     granularity: Literal["neuron", "weight", "unit"] = "neuron"
     groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups that judge")
-    interventions: list[Literal["prune", "rewind", "transplant", "freeze"]] = Field(
+    interventions: list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] = Field(
         [], description="empty: all that can be run"
+    )
+    outcome: Literal["margin", "refusals", "both"] = Field(
+        "both", description="the refusal margin (primary, one forward a prompt), written refusals, or both"
     )
     draws: int = Field(20, description="matched random groups for each group")
     dose_draws: int = Field(3, description="the same at each smaller dose")
@@ -218,6 +221,7 @@ class InterveneSection(Experiment):
     smallest_effect: Fraction = Field(
         0.1, description="smallest effect of interest, in shares refused: the interval must lie beyond it"
     )
+    smallest_margin: Fraction = Field(0.1, description="the same of the margin, as a share of the margin that was lost")
     mode: Literal["zero", "mean"] = Field("zero", description="what pruned weights become")
     harmful: Count = Field(32, description="harmful requests of each run")
     ordinary: Count = Field(8, description="ordinary prompts of each run")
@@ -241,6 +245,32 @@ class InterveneSection(Experiment):
         if self.enabled and self.adapter is not None:
             raise ValueError("an adapter made elsewhere is of no study: neurondrift intervene --adapter, not enabled")
         return self
+
+
+class DoseResponseSection(Experiment):
+    """Neurons ranked on half of the harmful prompts, put back or patched, and the margin taken on the other half."""
+
+    doses: Annotated[list[Fraction], Field(min_length=1)] = Field(
+        [0.01, 0.02, 0.05, 0.1], description="top shares of each site's neurons"
+    )
+    interventions: Annotated[list[Literal["rewind", "patch"]], Field(min_length=1)] = ["rewind", "patch"]
+    ranking: Literal["budget", "path"] = Field(
+        "budget", description="what the budget is taken along: the saved steps, or the straight way to the last"
+    )
+    draws: Count = Field(39, description="permutations of the budget within site and |w|, which judge it")
+    uniform_draws: Count = Field(19, description="permutations within the site alone")
+    bins: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="bins of |w| of a site for the former")
+    harmful: Count = Field(48, description="harmful prompts of evaluate at most, both halves together")
+    ordinary: Count = Field(8, description="ordinary prompts at most")
+    batch_size: Count = Field(8, description="prompts that gradients are taken of together")
+    seed: int | None = Field(None, description="training seed that is acted on; default: the first")
+
+    @field_validator("doses", "interventions")
+    @classmethod
+    def _once(cls, value: list[Any]) -> list[Any]:
+        if len(set(value)) != len(value):
+            raise ValueError("one is named twice")
+        return value
 
 
 class SubspacesSection(Experiment):
@@ -276,6 +306,7 @@ class Study(Section):
     attribute: AttributeSection = AttributeSection()
     analyze: AnalyzeSection = AnalyzeSection()
     intervene: InterveneSection = InterveneSection()
+    dose_response: DoseResponseSection = DoseResponseSection()
     subspaces: SubspacesSection = SubspacesSection()
     stability: StabilitySection = StabilitySection()
 

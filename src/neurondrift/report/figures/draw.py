@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from neurondrift.base.files import atomic_path
 from neurondrift.report.figures.distributions import final_drift_distributions
-from neurondrift.report.figures.doses import intervention_doses
+from neurondrift.report.figures.doses import intervention_doses, out_of_sample_doses
 from neurondrift.report.figures.effects import effect_sizes, layer_module_effects
 from neurondrift.report.figures.over_training import (
     drift_over_training,
@@ -27,6 +27,7 @@ FIGURES: tuple[Callable[[Findings], Figure | None], ...] = (
     refusals_over_training,
     layer_module_effects,
     intervention_doses,
+    out_of_sample_doses,
 )
 #: Dates are left out so that the same results give the same bytes.
 METADATA: dict[str, dict[str, str | None]] = {

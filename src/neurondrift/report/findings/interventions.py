@@ -37,6 +37,8 @@ class NullMeasure(TypedDict):
     undecided: NotRequired[int]
     null_incoherent: NotRequired[Number]
     null_undecided: NotRequired[Number]
+    #: Of a margin: standard error over prompts of a random group's difference from the mean of all.
+    prompt_error: NotRequired[Number]
 
 
 class SupportFound(TypedDict):
@@ -62,10 +64,13 @@ class SmallestFound(TypedDict):
 
 
 class Measures(TypedDict):
-    """Shares refused, and the loss of held-out answers; at doses below 1 of harmful requests only."""
+    """Shares refused, refusal margins, and the loss of held-out answers; at doses below 1 of harmful requests only.
+    What was not asked for is not there."""
 
-    harmful: NullMeasure
+    harmful: NotRequired[NullMeasure]
     ordinary: NotRequired[NullMeasure]
+    margin_harmful: NotRequired[NullMeasure]
+    margin_ordinary: NotRequired[NullMeasure]
     answers: NotRequired[NullMeasure]
 
 
@@ -91,7 +96,13 @@ class InterventionEffect(TypedDict):
     draws_planned: NotRequired[int]
     stopped_early: NotRequired[bool]
     measures: Measures
-    share: ShareOfChange
+    #: Of refusals, and of the margin, where they were measured.
+    share: NotRequired[ShareOfChange]
+    margin_share: NotRequired[ShareOfChange]
+    margin_harmful_minus_ordinary: NotRequired[NullMeasure]
+    #: Of refusals, where the margin is the primary outcome.
+    refusals_standing: NotRequired[Standing]
+    refusals_found: NotRequired[SmallestFound]
     #: Older versions wrote none of these.
     role: NotRequired[Role | None]
     support: NotRequired[SupportFound]
@@ -108,12 +119,21 @@ class AnswerLoss(TypedDict):
     n: int
 
 
-class Reference(TypedDict):
-    """The model before, or after, fine-tuning."""
+class MeanMargins(TypedDict):
+    """Mean refusal margins in nats, of `n` harmful prompts and of the ordinary ones."""
 
-    harmful: RateOfPrompts
-    ordinary: RateOfPrompts
-    answers: AnswerLoss
+    harmful: Number
+    ordinary: NotRequired[Number]
+    n: int
+
+
+class Reference(TypedDict):
+    """The model before, or after, fine-tuning; without what was not measured."""
+
+    harmful: NotRequired[RateOfPrompts]
+    ordinary: NotRequired[RateOfPrompts]
+    margin: NotRequired[MeanMargins]
+    answers: NotRequired[AnswerLoss]
 
 
 class References(TypedDict):
@@ -140,12 +160,15 @@ class Interventions(TypedDict):
     training_seed: int
     training_step: int | None
     settings: Mapping[str, Any]
+    #: The primary outcome, that verdicts stand on: `margin` or `refusals`; older versions knew refusals only.
+    outcome: NotRequired[str]
     references: References
     effects: list[InterventionEffect]
     tests: int
     holm_tests: NotRequired[int]
     draws_needed: NotRequired[int]
     smallest_effect: NotRequired[float]
+    smallest_margin: NotRequired[float]
     causes: NotRequired[list[CauseFound]]
     conclusion: str
     sentences: NotRequired[list[str]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.base.roles import Role
 from neurondrift.report.findings.attribution import AttributionFindings, MarginAt, MarginChange
+from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.numbers import Estimate, Limits, Number
 from neurondrift.report.findings.ratios import ControlCheck, InjectedControl, RatioEffect
@@ -371,6 +372,7 @@ class Findings(TypedDict, total=False):
     behaviour: Behaviour | None
     attribution: AttributionFindings
     interventions: Interventions
+    dose_response: DoseResponse
     subspaces: Subspaces
     stability: Stability
 

@@ -1,4 +1,4 @@
-"""The section on interventions: what acting on a group did to refusals, beside matched random groups."""
+"""The section on interventions: what acting on a group did to the margin and to refusals, beside random groups."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from neurondrift.report.reading import (
     band_of,
     conclusion_of,
     draws_made,
+    has_outcome,
     is_same_model,
     is_stopped,
+    outcome_of,
     p_of,
     planned_draws,
     whole_groups,
@@ -21,9 +23,9 @@ from neurondrift.report.wording import Footnotes, clean
 
 TITLE = "Cause: interventions on the groups"
 STOPPED = (
-    "stopped: fewer draws than planned, as two or more of them were as extreme as the group in refusals of harmful "
-    "requests. Such a p is above 0.1; there is no effect, interval or range, and no p of ordinary prompts and answers, "
-    "as the draws were made until they looked like the group"
+    "stopped: fewer draws than planned, as two or more of them were as extreme as the group in the primary outcome on "
+    "harmful requests. Such a p is above 0.1; there is no effect, interval or range, and no p of anything else, as the "
+    "draws were made until they looked like the group"
 )
 STOP = "stopped"
 WAYS: tuple[Literal["incoherent"], Literal["undecided"]] = ("incoherent", "undecided")
@@ -31,6 +33,8 @@ WHAT = {
     "prune": "the group is set to zero (or to its site's mean) in the model before fine-tuning",
     "rewind": "the group alone gets its values from before fine-tuning back; all else stays fine-tuned",
     "transplant": "the change of the group alone is put into the model from before fine-tuning",
+    "patch": "the fine-tuned model runs with the group's outputs of the model from before, at the same tokens",
+    "patch_back": "the model from before runs with the group's outputs of the fine-tuned one",
     "freeze": "fine-tuning is done again with the group held still",
 }
 
@@ -43,38 +47,149 @@ def section(interventions: Interventions, fingerprint: str | None = None) -> Sec
     blocks: list[Block] = []
     if sentences := conclusion_of(interventions):
         blocks.append(Paragraph(clean(" ".join(sentences))))
-    blocks.append(refusal_table(interventions))
-    blocks.append(side_table(interventions))
-    if answers := answer_table(interventions):
+    has_margin, has_refusals = (has_outcome(interventions, outcome) for outcome in ("margin", "refusals"))
+    if has_margin:
+        blocks += [margin_table(interventions), margin_side_table(interventions)]
+    if has_refusals:
+        blocks.append(refusal_table(interventions))
+    blocks.append(side_table(interventions, has_refusals=has_refusals))
+    if has_refusals and (answers := answer_table(interventions)):
         blocks.append(answers)
-    doses = dose_table(interventions)
-    if doses:
-        blocks.append(doses)
+    blocks += [
+        one
+        for has, outcome in ((has_margin, "margin"), (has_refusals, "refusals"))
+        if has and (one := dose_table(interventions, outcome))
+    ]
     asked = {effect["intervention"] for effect in interventions["effects"]}
     blocks.append(Items(tuple(f"{name}: {text}" for name, text in WHAT.items() if name in asked)))
     return Section(title=TITLE, blocks=tuple(blocks), figures=("intervention_doses",))
 
 
-def _refused(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure) -> tuple[str, str]:
-    """The share refused under the intervention, and the mean and range of the random groups."""
-    value = notes.number(measure, "value", wording.share)
+def _refused(
+    notes: Footnotes, effect: InterventionEffect, measure: NullMeasure, form: wording.Form = wording.share
+) -> tuple[str, str]:
+    """The share refused (or another number) under the intervention, and the mean and range of the random groups."""
+    value = notes.number(measure, "value", form)
     if is_stopped(effect):
         return value, STOP
-    return value, f"{notes.number(measure, 'null_mean', wording.share)} {_band(measure, wording.share)}"
+    return value, f"{notes.number(measure, 'null_mean', form)} {_band(measure, form)}"
 
 
-def _p(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure) -> str:
-    """The p-value of refusals of harmful requests."""
-    return (
-        p_of(effect, measure).removeprefix("p ")
-        if is_stopped(effect)
-        else notes.number(measure, "p", wording.probability)
+def _p(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure, *, decides: bool) -> str:
+    """The p-value of an outcome on harmful requests. `decides`: it is the primary one, by which draws were stopped."""
+    if is_stopped(effect):
+        return p_of(effect, measure).removeprefix("p ") if decides else STOP
+    return notes.number(measure, "p", wording.probability)
+
+
+def _holm(notes: Footnotes, effect: InterventionEffect, measure: NullMeasure) -> str:
+    is_known = not is_stopped(effect) and "p_holm" in measure
+    return notes.number(measure, "p_holm", wording.probability) if is_known else "–"
+
+
+def margin_table(interventions: Interventions) -> Table:
+    """The refusal margin of harmful requests under each intervention on a whole group, beside its random groups."""
+    notes, rows = Footnotes(), []
+    for effect in whole_groups(interventions):
+        measure, share, ended = effect["measures"]["margin_harmful"], effect["margin_share"], is_stopped(effect)
+        rows.append(
+            (
+                clean(effect["group"]),
+                clean(effect["intervention"]),
+                notes.number(measure, "value", wording.effect),
+                STOP if ended else notes.number(measure, "null_mean", wording.effect),
+                STOP if ended else notes.interval(measure, "ci95", wording.effect),
+                notes.number(share, "group", wording.effect),
+                STOP if ended else notes.number(share, "null", wording.effect),
+                _p(notes, effect, measure, decides=True),
+                _holm(notes, effect, measure),
+                draws_made(effect),
+            )
+        )
+    ends = [interventions["references"][end]["margin"] for end in ("before", "after")]
+    change = " → ".join(wording.number(end, "harmful", wording.effect) for end in ends)
+    return table(
+        f"Refusal margin of {ends[0]['n']} harmful requests, in nats ({change} by fine-tuning):",
+        (
+            "group",
+            "intervention",
+            "margin",
+            "random",
+            "95 % interval",
+            "share",
+            "random",
+            "p",
+            "corrected",
+            "draws",
+        ),
+        rows,
+        "llrrrrrrrr",
+        (
+            "margin: how much more probable a refusal is than an answer, from how either begins; 0: as probable. "
+            "random: mean of matched random groups, which may hold members of the group; interval: of the group minus "
+            "them, over prompts and draws",
+            "share of the margin that fine-tuning took: what the intervention brings back (rewind, patch, freeze), "
+            "loses (transplant, patch_back), or takes (prune)",
+            *_tests(interventions, "margin_harmful"),
+            *_corrected(interventions, "margin"),
+            *_support(interventions),
+            *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(interventions)) else ()),
+            *notes.notes(),
+        ),
     )
+
+
+def margin_side_table(interventions: Interventions) -> Table:
+    """What the same interventions did to the margin of ordinary prompts."""
+    notes, rows = Footnotes(), []
+    for effect in whole_groups(interventions):
+        ordinary, ended = effect["measures"]["margin_ordinary"], is_stopped(effect)
+        difference = effect["margin_harmful_minus_ordinary"]
+        rows.append(
+            (
+                clean(effect["group"]),
+                clean(effect["intervention"]),
+                notes.number(ordinary, "value", wording.effect),
+                STOP if ended else notes.number(ordinary, "null_mean", wording.effect),
+                STOP if ended else notes.number(ordinary, "p", wording.probability),
+                notes.number(difference, "value", wording.effect),
+                STOP if ended else notes.number(difference, "null_mean", wording.effect),
+                STOP if ended else notes.interval(difference, "ci95", wording.effect),
+            )
+        )
+    ends = [interventions["references"][end]["margin"] for end in ("before", "after")]
+    change = " → ".join(wording.number(end, "ordinary", wording.effect) for end in ends)
+    return table(
+        f"Margin of ordinary prompts ({change} by fine-tuning), and harmful minus ordinary:",
+        ("group", "intervention", "ordinary", "random", "p", "difference", "random", "95 % interval"),
+        rows,
+        "llrrrrrr",
+        (
+            "what raises both margins is no return of refusals; interval: of the group's difference minus the random "
+            "groups'",
+            *notes.notes(),
+        ),
+    )
+
+
+def _tests(interventions: Interventions, measure: str) -> list[str]:
+    """What a p-value is, and how small it can be."""
+    known = {
+        (planned_draws(e), p)
+        for e in whole_groups(interventions)
+        if (p := e["measures"][measure]["p_floor"]) is not None  # type: ignore[literal-required]
+    }
+    floors = ", ".join(f"{wording.probability(p)} with {draws}" for draws, p in sorted(known, reverse=True))
+    return [
+        f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {floors} draws; "
+        f"{interventions['tests']} such p-values in this section"
+    ]
 
 
 def refusal_table(interventions: Interventions) -> Table:
     """Refusals of harmful requests under each intervention on a whole group, beside its random groups."""
     notes, rows = Footnotes(), []
+    decides = outcome_of(interventions) == "refusals"
     for effect in whole_groups(interventions):
         measure, ended = effect["measures"]["harmful"], is_stopped(effect)
         rows.append(
@@ -84,18 +199,12 @@ def refusal_table(interventions: Interventions) -> Table:
                 *_refused(notes, effect, measure),
                 STOP if ended else notes.number(measure, "effect", wording.effect),
                 STOP if ended else notes.interval(measure, "ci95", wording.effect),
-                _p(notes, effect, measure),
-                "–" if ended or "p_holm" not in measure else notes.number(measure, "p_holm", wording.probability),
+                _p(notes, effect, measure, decides=decides),
+                _holm(notes, effect, measure),
                 draws_made(effect),
             )
         )
     before, after = interventions["references"]["before"]["harmful"], interventions["references"]["after"]["harmful"]
-    known = {
-        (planned_draws(e), p)
-        for e in whole_groups(interventions)
-        if (p := e["measures"]["harmful"]["p_floor"]) is not None
-    }
-    floors = ", ".join(f"{wording.probability(p)} with {draws}" for draws, p in sorted(known, reverse=True))
     return table(
         f"Harmful requests refused, of coherent answers ({before.get('asked', before['n'])} requests; before "
         f"fine-tuning {wording.rate(before)}, after {wording.rate(after)}):",
@@ -105,25 +214,31 @@ def refusal_table(interventions: Interventions) -> Table:
         (
             "random groups: mean and range of matched random groups, which may hold members of the group; effect: the "
             "group minus their mean, interval over prompts and draws",
-            f"p: two-sided, (1 + as extreme) / (1 + draws), so never below {floors} draws; "
-            f"{interventions['tests']} such p-values in this section",
-            *_corrected(interventions),
-            *_support(interventions),
+            *_tests(interventions, "harmful"),
+            *_corrected(interventions, "refusals"),
+            *(_support(interventions) if decides else ()),
             *((STOPPED,) if any(is_stopped(effect) for effect in whole_groups(interventions)) else ()),
             *notes.notes(),
         ),
     )
 
 
-def _corrected(interventions: Interventions) -> list[str]:
+def _corrected(interventions: Interventions, outcome: str) -> list[str]:
     """What the corrected p-values are corrected for, and what standing out takes; nothing in older files."""
     if "holm_tests" not in interventions:
         return []
-    return [
+    if outcome == "margin":
+        smallest = f"{interventions['smallest_margin']:g} of the lost margin (intervene.smallest_margin)"
+    else:
+        smallest = f"{interventions['smallest_effect']:g} of refusals (intervene.smallest_effect)"
+    text = (
         f"corrected: by Holm's procedure for the {interventions['holm_tests']} tests of this table, which takes "
         f"{interventions['draws_needed']} draws to reach 0.05; a group stands out where it does and the interval lies "
-        f"beyond {interventions['smallest_effect']:g} of refusals (intervene.smallest_effect)"
-    ]
+        f"beyond {smallest}"
+    )
+    if outcome != outcome_of(interventions):
+        text += ". The margin is the primary outcome: verdicts stand on it, not on this table"
+    return [text]
 
 
 def _support(interventions: Interventions) -> list[str]:
@@ -146,28 +261,39 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def side_table(interventions: Interventions) -> Table:
-    """What the same interventions did to ordinary prompts and to held-out answers."""
+def side_table(interventions: Interventions, *, has_refusals: bool) -> Table:
+    """What the same interventions did to ordinary prompts (where answers were written) and to held-out answers."""
     notes, rows = Footnotes(), []
     for effect in whole_groups(interventions):
-        ordinary, answers = (effect["measures"][kind] for kind in ("ordinary", "answers"))
-        ended = is_stopped(effect)
+        answers, ended = effect["measures"]["answers"], is_stopped(effect)
+        refused: tuple[str, ...] = ()
+        if has_refusals:
+            ordinary = effect["measures"]["ordinary"]
+            p = STOP if ended else notes.number(ordinary, "p", wording.probability)
+            refused = (*_refused(notes, effect, ordinary), p)
         rows.append(
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
-                *_refused(notes, effect, ordinary),
-                STOP if ended else notes.number(ordinary, "p", wording.probability),
+                *refused,
                 notes.number(answers, "perplexity", wording.drift),
                 STOP if ended else notes.number(answers, "null_perplexity", wording.drift),
                 STOP if ended else notes.number(answers, "p", wording.probability),
             )
         )
     ends = (interventions["references"]["before"], interventions["references"]["after"])
-    refused = " → ".join(wording.number(end["ordinary"], "rate", wording.share) for end in ends)
     perplexity = " → ".join(wording.number(end["answers"], "perplexity", wording.drift) for end in ends)
+    if not has_refusals:
+        return table(
+            f"Perplexity of held-out answers ({perplexity} by fine-tuning):",
+            ("group", "intervention", "perplexity", "random groups", "p"),
+            rows,
+            "llrrr",
+            notes.notes(),
+        )
+    shares = " → ".join(wording.number(end["ordinary"], "rate", wording.share) for end in ends)
     return table(
-        f"Ordinary prompts refused ({refused} by fine-tuning) and perplexity of held-out answers ({perplexity}):",
+        f"Ordinary prompts refused ({shares} by fine-tuning) and perplexity of held-out answers ({perplexity}):",
         ("group", "intervention", "refused", "random groups", "p", "perplexity", "random groups", "p"),
         rows,
         "llrrrrrr",
@@ -240,31 +366,33 @@ def _reference_counts(interventions: Interventions) -> list[str]:
     return ["; ".join(said)] if said else []
 
 
-def dose_table(interventions: Interventions) -> Table | None:
-    """Refusals at every dose; None where only whole groups were acted on."""
+def dose_table(interventions: Interventions, outcome: str = "refusals") -> Table | None:
+    """An outcome at every dose; None where only whole groups were acted on."""
     effects = list(interventions["effects"])
     if all(effect["dose"] == 1 for effect in effects):
         return None
+    is_margin = outcome == "margin"
     rows = []
     notes = Footnotes()
     for effect in sorted(effects, key=lambda e: (e["group"], e["intervention"], e["dose"])):
         if effect["intervention"] == "freeze":
             continue
-        measure = effect["measures"]["harmful"]
+        measure = effect["measures"]["margin_harmful" if is_margin else "harmful"]
         rows.append(
             (
                 clean(effect["group"]),
                 clean(effect["intervention"]),
                 f"{100 * effect['dose']:g} %",
                 f"{effect['members']:,}",
-                *_refused(notes, effect, measure),
-                _p(notes, effect, measure),
+                *_refused(notes, effect, measure, wording.effect if is_margin else wording.share),
+                _p(notes, effect, measure, decides=outcome == outcome_of(interventions)),
                 draws_made(effect),
             )
         )
+    what, column = ("Margin of harmful requests", "margin") if is_margin else ("Harmful requests refused", "refused")
     return table(
-        "Harmful requests refused by dose: the most important share of each site's members:",
-        ("group", "intervention", "dose", "members", "refused", "random groups", "p", "draws"),
+        f"{what} by dose: the most important share of each site's members:",
+        ("group", "intervention", "dose", "members", column, "random groups", "p", "draws"),
         rows,
         "llrrrrrr",
         notes.notes(),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from neurondrift.base.errors import ArtifactError, ConfigError
+from neurondrift.base.errors import ArtifactError, ConfigError, UserError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
 from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
@@ -23,12 +23,13 @@ from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
 from neurondrift.interventions.contexts import Applied, reach
+from neurondrift.interventions.measures import Bench
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
+from neurondrift.interventions.patching import places_of
 from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import (
     INTERVENTIONS,
     Acted,
-    Bench,
     Draws,
     Subject,
     Trial,
@@ -55,6 +56,8 @@ from neurondrift.study.training import detach_adapter
 Say = Callable[[str], None]
 
 DOSES = (0.1, 0.25, 0.5, 1.0)
+#: Interventions on outputs: they reach groups in sites that were not trained, too.
+PATCHES = {"patch", "patch_back"}
 
 
 def of_study(study: Study, folder: StudyFolder, *, say: Say) -> str:
@@ -105,9 +108,10 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     began = time.perf_counter()
     seed = study.seed if options.seed is None else options.seed
     draws = planned(options)
-    subject, adapter = _subject(study, folder, options, seed)
+    subject, adapter = subject_of(study, folder, options, seed)
     base = subject.sites_before.fingerprint
-    groups, asked = _groups(folder, options), _asked(options, subject)
+    groups = _groups(folder, options)
+    asked = _asked(options, subject, groups, say)
     _check(groups, subject, base, asked)
     doses, importance = _importances(folder, groups, options, say)
     trials = plan(
@@ -137,7 +141,9 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
                 summarise(
                     results,
                     facts_of(trials),
+                    asked=options.outcome,
                     smallest_effect=options.smallest_effect,
+                    smallest_margin=options.smallest_margin,
                     resamples=study.analyze.resamples,
                     rng_seed=study.seed,
                 )
@@ -150,10 +156,18 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     return findings
 
 
-def _asked(options: InterveneSection, subject: Subject) -> tuple[str, ...]:
-    """The interventions that were named; default: all that can be run on these models."""
-    possible = tuple(name for name in INTERVENTIONS if name != "freeze" or subject.train_frozen is not None)
-    return tuple(options.interventions) or possible
+def _asked(options: InterveneSection, subject: Subject, groups: Mapping[str, Group], say: Say) -> tuple[str, ...]:
+    """The interventions that were named; default: all that can be run on these models and groups."""
+    if options.interventions:
+        return tuple(options.interventions)
+    left_out = set() if subject.train_frozen is not None else {"freeze"}
+    try:
+        for group in groups.values():
+            places_of(group, subject.sites_before)
+    except UserError as error:
+        say(f"patch is left out: {error}")
+        left_out |= PATCHES
+    return tuple(name for name in INTERVENTIONS if name not in left_out)
 
 
 def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> str:
@@ -177,7 +191,9 @@ def _as_made(
         "doses": list(doses),
         "draws": asdict(planned(options)),
         "mode": options.mode,
+        "outcome": options.outcome,
         "smallest_effect": options.smallest_effect,
+        "smallest_margin": options.smallest_margin,
         "bins": bins_of(study.groups, options.granularity),
         "rng_seed": study.seed,
         "resamples": study.analyze.resamples,
@@ -205,7 +221,11 @@ def last_step(folder: StudyFolder, seed: int) -> int:
     return steps[-1]
 
 
-def _subject(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:
+def subject_of(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:
+    """The models before and after fine-tuning, and a digest of the latter's weights.
+
+    Raises `ConfigError` for a training seed that the study does not have, `ArtifactError` where it was not trained.
+    """
     if options.adapter is not None:
         model, tokenizer = load_named(study, adapter=options.adapter)
         return Subject(before=model, after=model, tokenizer=tokenizer), _digest(options.adapter)
@@ -310,7 +330,9 @@ def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequ
             shapes = sites.shapes
         group.check_model(base, shapes)
         for what in asked:
-            if what != "prune":
+            if what in PATCHES:
+                places_of(group, sites)
+            elif what != "prune":
                 reach(group, sites, trained, what)
 
 
@@ -362,6 +384,7 @@ def _bench(study: Study, options: InterveneSection) -> Bench:
             "max_length": settings.max_length,
         },
         max_length=settings.max_length,
+        outcome=options.outcome,
     )
 
 
@@ -382,7 +405,8 @@ def _announce(trials: Sequence[Trial], bench: Bench, draws: Draws) -> str:
     if tests > 1:
         text += f"; {tests} tests of whole groups: a p-value survives their correction from {draws_needed(tests)} draws"
     prompts = ", ".join(f"{len(examples)} {kind}" for kind, examples in bench.sets.items())
-    return f"{text}; {prompts} prompts, {len(bench.answers)} held-out answers"
+    by = {"margin": "the refusal margin", "refusals": "refusals", "both": "the refusal margin and refusals"}
+    return f"{text}; {prompts} prompts, {len(bench.answers)} held-out answers; by {by[bench.outcome]}"
 
 
 def _run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from neurondrift.interventions.outcomes import SCHEMA_VERSION
 from neurondrift.models.data import DataReference
-from neurondrift.study.experiments import intervene, stability, subspaces
+from neurondrift.study.experiments import dose_response, intervene, stability, subspaces
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.table import Stage, base_of_scores, data_key, first_seed, gradient_data, section_inputs
 
@@ -30,6 +30,22 @@ def _acted_on(study: Study) -> dict[str, Any]:
         "layout": SCHEMA_VERSION,
         "files": [data_key(DataReference(source=file)) for file in files],
     }
+
+
+def _dosed(study: Study) -> dict[str, Any]:
+    """What the dose-response depends on besides: the prompts, and how neurons are scored for safety."""
+    return first_seed(study) | {
+        "evaluate": section_inputs(study.evaluate),
+        "score": section_inputs(study.score),
+        "resamples": study.analyze.resamples,
+        "layout": dose_response.SCHEMA_VERSION,
+    }
+
+
+def _dosed_seed(study: Study) -> Sequence[int]:
+    """The one training seed that it acts on; none where the study has no such seed, which the stage says itself."""
+    seed = dose_response.seed_of(study)
+    return [seed] if seed in study.seeds else []
 
 
 def _directions(study: Study) -> dict[str, Any]:
@@ -60,6 +76,19 @@ OPTIONAL = (
         seeds=_trained_seed,
         lacks=intervene.lacks,
         extra_inputs=_acted_on,
+        wants=("say",),
+    ),
+    Stage(
+        name="dose-response",
+        reads=("align", "finetune"),
+        section="dose_response",
+        no_result=ONLY_WHEN,
+        optional=True,
+        run=dose_response.of_study,
+        outputs=dose_response.outputs,
+        seeds=_dosed_seed,
+        lacks=dose_response.lacks,
+        extra_inputs=_dosed,
         wants=("say",),
     ),
     Stage(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift.base.files import read_json, sha256_of_file, sha256_of_value, write_text
+from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.findings.subspaces import Subspaces
@@ -42,6 +43,8 @@ def read_findings(folder: StudyFolder) -> Findings:
         results["subspaces"] = _subspaces(read_json(ranks), folder)
     if (causes := folder.results / "interventions.json").exists():
         results["interventions"] = _interventions(read_json(causes), folder)
+    if (doses := folder.results / "dose_response.json").exists():
+        results["dose_response"] = _dose_response(read_json(doses), folder)
     if (redrawn := folder.results / "stability.json").exists():
         results["stability"] = read_json(redrawn)
     return results
@@ -49,6 +52,12 @@ def read_findings(folder: StudyFolder) -> Findings:
 
 def _interventions(findings: Interventions, folder: StudyFolder) -> Interventions:
     tuned = saved_step(folder.adapters(findings["training_seed"]), findings["training_step"] or 0)  # 0: made elsewhere
+    is_current = findings["adapter"] == weights_digest(tuned)
+    return findings if is_current else findings | {"model_fingerprint": OTHER_WEIGHTS}
+
+
+def _dose_response(findings: DoseResponse, folder: StudyFolder) -> DoseResponse:
+    tuned = saved_step(folder.adapters(findings["training_seed"]), findings["training_step"])
     is_current = findings["adapter"] == weights_digest(tuned)
     return findings if is_current else findings | {"model_fingerprint": OTHER_WEIGHTS}
 

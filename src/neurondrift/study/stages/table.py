@@ -201,7 +201,7 @@ STAGES = (
     ),
     Stage(
         name="report",
-        reads=("analyze", "intervene", "subspaces", "stability"),
+        reads=("analyze", "intervene", "dose-response", "subspaces", "stability"),
         run=reporting.report,
         outputs=reporting.outputs,
     ),
