@@ -364,7 +364,7 @@ class _Loop:
 
         Only for caches of plain layers: a sliding window counts the padding in between.
         """
-        if len(distinct) < 2 or not self.takes_positions or not cache.layers:
+        if not self.takes_positions or not cache.layers:
             return None
         if not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
             return None
