@@ -30,10 +30,11 @@ def test_a_merged_adapter_answers_as_it_did(family):
     with model.disable_adapter():
         base = logits(model)
     before = logits(model)
-    assert merge_to_read(model)
+    stacked = family in ("mixtral", "qwen3_moe")  # factors of all experts in one parameter
+    assert merge_to_read(model) != stacked
     after = logits(model)
     assert (after - before).norm() < 1e-5 * before.norm() < 0.1 * (before - base).norm()
-    assert not merge_to_read(model)  # it is merged already
+    assert not merge_to_read(model)  # it is merged already, or cannot be
 
 
 @pytest.mark.parametrize(

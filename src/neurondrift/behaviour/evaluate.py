@@ -168,17 +168,20 @@ def _answers(
     texts = [""] * len(asked)
     for decoding, kinds in _together(asked, how["max_new_tokens"], how["batch_size"]):
         indices = {kind: [index for index, each in enumerate(asked) if each.kind == kind] for kind in kinds}
-        kept = {kind: parts.get(kind) if parts else None for kind in kinds}
-        if all(isinstance(kept[kind], list) and len(kept[kind]) == len(indices[kind]) for kind in kinds):
+        stood = [parts.get(kind) for kind in kinds] if parts else []
+        if [len(each) if isinstance(each, list) else None for each in stood] == list(map(len, indices.values())):
+            kept = dict(zip(kinds, stood, strict=True))
             getattr(how["advance"], "already", how["advance"])(sum(map(len, indices.values())))
         else:
-            ordered = [index for kind in kinds for index in indices[kind]]
-            requests = [asked[index].request for index in ordered]
+            requests = [asked[index].request for of_kind in indices.values() for index in of_kind]
             given = {key: value for key, value in how.items() if key != "max_new_tokens"}
-            answers = iter(ask(requests, decoding=decoding, beginning=beginning, **given))
+            # Some in a template and others not have no beginning in common: each call has its own then.
+            shared = beginning if beginning.tokens else None
+            answers = iter(ask(requests, decoding=decoding, beginning=shared, **given))
             kept = {kind: [next(answers) for _ in indices[kind]] for kind in kinds}
-            for kind in kinds if parts else ():
-                parts.put(kind, kept[kind])
+            for kind in kinds:
+                if parts:
+                    parts.put(kind, kept[kind])
         for kind in kinds:
             for index, text in zip(indices[kind], kept[kind], strict=True):
                 texts[index] = text
