@@ -2,11 +2,13 @@
 
 import errno
 import json
+import math
 
 import pytest
 
 from neurondrift.base import files
 from neurondrift.base.errors import ArtifactError, ResourceError
+from neurondrift.base.files import Parts
 
 
 def test_a_failed_write_leaves_what_stood(tmp_path):
@@ -88,3 +90,23 @@ def test_require_space_says_how_much(tmp_path):
 
 def test_canonical_hash_does_not_depend_on_order():
     assert files.sha256_of_value({"a": 1, "b": 2}) == files.sha256_of_value(json.loads('{"b": 2, "a": 1}'))
+
+
+def test_parts_stand_for_what_they_were_made_from(tmp_path):
+    parts = Parts(tmp_path / "parts", "abc")
+    assert parts.get("a") is None
+    value = {"rows": [[1, 0.1, None, "é", True]], "nothing": math.inf}
+    parts.put("a", value)
+    parts.below("a").put("b", [1])
+    assert parts.get("a") == value and parts.get("a.b") == [1]
+    assert Parts(tmp_path / "parts", "abd").get("a") is None
+    file = tmp_path / "parts" / "a.json"
+    file.write_text(file.read_text().replace("0.1", "0.2"))
+    assert parts.get("a") is None
+    file.write_text("{")
+    assert parts.get("a") is None
+    parts.below("a").remove()
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["a.json"]
+    parts.remove()
+    assert not (tmp_path / "parts").exists()
+    parts.remove()

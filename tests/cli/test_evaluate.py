@@ -202,3 +202,32 @@ def test_flags_about_data_that_do_not_fit(tmp_path, monkeypatch, capsys, argumen
         run("evaluate", "tiny:llama", *arguments)
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_evaluation_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
+    from helpers.faults import Killing, attempt
+    from neurondrift.behaviour import evaluate as behaviour
+
+    def command(folder, tokens=3):
+        sizes = ("--limit", 3, "--max-new-tokens", tokens, "--batch-size", 3, "--answers", "none")
+        attacks = ("--attack", "vanilla", "--attack", "decoding:2")
+        return ("evaluate", "tiny:llama", *sizes, *attacks, "--output-dir", folder)
+
+    run(*command(tmp_path / "whole"))
+    asked, answer = [], behaviour.answer
+    monkeypatch.setattr(
+        behaviour,
+        "answer",
+        lambda model, tok, asks, **how: (asked.append(len(asks)), answer(model, tok, asks, **how))[1],
+    )
+    for tokens, left in ((3, [3, 6]), (2, [3, 3, 3, 6])):  # asked as before, and asked for something else
+        folder = tmp_path / f"killed {tokens}"
+        killed = attempt(command(folder), tmp_path / "told", before=Killing(2))
+        assert killed.code == -9, killed.err
+        assert not (folder / "answers.parquet").exists()
+        asked.clear()
+        run(*command(folder, tokens))
+        assert asked == left
+        assert not (folder / "answers.parts").exists()
+    one, other = (pq.read_table(tmp_path / name / "answers.parquet") for name in ("whole", "killed 3"))
+    assert one.equals(other)

@@ -105,6 +105,26 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Killing:
+    """Before a command: the process is killed when it has kept so many parts."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def __call__(self):
+        from neurondrift.base.files import Parts
+
+        put, kept = Parts.put, []
+
+        def putting(parts, name, value):
+            put(parts, name, value)
+            kept.append(name)
+            if len(kept) == self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Parts.put = putting
+
+
 class _Writes:
     def __init__(self, refusal):
         from neurondrift.base.files import _scratch_candidates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -376,3 +377,48 @@ def without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+class Parts:
+    """What is finished of work that may be killed: values by name, each in a file of its own that is written whole.
+
+    Parameters
+    ----------
+    folder
+        Where the files lie. It is made with the first of them.
+    inputs
+        Fingerprint of all that the values depend on: files that were made from others, or are damaged, are not there.
+    prefix
+        What all names begin with.
+    """
+
+    def __init__(self, folder: Path, inputs: str, prefix: str = "") -> None:
+        self.folder, self.inputs, self.prefix = Path(folder), inputs, prefix
+
+    def below(self, name: str) -> Parts:
+        """The parts of a part."""
+        return Parts(self.folder, self.inputs, f"{self.prefix}{name}.")
+
+    def get(self, name: str) -> Any | None:
+        """A value, as JSON has it (numbers that are not finite too); None where it is not there."""
+        try:
+            found = json.loads(self._file(name).read_text(encoding="utf-8"))
+            whole = found["inputs"] == self.inputs and found["sha256"] == sha256_of_value(found["value"])
+            return found["value"] if whole else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value."""
+        kept = {"inputs": self.inputs, "sha256": sha256_of_value(value), "value": value}
+        write_text(self._file(name), json.dumps(kept, ensure_ascii=False))
+
+    def remove(self) -> None:
+        """Delete all that is kept under the prefix, and the folder where nothing is left in it."""
+        for file in self.folder.glob(f"{glob.escape(self.prefix)}*.json"):
+            _remove(file)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{self.prefix}{name}.json"

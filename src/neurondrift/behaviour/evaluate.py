@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +13,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import ConfigError, DataError
-from neurondrift.base.files import atomic_path
+from neurondrift.base.files import Parts, atomic_path
 from neurondrift.behaviour.classifiers import THRESHOLD, Kind, ModelJudge
+from neurondrift.behaviour.decoding.beginning import common_beginning
 from neurondrift.behaviour.generate import Backend, answer
 from neurondrift.behaviour.judges import decided, is_coherent, judge
 from neurondrift.behaviour.requests import VANILLA, Attack, Decoding, Request
 from neurondrift.models.checked.weights import check_finite
 from neurondrift.models.data import Example
+from neurondrift.models.text.templates import prompt_ids
 from neurondrift.models.text.thoughts import spoken
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ def judge_answers(
     max_length: int = 2048,
     backend: Backend = "transformers",
     advance: Advance = lambda n: None,
+    parts: Parts | None = None,
 ) -> list[dict[str, Any]]:
     """Answer and judge the prompts of several sets.
 
@@ -70,6 +75,9 @@ def judge_answers(
     short
         Tokens of an answer's beginning that are judged by themselves too (`refused_short`), so that points with long
         and with short answers can be put on one curve.
+    parts
+        Where the answers to each set are kept as soon as they are there, and taken from: what an earlier call has left
+        is not asked again.
 
     Returns
     -------
@@ -89,7 +97,7 @@ def judge_answers(
     for kind, examples in sets.items():
         if not examples:
             raise DataError(f"There are no {kind} prompts", fix="name a set that holds some")
-    asked: list[tuple[str, Example, Request, Attack]] = []
+    asked: list[_Asked] = []
     for kind, example in pairs:
         put = attack if kind == "harmful" else VANILLA
         about: dict[str, Any] = {
@@ -98,23 +106,19 @@ def judge_answers(
             "earlier": example.messages,
         }
         for request in put.requests(example.prompt, tokenizer, **about):
-            asked.append((kind, example, request, put))
-    texts = [""] * len(asked)
-    for decoding in dict.fromkeys(put.decoding(max_new_tokens) for _, _, _, put in asked):
-        part = [index for index, entry in enumerate(asked) if entry[3].decoding(max_new_tokens) == decoding]
-        found = answer(
-            model,
-            tokenizer,
-            [asked[index][2] for index in part],
-            decoding=decoding,
-            batch_size=batch_size,
-            max_length=max_length,
-            decided=chosen.decided,
-            advance=advance,
-            backend=backend,
-        )
-        for index, text in zip(part, found, strict=True):
-            texts[index] = text
+            asked.append(_Asked(kind, example, request, put))
+    texts = _answers(
+        asked,
+        parts,
+        partial(answer, model, tokenizer),
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_length=max_length,
+        decided=chosen.decided,
+        advance=advance,
+        backend=backend,
+    )
     opinions = chosen.judge(
         [
             (kind, example.prompt, request.opening + text)  # a thought may have begun in the prompt
@@ -141,6 +145,64 @@ def judge_answers(
         for (kind, example, request, put), text, found in zip(asked, texts, opinions, strict=True)
         for opinion in found
     ]
+
+
+class _Asked(NamedTuple):
+    """One answer that is wanted: to which kind of prompt, of which example, how it is put."""
+
+    kind: str
+    example: Example
+    request: Request
+    attack: Attack
+
+
+def _answers(
+    asked: Sequence[_Asked], parts: Parts | None, ask: Callable[..., list[str]], tokenizer: Any, **how: Any
+) -> list[str]:
+    """The answer to each request, by `ask`; `parts` as in `judge_answers`.
+
+    Which sets go through the model together does not depend on what is kept of them already: the answers of a run that
+    was killed are those of one that was not.
+    """
+    beginning = common_beginning([prompt_ids(each.request.text, tokenizer) for each in asked])
+    texts = [""] * len(asked)
+    for decoding, kinds in _together(asked, how["max_new_tokens"], how["batch_size"]):
+        indices = {kind: [index for index, each in enumerate(asked) if each.kind == kind] for kind in kinds}
+        stood = [parts.get(kind) for kind in kinds] if parts else []
+        if [len(each) if isinstance(each, list) else None for each in stood] == list(map(len, indices.values())):
+            kept = dict(zip(kinds, stood, strict=True))
+            getattr(how["advance"], "already", how["advance"])(sum(map(len, indices.values())))
+        else:
+            requests = [asked[index].request for of_kind in indices.values() for index in of_kind]
+            given = {key: value for key, value in how.items() if key != "max_new_tokens"}
+            # Some in a template and others not have no beginning in common: each call has its own then.
+            shared = beginning if beginning.tokens else None
+            answers = iter(ask(requests, decoding=decoding, beginning=shared, **given))
+            kept = {kind: [next(answers) for _ in indices[kind]] for kind in kinds}
+            for kind in kinds:
+                if parts:
+                    parts.put(kind, kept[kind])
+        for kind in kinds:
+            for index, text in zip(indices[kind], kept[kind], strict=True):
+                texts[index] = text
+    return texts
+
+
+def _together(asked: Sequence[_Asked], max_new_tokens: int, batch_size: int) -> list[tuple[Decoding, list[str]]]:
+    """Kinds of prompts whose answers are drawn alike and fit into one batch, the others alone."""
+    sizes = Counter(each.kind for each in asked)
+    found: list[tuple[Decoding, list[str]]] = []
+    for kind, decoding in {each.kind: each.attack.decoding(max_new_tokens) for each in asked}.items():
+        fitting = (
+            kinds
+            for other, kinds in found
+            if other == decoding and sizes[kind] + sum(sizes[each] for each in kinds) <= batch_size
+        )
+        if (kinds := next(fitting, None)) is not None:
+            kinds.append(kind)
+        else:
+            found.append((decoding, [kind]))
+    return found
 
 
 def _short(opinion: Opinion, prompt: str, opening: str, text: str, tokenizer: Any, tokens: int | None) -> bool | None:

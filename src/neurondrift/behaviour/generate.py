@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.behaviour.decoding.beginning import Beginning, common_beginning, parts_of_like_length
 from neurondrift.behaviour.decoding.cache import GrowingLayer, is_filled, selects
 from neurondrift.behaviour.decoding.draws import Draws, end_tokens
 from neurondrift.behaviour.decoding.own import answers_by_its_own_loop, holds_in_batches
@@ -37,7 +38,6 @@ Decided = Callable[[str, str], bool]
 Backend = Literal["transformers", "vllm"]
 
 CHECK_EVERY = 8  # tokens between two looks at whether an answer is decided
-SHORTEST_SHARED = 8  # tokens that prompts must have in common before they are computed once
 # Class and configuration -> `_Loop._find_loop`.
 _LOOPS: dict[tuple[type, type, str], str] = {}
 COMPACT = 0.85  # finished rows leave the batch once no more than this share of it is still being answered
@@ -82,6 +82,7 @@ def answer(
     decided: Decided | None = None,
     advance: Callable[[int], None] = lambda n: None,
     backend: Backend = "transformers",
+    beginning: Beginning | None = None,
 ) -> list[str]:
     """The model's answer to each request, in order, without outer white space and special tokens.
 
@@ -108,6 +109,9 @@ def answer(
         Called with the number of requests done, for progress.
     backend
         `transformers`, or `vllm` (no early stop).
+    beginning
+        Tokens that all requests begin with, by default those that they have in common; handed to several calls with
+        one model in one state, they are computed once for all of them.
 
     Raises
     ------
@@ -133,6 +137,7 @@ def answer(
     order = sorted(range(len(requests)), key=lambda index: (-len(ids[index]), index))
     answers = [""] * len(requests)
     with _Loop(model, tokenizer, decoding, decided) as loop:
+        loop.beginning = common_beginning(ids) if beginning is None else beginning
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
             for row, text in loop.run([requests[index] for index in part], [ids[index] for index in part]):
@@ -177,6 +182,7 @@ class _Loop:
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.ends = torch.tensor(sorted(end_tokens(inner, tokenizer)), dtype=torch.long)
         self.marks = marking_tokens(tokenizer)
+        self.beginning: Beginning | None = None  # of all prompts; None: of each batch its own
         self.loop = self._find_loop()
 
     def _find_loop(self) -> str:
@@ -315,11 +321,12 @@ class _Loop:
         head of a chat template). Padding stands between that beginning and the rest.
         """
         limit = self.decoding.max_new_tokens
-        distinct = list(dict.fromkeys(map(tuple, ids)))
+        distinct = sorted(dict.fromkeys(map(tuple, ids)), key=lambda tokens: -len(tokens))
         owners = [distinct.index(tuple(tokens)) for tokens in ids]
         longest = max(map(len, distinct))
         cache = self._cache(longest + limit)
-        shared = self._shared(distinct, cache)
+        beginning = self._begin(distinct, cache)
+        shared = 0 if beginning is None else len(beginning.tokens)
         if not selects(cache):
             distinct, owners = list(map(tuple, ids)), list(range(len(ids)))
         input_BT = torch.full((len(distinct), longest), self.pad)
@@ -331,31 +338,49 @@ class _Loop:
             mask_BT[row, longest - len(tokens) + shared :] = 1  # also the room of the answer
         input_BT, mask_BT = input_BT.to(self.device), mask_BT.to(self.device)
         positions_BT = (mask_BT[:, :longest].cumsum(1) - 1).clamp(min=0)
-        if shared:
-            self._step(input_BT[:1, :shared], mask_BT[:1, :shared], positions_BT[:1, :shared], cache)
-            cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
-        logits_BV = self._step(input_BT[:, shared:], mask_BT[:, :longest], positions_BT[:, shared:], cache)
+        if beginning is None:
+            logits_BV = self._step(input_BT, mask_BT[:, :longest], positions_BT, cache)
+        else:
+            cache = beginning.caches(cache, len(distinct), longest, longest + limit)
+            found = []
+            for part in parts_of_like_length([len(tokens) - shared for tokens in distinct], self.device):
+                start = longest - len(distinct[part.start]) + shared  # the tokens of the longest of them begin there
+                of_part = self._cache(0)
+                of_part.layers = [layer.rows(part, start) for layer in cache.layers]
+                found.append(
+                    self._step(input_BT[part, start:], mask_BT[part, :longest], positions_BT[part, start:], of_part)
+                )
+            logits_BV = torch.cat(found)
         if not is_filled(cache):
             return None
-        if len(distinct) < len(ids):
+        if owners != list(range(len(distinct))):
             places = torch.tensor(owners, device=self.device)
             cache.batch_select_indices(places)
             logits_BV, mask_BT = logits_BV[places], mask_BT[places]
         return logits_BV, mask_BT, cache
 
-    def _shared(self, distinct: Sequence[tuple[int, ...]], cache: DynamicCache) -> int:
-        """How many tokens all prompts begin with, at least one token of each left over; 0 where it saves nothing.
+    def _begin(self, distinct: Sequence[tuple[int, ...]], cache: DynamicCache) -> Beginning | None:
+        """What all prompts begin with, read by the model; None where they have too little in common.
 
         Only for caches of plain layers: a sliding window counts the padding in between.
         """
-        if len(distinct) < 2 or not self.takes_positions or not cache.layers:
-            return 0
+        if not self.takes_positions or not cache.layers:
+            return None
         if not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
-            return 0
-        first, last = min(distinct), max(distinct)
-        most = min(map(len, distinct)) - 1
-        shared = next((at for at in range(most) if first[at] != last[at]), most)
-        return shared if shared >= SHORTEST_SHARED else 0
+            return None
+        beginning = common_beginning(distinct) if self.beginning is None else self.beginning
+        count = len(beginning.tokens)
+        if not count:
+            return None
+        assert all(tokens[:count] == beginning.tokens and len(tokens) > count for tokens in distinct)
+        if beginning.layers is None:
+            read, places_BT = self._cache(count), torch.arange(count, device=self.device)[None]
+            tokens_BT = torch.tensor([beginning.tokens], device=self.device)
+            self._step(tokens_BT, torch.ones_like(tokens_BT), places_BT, read)
+            if not is_filled(read):
+                return None
+            beginning.keep(read)
+        return beginning
 
     def _settled(self, requests: Sequence[Request], said: Mapping[int, list[int]], live: set[int]) -> set[int]:
         assert self.decided is not None

@@ -95,6 +95,10 @@ class StudyFolder:
         name = stage if seed is None else f"{stage}.seed={seed}"
         return self.root / self.MANIFESTS / f"{name}.json"
 
+    def parts(self, stage: str, seed: int | None = None) -> Path:
+        """What a stage that is being done has finished: for one seed, or what all seeds share."""
+        return self.root / self.MANIFESTS / (f"{stage}.parts" if seed is None else f"{stage}.seed={seed}.parts")
+
     @property
     def scratch(self) -> Path:
         """Where the scores lie: the scratch folder, or where it would be beside the study."""

@@ -151,7 +151,7 @@ class StudyRun:
         if is_first_process():
             manifest.unlink(missing_ok=True)
         of: tuple[Any, ...] = (self.study, self.folder, *([] if step.seed is None else [step.seed]))
-        given = {"key": step.inputs, "say": self.say}
+        given = {"key": step.inputs, "shared_key": self.shared_key(stage.name), "say": self.say}
         began = time.perf_counter()
         with progress(step.title):
             summary = stage.run(*of, **{name: given[name] for name in stage.wants})
@@ -223,6 +223,23 @@ class StudyRun:
             if above := self._keys_above(TABLE[needed], stage, seed):
                 content[f"after {needed}"] = above
         return sha256_of_value(content)[:16]
+
+    def shared_key(self, name: str) -> str:
+        """Fingerprint of what a stage does that is the same for all training seeds: its own settings and data, the
+        model, and the stages above it that are not repeated for each seed."""
+        study, stage = self.study, TABLE[name]
+        content: dict[str, Any] = {"stage": name, "format": STAGE_FORMAT, **stage.extra_inputs(study)}
+        content["model"] = study.model.model_dump(mode="json")
+        if stage.section is not None:
+            content |= section_inputs(getattr(study, stage.section), stage.no_result)
+        waiting, above = list(stage.reads), dict[str, str]()
+        while waiting:
+            needed = TABLE[waiting.pop()]
+            if needed.per_seed:
+                waiting += needed.reads
+            elif needed.when(study) and not needed.optional:
+                above[needed.name] = self.key(needed.name)
+        return sha256_of_value(content | {"above": above})[:16]
 
     def _keys_above(self, needed: Stage, stage: Stage, seed: int | None) -> list[str]:
         """What a stage that is read contributes: its keys; of an optional one those for which its files were made."""

@@ -42,6 +42,26 @@ class GrowingLayer(DynamicLayer):
             buffers[0][:, :, :had], buffers[1][:, :, :had] = self.keys, self.values
         self.buffers = (buffers[0], buffers[1])
 
+    def begin(self, keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> None:
+        """Let each of `rows` rows begin with these keys and values `[1, H, T, D]`, and count `length` tokens: what
+        stands behind the beginning is zero until it is filled."""
+        self.lazy_initialization(keys, values)
+        new = [part.new_empty(rows, part.shape[1], max(self.room, length), part.shape[3]) for part in (keys, values)]
+        for buffer, part in zip(new, (keys, values), strict=True):
+            buffer[:, :, : part.shape[2]] = part
+            buffer[:, :, part.shape[2] : length] = 0  # a masked value is multiplied by 0, and must be finite
+        self.buffers = (new[0], new[1])
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def rows(self, chosen: slice, length: int) -> GrowingLayer:
+        """Some rows, up to a token, as a layer of their own: what is written there stands in this layer's buffer."""
+        assert self.buffers is not None
+        part = GrowingLayer(self.room)
+        part.lazy_initialization(self.keys, self.values)
+        part.buffers = (self.buffers[0][chosen], self.buffers[1][chosen])
+        part.keys, part.values = (buffer[:, :, :length] for buffer in part.buffers)
+        return part
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.buffers is not None:
             have = self.keys.shape[-2]

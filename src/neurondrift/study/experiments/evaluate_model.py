@@ -10,24 +10,26 @@ from typing import Any
 import tomli_w
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.files import write_text
+from neurondrift.base.files import Parts, files_below, sha256_of_value, write_text
 from neurondrift.base.progress import progress
 from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
 from neurondrift.behaviour.rates import category_interval, per_prompt, refusal_rate
 from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.batches import check_lengths
-from neurondrift.models.data import Example, encode, load_examples
+from neurondrift.models.data import DataReference, Example, encode, load_examples
 from neurondrift.models.loading import load_model
 from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.experiments.evaluation_settings import KINDS, ModelEvaluation
 from neurondrift.study.folder import record
 from neurondrift.study.stages.evaluation import attack_of
+from neurondrift.study.stages.table import data_key
 
 Say = Callable[[str], None]
 
 
 WRITTEN = ANSWERS, ASKED = "answers.parquet", "evaluation.toml"
+UNFINISHED = "answers.parts"
 
 
 def evaluate_model(
@@ -40,7 +42,8 @@ def evaluate_model(
     asked
         Which model, which prompts and answers (of harmful prompts: under each attack in turn), which judges, and how.
     output
-        Folder of the two files.
+        Folder of the two files; until they are there, also of the answers of each set that is finished: the same
+        command goes on from them after it was killed.
     show_responses
         Whether answers to harmful requests are printed, without control characters.
     say
@@ -72,16 +75,18 @@ def evaluate_model(
         kind: load_examples(source, limit=limit, require_response=False, kind=kind) for kind, source in sets.items()
     }
     held_out = load_examples(asked.answers, limit=limit) if asked.answers else []
-    model, tokenizer = _loaded(asked)
+    with progress(f"loading {asked.model.reference}"):
+        model, tokenizer = _loaded(asked)
     if held_out:
         check_lengths(model, encode(held_out, tokenizer, max_length=asked.max_length))
+    kept = Parts(output / UNFINISHED, _inputs(asked))
     rows: list[dict[str, Any]] = []
-    parts = [
+    asking = [
         (attack, {kind: of_kind for kind, of_kind in examples.items() if first or kind == "harmful"})
         for first, attack in zip([True] + [False] * len(attacks), attacks, strict=False)
     ]
-    with progress("answers", sum(count_answers(chosen, attack) for attack, chosen in parts)) as advance:
-        for attack, chosen in parts:
+    with progress("answers", sum(count_answers(chosen, attack) for attack, chosen in asking)) as advance:
+        for number, (attack, chosen) in enumerate(asking):
             rows += judge_answers(
                 model,
                 tokenizer,
@@ -95,17 +100,26 @@ def evaluate_model(
                 max_length=asked.max_length,
                 backend=asked.backend,
                 advance=advance,
+                parts=kept.below(str(number)),
             )
     panel.release()
     write_answers(output / ANSWERS, rows, step=None, seed=None)
     write_text(output / ASKED, asked.to_toml() + "\n" + tomli_w.dumps({"record": record()}))
+    value, of_tasks = None, []
+    if held_out:
+        with progress("perplexity of held-out answers"):
+            value = perplexity(model, tokenizer, held_out, max_length=asked.max_length)
+    if asked.tasks:
+        with progress("tasks"):
+            of_tasks = capability(model, tokenizer, asked.tasks, limit=limit, manager=manager)
+    kept.remove()
     figures = {
         "model": asked.model.reference,
         "adapter": str(asked.adapter) if asked.adapter else None,
         "max_new_tokens": asked.max_new_tokens,
         "rates": rates_of(rows),
-        "perplexity": perplexity(model, tokenizer, held_out, max_length=asked.max_length) if held_out else None,
-        "capability": capability(model, tokenizer, asked.tasks, limit=limit, manager=manager) if asked.tasks else [],
+        "perplexity": value,
+        "capability": of_tasks,
     }
     for line in _lines(figures):
         say(line)
@@ -135,6 +149,23 @@ def _loaded(asked: ModelEvaluation) -> tuple[Any, Any]:
 
     model = VllmModel(asked.model.reference, **of)
     return model, set_template_arguments(model.tokenizer, asked.model.template)
+
+
+def _inputs(asked: ModelEvaluation) -> str:
+    """Fingerprint of what the answers depend on: all that was asked, data by content, local models by their files'
+    sizes and times."""
+    suffixes = [section.suffixes for section in asked.attacks if section.suffixes]
+    data = [*(value for _, value in asked if isinstance(value, DataReference)), *map(_source, suffixes)]
+    local = [Path(place).expanduser() for place in (asked.model.reference, asked.adapter) if place]
+    files = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files_below([p for p in local if p.is_dir()])
+    ]
+    return sha256_of_value([asked.model_dump(mode="json"), [data_key(each) for each in data], files])
+
+
+def _source(file: str) -> DataReference:
+    return DataReference(source=file)
 
 
 def rates_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.files import atomic_path
+from neurondrift.base.files import Parts, atomic_path
 from neurondrift.base.progress import progress
 from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
@@ -15,14 +17,19 @@ from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.behaviour.requests import Attack, read_suffixes, system_prompt
 from neurondrift.models.data import DataReference, Example, PromptKind, load_examples
 from neurondrift.models.loading import attach_adapter, load_model
+from neurondrift.models.merged import merge_to_read
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.settings import AttackSection, EvaluateSection, Study
 from neurondrift.study.stages.attribution.openings import Margins
 
 
-def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
-    """Refusals and perplexity before, during and after fine-tuning."""
+def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key: str) -> str:
+    """Refusals and perplexity before, during and after fine-tuning.
+
+    `key` and `shared_key` are the fingerprints of all that the stage, and what all seeds share of it, depends on: what
+    an interrupted run with the same key has finished stands, anything else is deleted.
+    """
     settings = study.evaluate
     sets = _prompt_sets(study)
     answers_set, margins = load_examples(settings.answers), Margins(study)
@@ -33,48 +40,103 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
         shutil.rmtree(target)
     target.mkdir(parents=True)
     steps = [0, *saved_steps(folder.adapters(seed))]
-    answers = count_answers(sets, judging["attack"])
-    unaligned = study.align.enabled and seed == study.seed
-    early = {"harmful": sets["harmful"]}
+    own, shared = Parts(folder.parts("evaluate", seed), key), Parts(folder.parts("evaluate"), shared_key)
     ends = {"max_new_tokens": longest_answer(settings), "whole": True}  # what is compared is judged alike
-    total = answers * len(steps) + (count_answers(early, judging["attack"]) if unaligned else 0)
-    harmful: dict[int, float] = {}
-    undecided = 0
-    perplexities: list[dict[str, Any]] = []
-    capabilities: list[dict[str, Any]] = []
-    with progress(f"evaluate, seed {seed}", total) as advance:
-        if unaligned:
-            named = load_named(study)
-            rows = judge_answers(*named, early, advance=advance, **(judging | ends))
-            rows = margins.added(rows, *named, early)
-            del named
-            write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
-        for step in steps:
-            model, tokenizer = _model_at(study, folder, seed, step)
-            value = perplexity(  # first: it is soon known whether the answers fit into the model
-                model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
-            )
-            perplexities.append({"seed": seed, "step": step, "perplexity": value})
-            long = step in (steps[0], steps[-1]) or bool(judging["panel"].models)  # a model reads to the end anyway
-            how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
-            rows = judge_answers(model, tokenizer, sets, advance=advance, **how)
-            judging["panel"].release()
-            rows = margins.added(rows, model, tokenizer, sets)
-            write_answers(saved_step(target, step, ".parquet"), rows, step=step, seed=seed)
-            prompts = per_prompt(rows)
-            harmful[step] = refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate
-            undecided += sum(row["undecided"] for row in prompts)
-            if settings.capability_tasks:
-                of_tasks = capability(
-                    model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
-                )
-                capabilities += [{"seed": seed, "step": step, **row} for row in of_tasks]
-            del model
-    _write_rows(target / "perplexity.parquet", perplexities)
-    if capabilities:
-        _write_rows(target / "capability.parquet", capabilities)
-    rates = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in harmful.values())
-    return f"{rates}; {undecided} answers undecided (thoughts alone, or not in English)" if undecided else rates
+    points: list[_Point] = []
+    if study.align.enabled and seed == study.seed:
+        points.append(_Point(None, {"harmful": sets["harmful"]}, judging | ends, shared))
+    for step in steps:
+        long = step in (steps[0], steps[-1]) or bool(judging["panel"].models)  # a model reads to the end anyway
+        how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
+        points.append(_Point(step, sets, how, own if step else shared))
+    with progress(f"evaluate, seed {seed}", sum(point.answers for point in points)) as advance:
+        for point in points:
+            found = point.parts.get(point.name)
+            if found is not None:
+                advance.already(point.answers)
+                margins.see(found["answers"], point.sets)
+            else:
+                found = _measured(study, folder, seed, point, answers_set, margins, manager, advance)
+                point.parts.put(point.name, found)
+                point.parts.below(point.name).remove()
+            point.found = found
+    for point in points:
+        file = target / "before_alignment.parquet" if point.step is None else saved_step(target, point.step, ".parquet")
+        write_answers(file, point.found["answers"], step=point.step, seed=None if point.step is None else seed)
+    compared = [point for point in points if point.step is not None]
+    of = [{"seed": seed, "step": point.step} for point in compared]
+    values = [point.found["perplexity"] for point in compared]
+    _write_rows(
+        target / "perplexity.parquet", [at | {"perplexity": value} for at, value in zip(of, values, strict=True)]
+    )
+    if settings.capability_tasks:
+        rows = [at | row for at, point in zip(of, compared, strict=True) for row in point.found["capability"]]
+        _write_rows(target / "capability.parquet", rows)
+    own.remove()
+    if all(other == seed or folder.manifest("evaluate", other).exists() for other in study.seeds):
+        shared.remove()
+    rates, undecided = [], 0
+    for point in compared:
+        prompts = per_prompt(point.found["answers"])
+        rates.append(refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate)
+        undecided += sum(row["undecided"] for row in prompts)
+    line = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in rates)
+    return f"{line}; {undecided} answers undecided (thoughts alone, or not in English)" if undecided else line
+
+
+@dataclass(eq=False)
+class _Point:
+    """A point at which behaviour is measured: before the alignment (`step` None), or a training step.
+
+    `parts`: where what is finished of it is kept; `found`: what was found there, or measured.
+    """
+
+    step: int | None
+    sets: dict[str, list[Example]]
+    how: dict[str, Any]
+    parts: Parts
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "before_alignment" if self.step is None else f"step={self.step:06d}"
+
+    @property
+    def answers(self) -> int:
+        return count_answers(self.sets, self.how["attack"])
+
+
+def _measured(
+    study: Study,
+    folder: StudyFolder,
+    seed: int,
+    point: _Point,
+    answers_set: list[Example],
+    margins: Margins,
+    manager: Any,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Judged answers with margins, and (but before the alignment) perplexity and results of tasks, at one point."""
+    settings = study.evaluate
+    model, tokenizer = load_named(study) if point.step is None else _model_at(study, folder, seed, point.step)
+    value = None
+    if point.step is not None:  # first: it is soon known whether the answers fit into the model
+        value = perplexity(
+            model, tokenizer, answers_set, batch_size=settings.batch_size, max_length=settings.max_length
+        )
+    rows = judge_answers(
+        model, tokenizer, point.sets, advance=advance, parts=point.parts.below(point.name), **point.how
+    )
+    point.how["panel"].release()
+    rows = margins.added(rows, model, tokenizer, point.sets)
+    if point.step is None:
+        return {"answers": rows}
+    of_tasks: list[dict[str, Any]] = []
+    if settings.capability_tasks:
+        of_tasks = capability(
+            model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
+        )
+    return {"answers": rows, "perplexity": value, "capability": of_tasks}
 
 
 def longest_answer(settings: EvaluateSection) -> int:
@@ -127,6 +189,7 @@ def _model_at(study: Study, folder: StudyFolder, seed: int, step: int) -> tuple[
     model, tokenizer = load_base(study, folder)
     if step:
         model = attach_adapter(model, saved_step(folder.adapters(seed), step)).eval()
+        merge_to_read(model)
     return model, tokenizer
 
 

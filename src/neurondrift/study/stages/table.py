@@ -50,7 +50,8 @@ class Stage:
     scratch_until: str | None = None
     #: Whether several processes can do it together.
     in_processes: bool = False
-    #: Of `key` (its fingerprint, by which it knows what an interrupted run has left) and `say` (takes lines of text).
+    #: Of `key` (its fingerprint, by which it knows what an interrupted run has left), `shared_key` (the same of what is
+    #: one and the same for all seeds) and `say` (takes lines of text).
     wants: tuple[str, ...] = ()
 
 
@@ -178,6 +179,7 @@ STAGES = (
         run=evaluation.evaluate,
         outputs=evaluation.outputs,
         extra_inputs=lambda study: _suffixes(study) | _openings(study),
+        wants=("key", "shared_key"),
     ),
     Stage(
         name="attribute",

@@ -45,14 +45,18 @@ class Margins:
     def __init__(self, study: Study) -> None:
         self.study, self.openings = study, openings_of(study, [])
 
+    def see(self, rows: Rows, sets: Mapping[str, Sequence[Example]]) -> None:
+        """Take the model's own openings from these rows, where they are wanted, not taken yet, and of all sets."""
+        if self.openings is None and {"harmful", "ordinary"} <= sets.keys():
+            self.openings = openings_of(self.study, rows)
+
     def added(self, rows: Rows, model: Any, tokenizer: Any, sets: Mapping[str, Sequence[Example]]) -> Rows:
         """The rows with `margin`, in nats, of the prompt as it is asked but for suffixes; None where it is not known.
 
         A model's own openings are those of the first rows that hold all sets, so that what is asked before has none.
         """
         evaluated = self.study.evaluate
-        if self.openings is None and {"harmful", "ordinary"} <= sets.keys():
-            self.openings = openings_of(self.study, rows)
+        self.see(rows, sets)
         found: dict[tuple[str, str], float] = {}
         for kind, examples in sets.items() if self.openings is not None else ():
             template = evaluated.attack.chat_template or kind != "harmful"
