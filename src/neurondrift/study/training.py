@@ -22,9 +22,11 @@ from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
-from neurondrift.models.batches import Batch, make_batches, token_losses
+from neurondrift.models.architecture.packing import draws
+from neurondrift.models.batches import Batch, batches_without_padding, token_losses
+from neurondrift.models.data import IGNORED
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import Sites
+from neurondrift.models.sites import Sites, unwrap
 from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
@@ -44,7 +46,8 @@ class ResponseTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum().to(device)
+        parts = [part.labels[:, 1:] for batch in batch_samples for part in batch["parts"]]
+        count = torch.stack([(labels != IGNORED).sum() for labels in parts]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -54,22 +57,26 @@ class ResponseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch = Batch(**inputs, starts=[], lengths=[], names=[])
-        losses_N, _ = token_losses(model, batch)
+        device = next(model.parameters()).device
+        losses_N = torch.cat([token_losses(model, part.to(device)).losses for part in inputs["parts"]])
         loss = losses_N.sum() / (len(losses_N) if num_items_in_batch is None else num_items_in_batch)
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {}) if return_outputs else loss
 
 
 class _Collator:
-    """Rows of different lengths to padded tensors."""
+    """The rows of a step's batch to what the model computes at once: all of them without padding, or rows of one
+    length each."""
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
+        self.share = not draws(model, unwrap(model))
 
-    def __call__(self, rows: Encoded) -> dict[str, torch.Tensor]:
-        (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=self.pad_token_id, multiple=16)
-        return {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+    def __call__(self, rows: Encoded) -> dict[str, list[Batch]]:
+        parts = batches_without_padding(
+            self.model, rows, batch_size=len(rows), pad_token_id=self.pad_token_id, share=self.share
+        )
+        return {"parts": parts}
 
 
 class _Advance(TrainerCallback):
@@ -391,7 +398,7 @@ def _train(
                 model=model,
                 args=arguments,
                 train_dataset=list(encoded),
-                data_collator=_Collator(0 if pad is None else pad),
+                data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
             for kind in _printing_callbacks():
