@@ -136,3 +136,12 @@ def test_batches_of_about_one_length_where_a_pass_has_a_price():
     assert lengths(0) == [[10, 10], [9], [4, 4], [3]]
     assert lengths(2) == [[10, 10, 9], [4, 4, 3]]
     assert lengths(100) == [[10, 10, 9, 4, 4, 3]]
+
+
+def test_a_training_that_computes_blocks_anew_has_rows_of_one_length():
+    model, rows = build("llama"), rows_that_begin_alike()
+    model.activation_checkpointing_enable()
+    parts = batches_without_padding(model, rows, batch_size=8, pad_token_id=0)
+    assert len(parts) == len(rows) and all(batch.layout is None for batch in parts)
+    (scored,) = batches_without_padding(model, rows, batch_size=8, pad_token_id=0, share=False)
+    assert scored.layout is not None  # scoring computes anew in its own hands

@@ -51,6 +51,21 @@ class Batch:
         layout = None if self.layout is None else self.layout.to(device)
         return replace(self, **moved, layout=layout)
 
+    def span(self, example: int) -> tuple[int, int]:
+        """Where the tokens of an example begin and end among all of the batch `[B·T]`; not where some are shared."""
+        first = self.starts[example] + (0 if self.layout is not None else example * self.input_ids.shape[1])
+        return first, first + self.lengths[example]
+
+    def only(self, example: int) -> Batch:
+        """A batch of one of its examples, padded as it was."""
+        rows, columns = slice(example, example + 1), slice(None)
+        if self.layout is not None:
+            rows, columns = slice(None), slice(*self.span(example))
+        parts = {key: getattr(self, key)[rows, columns] for key in ("input_ids", "labels", "attention_mask")}
+        at = slice(example, example + 1)
+        starts = self.starts[at] if self.layout is None else [0]
+        return Batch(**parts, starts=starts, lengths=self.lengths[at], names=self.names[at])
+
     @property
     def position_ids(self) -> torch.Tensor:
         """[B, T]: 0, 1, 2, ... over the real tokens of each example."""
@@ -96,7 +111,9 @@ def batches_without_padding(
     """
     rows = _sorted_rows(encoded)
     inner: Any = unwrap(model)
-    packed, alone = packs(model, inner), share and not (model.training and draws(model, inner))
+    # What a training computes anew in its backward pass, it computes outside of our hands.
+    packed = packs(model, inner) and not (share and is_checkpointing(model))
+    alone = share and not (model.training and draws(model, inner))
     price = 0 if next(model.parameters()).device.type == "cpu" or not takes_mask(model) else TOKENS_OF_A_PASS
     batches = []
     for first in range(0, len(rows), batch_size):

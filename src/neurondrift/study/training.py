@@ -182,12 +182,15 @@ def align(
     autocast: bool = False,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, float]]:
-    """Supervised fine-tuning of all weights, in place. The model must be in float32; `autocast` computes in bfloat16.
+    """Supervised fine-tuning in place: of all weights, or of a LoRA adapter that is merged into them at the end.
 
-    Returns the Trainer's log: step, loss, learning rate.
+    The model must be in float32; `autocast` computes in bfloat16, but the adapter is merged in float32. Returns the
+    Trainer's log: step, loss, learning rate.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ModelError("Alignment trains all weights and needs them in float32", received=str(model.dtype))
+        raise ModelError("Alignment changes all weights and needs them in float32", received=str(model.dtype))
+    set_seed(seed)
+    trained = _with_lora(model, settings) if settings.method == "lora" else model
     arguments = _arguments(
         scratch,
         model,
@@ -200,7 +203,11 @@ def align(
         bf16=autocast,
         save_strategy="no",
     )
-    return _train(model, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    if trained is not model:
+        trained.merge_and_unload()
+        _free_again(trained)
+    return log
 
 
 def finetune(
@@ -312,7 +319,7 @@ def last_checkpoint(folder: Path, beside: Sequence[Path] = ()) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _with_lora(model: Any, settings: FinetuneSection) -> Any:
+def _with_lora(model: Any, settings: FinetuneSection | AlignSection) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = settings.target_modules
@@ -354,9 +361,14 @@ def detach_adapter(model: Any) -> Any:
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         raise ModelError("The adapter is merged into the base model, which is not what it was", fix="load it again")
     base: Any = model.unload()
-    for parameter in getattr(model, "_neurondrift_trainable", ()):
-        parameter.requires_grad_(True)
+    _free_again(model)
     return base
+
+
+def _free_again(wrapped: Any) -> None:
+    """The base's parameters are trainable that were before `_with_lora`."""
+    for parameter in getattr(wrapped, "_neurondrift_trainable", ()):
+        parameter.requires_grad_(True)
 
 
 def _optimiser(settings: FinetuneSection) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def _attend(
     layout, kind = _READING[-1]
     if any(x.ndim != 4 or x.shape[0] != 1 or x.shape[2] != len(layout.kept_N) for x in (query, key, value)):
         raise _Unfit("attention is given something else than the tokens that were laid out")
+    layout = layout.to(query.device)  # a model may lie on several
     rows = [_Spread.apply(x[0].transpose(0, 1), layout).transpose(1, 2) for x in (query, key, value)]
     given.pop("position_ids", None)
     output, _ = _own_attention(module, kind)(module, *rows, attention_mask, **given)
@@ -194,7 +195,7 @@ def packs(model: nn.Module, inner: Any) -> bool:
     """Whether a model, with what is wrapped around it, computes for rows that are laid out what it computes for each
     alone; it is asked, once for each class and configuration in a process."""
     kinds = {config._attn_implementation for config in _configs(inner)}
-    if len(kinds) != 1 or not kinds <= set(KINDS) or getattr(inner, "is_activation_checkpointing", False):
+    if len(kinds) != 1 or not kinds <= set(KINDS):
         return False
     adapters = tuple(repr(type(each)) for each in getattr(model, "peft_config", {}).values())
     key = type(model), type(inner), repr(inner.config.to_dict()), adapters, *kinds
