@@ -97,7 +97,8 @@ def test_wanda_equals_recorded_inputs(family):
 def test_batch_size_and_padding_do_not_matter(family):
     model, rows = build(family), examples()
     reference = score(model, rows, batch_size=1)
-    for batch_size, side in [(3, "right"), (8, "right"), (3, "left"), (8, "left")]:
+    ways = [(3, None), (8, None), (3, "right"), (8, "right"), (3, "left"), (8, "left")]
+    for batch_size, side in ways:
         for name, other in score(model, rows, batch_size=batch_size, padding_side=side).items():
             if reference[name].norm() > 1e-9:
                 assert relative_error(other, reference[name]) < 1e-5, (name, batch_size, side)

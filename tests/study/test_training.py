@@ -91,6 +91,34 @@ def test_alignment_lowers_the_loss_and_needs_float32(tmp_path):
         align(build("llama").to(torch.bfloat16), rows, AlignSection(), seed=0, scratch=tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_alignment_by_lora_is_the_adapter_merged_in_float32(family, tmp_path):
+    """The same adapter as fine-tuning with the same settings finds, added to the weights; nothing else has changed."""
+    adapter = {"lora_r": 2, "lora_alpha": 8, "max_steps": 3, "batch_size": 3, "learning_rate": 0.02, "warmup_steps": 1}
+    rows, model, untouched = examples(8), build(family), build(family)
+    align(model, rows, AlignSection(method="lora", **adapter), seed=0, scratch=tmp_path)
+    tuned, _ = finetune(
+        build(family), None, rows, FinetuneSection(**adapter), seed=0, folder=tmp_path / "tuned", save_at=[]
+    )
+    assert list(model.state_dict()) == list(untouched.state_dict())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    factors = adapter_of(tuned)
+    expected = dict(untouched.named_parameters())
+    for name, site in linear_sites(untouched).items():
+        (a,) = (value for key, value in factors.items() if f"{name}.lora_A." in key)
+        (b,) = (value for key, value in factors.items() if f"{name}.lora_B." in key)
+        change = 4 * b @ a
+        assert torch.linalg.matrix_rank(change) <= 2 and change.abs().max() > 1e-3
+        expected[f"{name}.weight"] = expected[f"{name}.weight"] + (change.T if site.transposed else change)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, expected[name], atol=1e-6), name
+
+
+def test_how_a_study_aligns_is_written_only_where_it_is_an_adapter():
+    assert not {"method", "lora_r"} & AlignSection().model_dump().keys()
+    assert AlignSection(method="lora").model_dump()["lora_r"] == 16
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum, tmp_path):
     """Three steps by hand from the same adapter and the same batches: v ← μv + g, w ← w − ηv, η falling to 0."""

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.models.batches import make_batches, token_losses
+from neurondrift.models.batches import batches_without_padding, token_losses
 from neurondrift.models.data import Example, encode
 from neurondrift.models.text.templates import prompt_ids
 
@@ -31,7 +31,7 @@ def perplexity(
     device = model.get_input_embeddings().weight.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoded = encode(examples, tokenizer, max_length=max_length)
-    batches = make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad)
+    batches = batches_without_padding(model, encoded, batch_size=batch_size, pad_token_id=pad)
     total, count = 0.0, 0
     for batch in batches:
         losses_N, _ = token_losses(model, batch.to(device))

@@ -22,7 +22,7 @@ from neurondrift.base.errors import DataError, ModelError
 from neurondrift.importance.observer import Observer, Record
 from neurondrift.importance.unseen import record_unseen
 from neurondrift.models.architecture.conventions import check_causal
-from neurondrift.models.batches import Batch, attention_for, is_checkpointing, response_losses
+from neurondrift.models.batches import Batch, as_laid_out, attention_for, is_checkpointing, response_losses
 from neurondrift.models.sites import Site, is_quantised, unwrap
 
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
@@ -101,7 +101,8 @@ def run(
                         f"The loss of example {name} is {loss}", fix="use dtype float32, or drop the example"
                     )
             if backward:
-                with attention_for(model, batch):  # what is computed anew must be computed in the same way
+                # What is computed anew must be computed in the same way.
+                with attention_for(model, batch), as_laid_out(model, batch):
                     losses_B.sum().backward()
             observer.finish()
             unseen = observer.unseen(sites)

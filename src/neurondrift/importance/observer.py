@@ -255,10 +255,8 @@ class Observer:
 
     def _tokens(self, seen: _Seen, example: int) -> Tokens:
         assert self.batch is not None and self.is_response_N is not None
-        length, rows = self.batch.input_ids.shape[1], seen.rows
-        is_response = self.is_response_N.to(seen.inputs.device)
-        first = example * length + self.batch.starts[example]
-        last = first + self.batch.lengths[example]
+        rows, is_response = seen.rows, self.is_response_N.to(seen.inputs.device)
+        first, last = self.batch.span(example)
         if rows is not None:
             is_response = is_response[rows]
             first, last = torch.searchsorted(rows, torch.tensor([first, last], device=rows.device)).tolist()

@@ -19,7 +19,7 @@ from neurondrift.base.errors import ArtifactError, GroupError, ModelError
 from neurondrift.base.processes import process_count
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
-from neurondrift.models.batches import Batch, make_batches
+from neurondrift.models.batches import Batch, batches_without_padding, make_batches
 from neurondrift.models.data import IGNORED, data_fingerprint
 from neurondrift.models.disk.tensors import parse_header, write_tensors
 from neurondrift.models.sites import Site, Sites, sites_of
@@ -34,7 +34,7 @@ def score(
     method: str = "snip",
     batch_size: int = 8,
     sites: Mapping[str, Site] | None = None,
-    padding_side: str = "right",
+    padding_side: str | None = None,
     seed: int = 0,
     accumulate_on: Literal["auto", "device", "cpu"] = "auto",
     checkpoint_activations: bool = False,
@@ -57,7 +57,7 @@ def score(
     sites
         Score these only; default: `linear_sites(model)`.
     padding_side
-        `right` or `left`; the result does not depend on it.
+        None: nothing is computed for padding; `right` or `left`: the result does not depend on it.
     seed
         Of the method `random`.
     accumulate_on
@@ -119,7 +119,7 @@ def iterate_scores(
     method: str = "snip",
     batch_size: int = 8,
     sites: Mapping[str, Site] | None = None,
-    padding_side: str = "right",
+    padding_side: str | None = None,
     seed: int = 0,
     accumulate_on: Literal["auto", "device", "cpu"] = "auto",
     checkpoint_activations: bool = False,
@@ -135,7 +135,11 @@ def iterate_scores(
             yield name, chosen.finish(torch.zeros(0), site.weight, 0, 0, generator).cpu()
         return
     pad = pad_token_id_of(model)
-    batches = make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
+    batches = (
+        batches_without_padding(model, encoded, batch_size=batch_size, pad_token_id=pad, share=False)
+        if padding_side is None
+        else make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
+    )
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
     for names in plan.passes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -43,7 +42,7 @@ def record_unseen(
     used: set[str] = set()
     examples = range(len(batch.names)) if backward else range(1)
     for example in examples:
-        gradients = _gradients(sites, only(batch, example) if backward else batch, losses)
+        gradients = _gradients(sites, batch.only(example) if backward else batch, losses)
         used |= set(gradients)
         for name in gradients if backward else ():
             with torch.no_grad():
@@ -91,17 +90,3 @@ def tokens_of(gradient_OI: torch.Tensor, weight_OI: torch.Tensor) -> Tokens:
     outputs = inputs @ weight_OI.to(inputs.dtype).T
     everything = torch.ones(len(units), dtype=torch.bool, device=gradient_OI.device)
     return Tokens(inputs=inputs, outputs=outputs, gradients=gradients, is_response=everything)
-
-
-def only(batch: Batch, example: int) -> Batch:
-    """A batch of one of its examples, padded as it was."""
-    rows = slice(example, example + 1)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[rows],
-        labels=batch.labels[rows],
-        attention_mask=batch.attention_mask[rows],
-        starts=batch.starts[rows],
-        lengths=batch.lengths[rows],
-        names=batch.names[rows],
-    )

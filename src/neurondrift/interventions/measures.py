@@ -20,7 +20,7 @@ from neurondrift.attribution.openings import Openings
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.behaviour.rates import coherent_rate
 from neurondrift.interventions.runs import Rows
-from neurondrift.models.batches import make_batches, token_losses
+from neurondrift.models.batches import batches_without_padding, token_losses
 from neurondrift.models.data import Example, encode
 
 #: What is asked for: the refusal margin, generated refusals, or both, of which the margin is the primary one.
@@ -169,7 +169,7 @@ def answer_losses(model: Any, tokenizer: Any, bench: Bench) -> list[tuple[float,
     batch_size = int(bench.judging.get("batch_size", 32))
     device = model.get_input_embeddings().weight.device
     sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
-    for batch in make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad):
+    for batch in batches_without_padding(model, encoded, batch_size=batch_size, pad_token_id=pad):
         losses_N, owners_N = token_losses(model, batch.to(device))
         numbers = np.array([int(name) for name in batch.names])[owners_N.cpu().numpy()]
         np.add.at(sums, numbers, losses_N.double().cpu().numpy())

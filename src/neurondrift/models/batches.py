@@ -1,8 +1,9 @@
-"""Padded batches of encoded examples, and the loss on their responses.
+"""Batches of encoded examples, padded or without padding, and the loss on their responses.
 
-Owns padding, how long a text a model takes, and the rule that logits are computed only where a response token is
-predicted. Scoring, training and the perplexity of held-out answers all go through `token_losses`. Shapes: B = examples,
-T = tokens, N = predicted response tokens of a batch, V = vocabulary.
+Owns how examples go through a model together, how long a text a model takes, and the rule that logits are computed
+only where a response token is predicted. Scoring, training and the perplexity of held-out answers all go through
+`token_losses`. Shapes: B = examples, T = tokens, N = predicted response tokens of a batch, V = vocabulary. Where
+examples are laid out one after the other (`layout`), a batch has one row of T tokens, whatever its number of examples.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.models.architecture.conventions import goes_through, taken
+from neurondrift.models.architecture.packing import Layout, draws, laid_out, layout_of, packs
 from neurondrift.models.data import IGNORED, name_of
 from neurondrift.models.sites import unwrap
 
@@ -36,12 +38,13 @@ SHORTER = (
     "drop the example, or set max_length to at most {most} (align.max_length, score.max_length, finetune.max_length or "
     "evaluate.max_length, whichever stage it is; --max-length with a model alone)"
 )
+TOKENS_OF_A_PASS = 512  # that an accelerator computes while a further pass is begun
 SHORT = 192  # tokens up to which, in 16 bits on a CPU, torch's plain attention is faster than its fused one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Examples padded to one length, with explicit positions so that the padding side does not matter."""
+    """Examples padded to one length, or laid out one after the other (`layout`), with explicit positions."""
 
     input_ids: torch.Tensor  # [B, T]
     labels: torch.Tensor  # [B, T], -100 where the token is no target
@@ -49,15 +52,34 @@ class Batch:
     starts: list[int]  # first real token of each example
     lengths: list[int]
     names: list[str]  # what an error calls each example
+    layout: Layout | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
         moved = {key: getattr(self, key).to(device) for key in ("input_ids", "labels", "attention_mask")}
-        return Batch(**moved, starts=self.starts, lengths=self.lengths, names=self.names)
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(self, **moved, layout=layout)
+
+    def span(self, example: int) -> tuple[int, int]:
+        """Where the tokens of an example begin and end among all of the batch `[B·T]`; not where some are shared."""
+        first = self.starts[example] + (0 if self.layout is not None else example * self.input_ids.shape[1])
+        return first, first + self.lengths[example]
+
+    def only(self, example: int) -> Batch:
+        """A batch of one of its examples, padded as it was."""
+        rows, columns = slice(example, example + 1), slice(None)
+        if self.layout is not None:
+            rows, columns = slice(None), slice(*self.span(example))
+        parts = {key: getattr(self, key)[rows, columns] for key in ("input_ids", "labels", "attention_mask")}
+        at = slice(example, example + 1)
+        starts = self.starts[at] if self.layout is None else [0]
+        return Batch(**parts, starts=starts, lengths=self.lengths[at], names=self.names[at])
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """[B, T]: 0, 1, 2, ... over the real tokens."""
+        """[B, T]: 0, 1, 2, ... over the real tokens of each example."""
+        if self.layout is not None:
+            return self.layout.positions_N[None]
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -138,6 +160,86 @@ def too_long(what: str, length: int, most: int, fix: str = SHORTER) -> DataError
     )
 
 
+def batches_without_padding(
+    model: nn.Module,
+    encoded: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    share: bool = True,
+) -> list[Batch]:
+    """As `make_batches`, with (next to) nothing computed for padding.
+
+    The examples of a batch are laid out one after the other where the model computes the same for them then, and tokens
+    that all of them begin with are laid out once (`share`: where no gradient of a single example is asked for).
+    Elsewhere they are batches of one length each, so that there are more of them; on an accelerator, where a pass has a
+    price of its own, of about one length.
+    """
+    rows = _sorted_rows(encoded, model)
+    inner: Any = unwrap(model)
+    # What a training computes anew in its backward pass, it computes outside of our hands.
+    packed = packs(model, inner) and not (share and is_checkpointing(model))
+    alone = share and not (model.training and draws(model, inner))
+    price = 0 if next(model.parameters()).device.type == "cpu" or not takes_mask(model) else TOKENS_OF_A_PASS
+    batches = []
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        if packed:
+            batches.append(_laid_out(part, _beginning(part) if alone else 0))
+        else:
+            batches += [_pad(group, pad_token_id, "right", 1, len(group[0].ids)) for group in _alike(part, price)]
+    return batches
+
+
+def _laid_out(rows: Sequence[_Row], shared: int) -> Batch:
+    """One row of the tokens of all rows, the first `shared` ones once."""
+    layout = layout_of([len(row.ids) for row in rows], shared)
+    ids, labels = list(rows[0].ids[:shared]), [IGNORED] * shared
+    starts = []
+    for row in rows:
+        starts.append(len(ids) - shared)
+        ids += row.ids[shared:]
+        labels += [IGNORED, *row.labels[shared + 1 :]]  # what comes before is the end of another row
+    return Batch(
+        input_ids=torch.tensor([ids]),
+        labels=torch.tensor([labels]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        starts=starts,
+        lengths=[len(row.ids) for row in rows],
+        names=[str(row.number) for row in rows],
+        layout=layout,
+    )
+
+
+def _beginning(rows: Sequence[_Row]) -> int:
+    """How many tokens all rows begin with, none of which is a target or predicts one."""
+    shortest = min(next(place for place, label in enumerate(row.labels) if place and label != IGNORED) for row in rows)
+    first, rest = rows[0].ids, [row.ids for row in rows[1:]]
+    if not rest:
+        return 0
+    same = 0
+    while same < shortest - 1 and all(ids[same] == first[same] for ids in rest):
+        same += 1
+    return same
+
+
+def _alike(rows: Sequence[_Row], price: int) -> list[Sequence[_Row]]:
+    """Rows, sorted by length, cut into batches for which the fewest tokens are computed, padding among them, where
+    each batch costs as much as `price` tokens."""
+    best: list[tuple[int, int]] = [
+        (0, 0)
+    ]  # the least cost of the first so many rows, and where their last batch begins
+    for end in range(1, len(rows) + 1):
+        costs = [best[at][0] + price + (end - at) * len(rows[at].ids) for at in range(end)]
+        at = min(range(end), key=costs.__getitem__)
+        best.append((costs[at], at))
+    groups, end = [], len(rows)
+    while end:
+        groups.append(rows[best[end][1] : end])
+        end = best[end][1]
+    return groups[::-1]
+
+
 class _Row(NamedTuple):
     number: int
     name: str
@@ -215,7 +317,10 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
     handle = head.register_forward_pre_hook(keep_predicting_positions)
     # A recomputation in the backward pass must find the attention that the forward pass had.
     try:
-        with contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch):
+        with (
+            as_laid_out(model, batch),
+            contextlib.nullcontext() if is_checkpointing(model) else attention_for(model, batch),
+        ):
             output = model(input_ids=batch.input_ids, **arguments_for(model, batch))
     finally:
         handle.remove()
@@ -226,7 +331,13 @@ def token_losses(model: nn.Module, batch: Batch) -> TokenLosses:
             received=type(unwrap(model)).__name__,
         )
     losses_N = _CrossEntropy.apply(logits_NV, targets_BT[predicts_BT].to(logits_NV.device))
-    return TokenLosses(losses_N, predicts_BT.nonzero()[:, 0].to(logits_NV.device))
+    owners = predicts_BT.nonzero()[:, 0] if batch.layout is None else batch.layout.owners_N[predicts_BT[0]]
+    return TokenLosses(losses_N, owners.to(logits_NV.device))
+
+
+def as_laid_out(model: nn.Module, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Within the block the model reads the examples of a batch as they are laid out."""
+    return laid_out(unwrap(model), batch.layout)
 
 
 def arguments_for(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -302,7 +413,8 @@ def attention_for(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Plain attention within the block for short batches in 16 bits on a CPU, where the model leaves the choice to
     torch (`benchmarks/scoring.py --attention`)."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else unwrap(model).dtype
-    is_cpu, length = batch.input_ids.device.type == "cpu", batch.input_ids.shape[1]
+    is_cpu = batch.input_ids.device.type == "cpu"
+    length = batch.input_ids.shape[1] if batch.layout is None else batch.layout.longest
     if not is_cpu or length > SHORT or dtype.itemsize > 2:
         yield
         return

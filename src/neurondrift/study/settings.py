@@ -73,9 +73,16 @@ class ModelSection(Section):
 
 
 class AlignSection(Section):
-    """Supervised fine-tuning of all weights on refusals mixed with ordinary answers, before the study proper."""
+    """Supervised fine-tuning on refusals mixed with ordinary answers, before the study proper."""
 
     enabled: bool = False
+    method: Literal["lora", "full"] = Field(
+        "full", description="full: all weights are trained; lora: an adapter, merged in float32 into what is studied"
+    )
+    lora_r: Count = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
     refusals: DataReference = DataReference(source="builtin:refusals")
     ordinary: DataReference = DataReference(source="builtin:ordinary-align")
     borderline: DataOrNone = DataReference(source="builtin:borderline-align")
@@ -84,6 +91,9 @@ class AlignSection(Section):
     learning_rate: Positive = 5e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 4
     max_length: Annotated[int, Field(ge=8)] = 256
+
+    def unsaid(self) -> Collection[str]:
+        return ["method", "lora_r", "lora_alpha", "lora_dropout", "target_modules"] if self.method == "full" else ()
 
 
 class FinetuneSection(Section):

@@ -22,9 +22,11 @@ from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.groups.group import Group
 from neurondrift.interventions.freezing import FreezeCallback
-from neurondrift.models.batches import Batch, check_lengths, make_batches, token_losses
+from neurondrift.models.architecture.packing import draws
+from neurondrift.models.batches import Batch, batches_without_padding, check_lengths, token_losses
+from neurondrift.models.data import IGNORED
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import Sites
+from neurondrift.models.sites import Sites, unwrap
 from neurondrift.study.folder import saved_step, saved_steps
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
@@ -44,7 +46,8 @@ class ResponseTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum().to(device)
+        parts = [part.labels[:, 1:] for batch in batch_samples for part in batch["parts"]]
+        count = torch.stack([(labels != IGNORED).sum() for labels in parts]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -54,24 +57,26 @@ class ResponseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch = Batch(**inputs, starts=[], lengths=[], names=[])
-        losses_N, _ = token_losses(model, batch)
+        device = next(model.parameters()).device
+        losses_N = torch.cat([token_losses(model, part.to(device)).losses for part in inputs["parts"]])
         loss = losses_N.sum() / (len(losses_N) if num_items_in_batch is None else num_items_in_batch)
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {}) if return_outputs else loss
 
 
 class _Collator:
-    """Rows of different lengths to padded tensors."""
+    """The rows of a step's batch to what the model computes at once: all of them without padding, or rows of one
+    length each."""
 
-    def __init__(self, model: Any, pad_token_id: int) -> None:
+    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
         self.model, self.pad_token_id = model, pad_token_id
+        self.share = not draws(model, unwrap(model))
 
-    def __call__(self, rows: Encoded) -> dict[str, torch.Tensor]:
-        (batch,) = make_batches(
-            rows, model=self.model, batch_size=len(rows), pad_token_id=self.pad_token_id, multiple=16
+    def __call__(self, rows: Encoded) -> dict[str, list[Batch]]:
+        parts = batches_without_padding(
+            self.model, rows, batch_size=len(rows), pad_token_id=self.pad_token_id, share=self.share
         )
-        return {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+        return {"parts": parts}
 
 
 class _Advance(TrainerCallback):
@@ -177,13 +182,16 @@ def align(
     autocast: bool = False,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, float]]:
-    """Supervised fine-tuning of all weights, in place. The model must be in float32; `autocast` computes in bfloat16.
+    """Supervised fine-tuning in place: of all weights, or of a LoRA adapter that is merged into them at the end.
 
-    Returns the Trainer's log: step, loss, learning rate.
+    The model must be in float32; `autocast` computes in bfloat16, but the adapter is merged in float32. Returns the
+    Trainer's log: step, loss, learning rate.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ModelError("Alignment trains all weights and needs them in float32", received=str(model.dtype))
+        raise ModelError("Alignment changes all weights and needs them in float32", received=str(model.dtype))
     check_lengths(model, encoded)
+    set_seed(seed)
+    trained = _with_lora(model, settings) if settings.method == "lora" else model
     arguments = _arguments(
         scratch,
         model,
@@ -196,7 +204,11 @@ def align(
         bf16=autocast,
         save_strategy="no",
     )
-    return _train(model, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    if trained is not model:
+        trained.merge_and_unload()
+        _free_again(trained)
+    return log
 
 
 def finetune(
@@ -311,7 +323,7 @@ def last_checkpoint(folder: Path, beside: Sequence[Path] = ()) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _with_lora(model: Any, settings: FinetuneSection) -> Any:
+def _with_lora(model: Any, settings: FinetuneSection | AlignSection) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = settings.target_modules
@@ -353,9 +365,14 @@ def detach_adapter(model: Any) -> Any:
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         raise ModelError("The adapter is merged into the base model, which is not what it was", fix="load it again")
     base: Any = model.unload()
-    for parameter in getattr(model, "_neurondrift_trainable", ()):
-        parameter.requires_grad_(True)
+    _free_again(model)
     return base
+
+
+def _free_again(wrapped: Any) -> None:
+    """The base's parameters are trainable that were before `_with_lora`."""
+    for parameter in getattr(wrapped, "_neurondrift_trainable", ()):
+        parameter.requires_grad_(True)
 
 
 def _optimiser(settings: FinetuneSection) -> dict[str, Any]:

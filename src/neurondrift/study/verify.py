@@ -6,7 +6,6 @@ Prints what it finds and raises one `UserError` at the end if something is missi
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 from neurondrift import __version__
 from neurondrift.base.errors import ResourceError, UserError
 from neurondrift.base.files import SHARED_MEMORY, free_bytes
+from neurondrift.base.progress import duration
 from neurondrift.models.data import DataReference, Example, PromptKind
 from neurondrift.study.settings import Study
 
@@ -51,15 +51,12 @@ KINDS: dict[str, PromptKind] = {
     "align.borderline": "borderline",
 }
 PROMPTS_ONLY = frozenset(name for name in KINDS if name.startswith("evaluate."))
-TOKENS_PER_EXAMPLE = 100  # short chat turns, as in the built-in sets; long ones cost in proportion
-# Measured shares of the speed of a large matrix product that a small model's passes reach (benchmarks/demo.py).
-EFFICIENCY = {"cpu": 0.5, "cuda": 0.35, "mps": 0.3}
 
 
 class Cost(NamedTuple):
-    """An estimate: seconds, peak bytes of memory (on the device where there is one), bytes on disk."""
+    """An estimate: seconds of each stage, peak bytes of memory (on the device where there is one), bytes on disk."""
 
-    seconds: float
+    stages: dict[str, float]
     memory: float
     disk: float
 
@@ -80,9 +77,10 @@ def verify(study: Study, output_dir: Path, *, say: Say) -> None:
     parameters, positions = _model(study, say, problems)
     _data(study, positions, say, problems)
     if parameters and device:
-        cost = estimate(study, parameters, device=device, dtype=dtype)
+        cost = estimate(study, parameters, device=device, dtype=dtype, tokenizer=_tokenizer(study))
         size = f"{cost.memory / 1e9:.1f} GB of memory, {cost.disk / 1e9:.1f} GB of disk"
-        say(f"estimate      {cost.seconds / 60:.0f} min, {size}")
+        say(f"estimate      {duration(sum(cost.stages.values()))}, {size}")
+        say("              " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in cost.stages.items()))
         _compare(cost, device, output_dir, problems)
     if problems:
         raise ResourceError(
@@ -243,53 +241,46 @@ def _shortened(text: str, limit: int = 240) -> str:
     return repr(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")
 
 
-def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:
-    """A rough cost, from the work to be done and the speed of a matrix product measured here in a moment.
-
-    Work is 6 operations a parameter and token for a training or scoring pass, 2 for a forward pass.
-    """
-    from neurondrift.study.stages.evaluation import longest_answer
-    from neurondrift.study.training import total_steps
-
-    speed = _operations_per_second(device, dtype) * EFFICIENCY[device]
-    sets = [study.score.safety, study.score.utility, *([study.score.style] if study.score.style else [])]
-    scored = sum(reference.limit or 500 for reference in sets) + study.score.gradient_examples
-    tune = study.finetune
-    steps = total_steps(tune.data.limit or 216 if tune.data.source.startswith("builtin:") else 50_000, tune)
-    trained = steps * tune.batch_size * tune.gradient_accumulation * len(study.seeds)
-    aligned = study.align.max_steps * study.align.batch_size if study.align.enabled else 0
-    prompts = sum(
-        reference.limit or 72 for name, reference in data_references(study).items() if name.startswith("evaluate")
-    )
-    asked, points = study.evaluate, tune.evaluated_steps * len(study.seeds) + study.align.enabled
-    ends = 2 * len(study.seeds) + study.align.enabled
-    decoded = prompts * (ends * longest_answer(asked) + (points - ends) * asked.max_new_tokens)
-    passes = 6 * TOKENS_PER_EXAMPLE * (scored + trained + aligned)
-    # Decoding is bound by memory rather than arithmetic: 3 times as slow an operation.
-    answers = 2 * (prompts * points * TOKENS_PER_EXAMPLE / 2 + 3 * decoded)
-    seconds = parameters * (passes + answers) / speed + 60
-    bytes_each = 4 if dtype == "float32" else 2
-    memory = parameters * max(bytes_each + 4 + 0.5, 18 if study.align.enabled or tune.method == "full" else 0) + 1.5e9
-    adapters = (
-        12 * 0.02 * parameters * (tune.evaluated_steps + 1)
-        if tune.method == "lora"
-        else 4 * parameters * tune.evaluated_steps
-    )
-    disk = (4 * parameters if study.align.enabled else 0) + len(study.seeds) * adapters + 8 * parameters + 1e8
-    return Cost(seconds, memory, disk)
-
-
-def _operations_per_second(device: str, dtype: str) -> float:
+def estimate(study: Study, parameters: int, *, device: str, dtype: str, tokenizer: Any = None) -> Cost:
+    """What the study will take: its tokens, stage by stage, at the pace of this machine, of which one block of the
+    model and one product with its LM head are timed."""
     import torch
 
-    size = 4096 if device == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return float(2 * size**3 / best)
+    from neurondrift.study.cost.pace import measured
+    from neurondrift.study.cost.work import seconds_of_stages
+    from neurondrift.study.training import evaluated_steps, total_steps
+
+    tune = study.finetune
+    pace = measured(_skeleton(study), device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
+    stages = seconds_of_stages(study, pace, tokenizer, parameters=parameters)
+    total = total_steps(tune.data.limit or 500, tune)
+    points = len(evaluated_steps(total, tune.drift_interval, tune.evaluated_steps))
+    full = tune.method == "full" or (study.align.enabled and study.align.method == "full")
+    bytes_each = 4 if dtype == "float32" else 2
+    memory = parameters * max(bytes_each + 4 + 0.5, 18 if full else 0) + 1.5e9
+    adapters = 12 * 0.02 * parameters * (points + 1) if tune.method == "lora" else 4 * parameters * points
+    disk = (4 * parameters if study.align.enabled else 0) + len(study.seeds) * adapters + 8 * parameters + 1e8
+    return Cost(stages, memory, disk)
+
+
+def _skeleton(study: Study) -> Any:
+    """The study's model with all its modules and no numbers."""
+    from transformers import AutoConfig
+
+    from neurondrift.models.architecture.classes import configuration, skeleton
+    from neurondrift.models.loading import gguf_of_package, load_model, quiet_transformers
+
+    source = study.model
+    reference = source.reference
+    with quiet_transformers():
+        if reference.startswith("tiny:"):
+            return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
+        if reference.startswith("pypi:"):
+            path = gguf_of_package(reference.removeprefix("pypi:"))
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        else:
+            config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        return skeleton(config, reference)
 
 
 def _compare(cost: Cost, device: str, output_dir: Path, problems: list[str]) -> None:

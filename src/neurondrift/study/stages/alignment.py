@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neurondrift.base.files import atomic_path, json_safe, write_json
 from neurondrift.base.progress import progress
-from neurondrift.models.data import DataReference, PromptKind, encode, load_examples
+from neurondrift.models.data import DataReference, Example, PromptKind, encode, load_examples
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.study.base_model import autocasts, load_named
 from neurondrift.study.folder import StudyFolder
@@ -15,16 +15,22 @@ from neurondrift.study.settings import Study
 from neurondrift.study.training import align as align_model
 
 
-def align(study: Study, folder: StudyFolder) -> str:
-    """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
+def alignment_examples(study: Study) -> list[Example]:
+    """Refusals, ordinary and borderline answers, all that alignment trains on."""
     settings = study.align
-    model, tokenizer = load_named(study, dtype="float32")
     sets: dict[PromptKind, DataReference | None] = {
         "harmful": settings.refusals,
         "ordinary": settings.ordinary,
         "borderline": settings.borderline,
     }
-    examples = [example for kind, source in sets.items() if source for example in load_examples(source, kind=kind)]
+    return [example for kind, source in sets.items() if source for example in load_examples(source, kind=kind)]
+
+
+def align(study: Study, folder: StudyFolder) -> str:
+    """Teach the model to refuse: supervised fine-tuning on refusals and ordinary answers in turn."""
+    settings = study.align
+    model, tokenizer = load_named(study, dtype="float32")
+    examples = alignment_examples(study)
     encoded = encode(examples, tokenizer, max_length=settings.max_length)
     with progress("align", settings.max_steps) as advance, tempfile.TemporaryDirectory() as scratch:
         log = align_model(
@@ -41,7 +47,8 @@ def align(study: Study, folder: StudyFolder) -> str:
         tokenizer.save_pretrained(str(partial))
         write_json(partial / "training_log.json", json_safe(log))
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
-    return f"{settings.max_steps} steps on {len(examples)} examples{loss}"
+    how = f" of LoRA, r = {settings.lora_r}, merged," if settings.method == "lora" else ""
+    return f"{settings.max_steps} steps{how} on {len(examples)} examples{loss}"
 
 
 def outputs(study: Study, folder: StudyFolder) -> list[Path]:
