@@ -88,3 +88,78 @@ def plain(value: object) -> str:
     """A loss."""
     number = known(value)
     return "–" if number is None else f"{number:.2f}"
+
+
+BOARD = (
+    "score",
+    "asks",
+    "AUROC within site (95 % over sites)",
+    "against units that moved as far",
+    "decoy",
+    "average precision",
+    "precision at k",
+    "undefined",
+)
+
+
+def board_rows(board: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each score, of the scoreboard."""
+    return [
+        (
+            str(row["score"]),
+            str(row.get("needs", "")),
+            with_interval(row, "auroc"),
+            share(row["as_far"]),
+            share(row["decoy"]),
+            share(row["average_precision"]),
+            share(row["precision"]),
+            f"{row['undefined']:,}" if row["undefined"] else "",
+        )
+        for row in board
+    ]
+
+
+def board_text(board: Sequence[Mapping[str, Any]]) -> str:
+    """The scoreboard as Markdown."""
+    return markdown_rows(BOARD, board_rows(board), "llrrrrrr")
+
+
+def with_interval(row: Mapping[str, Any], key: str) -> str:
+    """A number with its interval over sites, where there is one."""
+    low, high = known(row.get(f"{key}_low")), known(row.get(f"{key}_high"))
+    number = known(row[key])
+    if number is None:
+        return "–"
+    return f"{number:.3f}" if low is None or high is None else f"{number:.3f} ({low:.3f} to {high:.3f})"
+
+
+def curve_table(curves: Sequence[Mapping[str, Any]], way: str) -> Table:
+    """The margin with the units that rank first acted on, for each dose, and refusals at the planted number."""
+    points = [one for one in curves if one["way"] == way]
+    doses = sorted({one["dose"] for one in points})
+    names = list(dict.fromkeys(one["score"] for one in points))
+    rows = []
+    for name in names:
+        own = [one for one in points if one["score"] == name]
+        asked = next((one for one in own if known(one["refused"]) is not None), None)
+        rows.append(
+            (
+                name,
+                *(_at(own, dose) for dose in doses),
+                "–" if asked is None else share(asked["refused"]),
+                "–" if asked is None else plain(asked["loss"]),
+                share(next((one["hit"] for one in own if one["dose"] == 1.0), None)),
+            )
+        )
+    heads = [f"margin, {dose:g} × as many as planted" for dose in doses]
+    return table(
+        "Units that rank first, " + way,
+        ("score", *heads, "harmful refused at 1 ×", "loss of ordinary answers", "of them planted"),
+        rows,
+        "l" + "r" * (len(doses) + 3),
+    )
+
+
+def _at(points: Sequence[Mapping[str, Any]], dose: float) -> str:
+    values = [float(one["margin"]) for one in points if one["dose"] == dose]
+    return signed(sum(values) / len(values)) if values else ""

@@ -45,14 +45,22 @@ class Looks:
         self._margins = [Margin(sites.model, tokenizer, part) for part in (harmful, harmless)]
         self._loss = ResponseLoss(sites.model, encoded_short(harmless, tokenizer, settings.answer_tokens))
 
-    def look(self, *, answers: bool, over: bool = False) -> Outcome:
-        """The outcome with the model as it is; `answers`: of harmful requests too; `over`: and of harmless ones."""
-        harmful, harmless, loss = (
-            float(values_of(self._model, function, batch_size=self._settings.batch_size).mean())
-            for function in (*self._margins, self._loss)
-        )
+    def look(self, *, answers: bool, over: bool = False, harmless: bool = True) -> Outcome:
+        """The outcome with the model as it is.
+
+        `answers`: of harmful requests too; `over`: and of harmless ones; without `harmless` their margin is NaN.
+        """
+        size = self._settings.batch_size
+        functions = [self._margins[0], *([self._margins[1]] if harmless else []), self._loss]
+        found = [float(values_of(self._model, function, batch_size=size).mean()) for function in functions]
         refused = self._refused("harmful") if answers else math.nan
-        return Outcome(harmful, harmless, loss, refused, self._refused("ordinary") if answers and over else math.nan)
+        return Outcome(
+            harmful=found[0],
+            harmless=found[1] if harmless else math.nan,
+            loss=found[-1],
+            refused=refused,
+            over_refused=self._refused("ordinary") if answers and over else math.nan,
+        )
 
     def _refused(self, kind: str) -> float:
         rows = judge_answers(
