@@ -50,6 +50,7 @@ _HOMES = {
     "provenance": "attribution.provenance",
     "plant": "study.plants.planting",
     "locate": "study.plants.locating",
+    "measure": "attribution.measures.registry",
     "UserError": "base.errors",
 }
 
@@ -57,6 +58,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neurondrift.attribution.margin import Margin, ResponseLoss, refusal_margin
+    from neurondrift.attribution.measures.registry import measure
     from neurondrift.attribution.openings import Openings, own_openings
     from neurondrift.attribution.outputs import functional_drift
     from neurondrift.attribution.paths import budget, path_attribution

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neurondrift.attribution.changes import Change, change_from
-from neurondrift.attribution.paths import known_units, units_from
+from neurondrift.attribution.paths import compounds_from, downs_of
 from neurondrift.attribution.states import Delta
 from neurondrift.base.errors import ConfigError, DataError, ModelError
 from neurondrift.importance.capture import run
@@ -72,10 +72,12 @@ class FunctionalDrift:
 
 
 class OutputDrift(NamedTuple):
-    """Functional drift of every site that moved, by name, and of the hidden units of every MLP of which a site did."""
+    """Functional drift of every site that moved, by name, of the hidden units of every MLP of which a site did, and of
+    the heads of every attention of which one did."""
 
     rows: dict[str, FunctionalDrift]
     units: dict[str, FunctionalDrift]
+    heads: dict[str, FunctionalDrift]
 
 
 def functional_drift(
@@ -108,7 +110,8 @@ def functional_drift(
     `OutputDrift`. With C the mean of x xᵀ of a site's inputs in the *changed* model, over the positions that predict a
     response token (each token counts the same), B the `shared` leading eigenvectors of (C_S + C_U)/2 and
     D̃ = D - (D B)Bᵀ, a neuron has a = D̃ᵢ C_S D̃ᵢᵀ and b = D̃ᵢ C_U D̃ᵢᵀ. A hidden unit u has the sum of its rows' of gate
-    and up, and what its column of down adds to all outputs: ‖D_u‖² (P C P)_uu with P = I - B Bᵀ.
+    and up, and what its column of down adds to all outputs: ‖D_u‖² (P C P)_uu with P = I - B Bᵀ. A head h has the sum
+    of its rows', and what its columns of the output projection add: tr(D_h (P C P)_hh D_hᵀ).
 
     Raises
     ------
@@ -143,7 +146,7 @@ def functional_drift(
     pad = pad_token_id_of(vessel.sites.model)
     sets = [list(safety), list(utility[::2]), list(utility[1::2])]
     batches = [make_batches(part, batch_size=batch_size, pad_token_id=pad) for part in sets]
-    downs = {unit.down for unit in known_units(vessel.sites).values()}
+    downs = downs_of(vessel.sites)
     rows: dict[str, torch.Tensor] = {}
     columns: dict[str, torch.Tensor] = {}
     with vessel, torch.no_grad():
@@ -161,14 +164,16 @@ def functional_drift(
                     assert delta is not None
                     rows[name] = row_powers(delta, spread).cpu()
                     if name in downs:
-                        columns[name] = column_powers(delta, spread).cpu()
+                        columns[name] = column_powers(delta, spread, downs[name]).cpu()
     for name in moved:  # experts that no token was sent to
         if name not in rows:
             rows[name] = torch.full((moved[name].shape[0], 5), torch.nan, dtype=torch.float64)
-            columns[name] = torch.full((moved[name].shape[1], 5), torch.nan, dtype=torch.float64)
-    ordered = {name: _drift_of(rows[name]) for name in moved}
-    units = units_from(vessel.sites, rows, columns)
-    return OutputDrift(ordered, {name: _drift_of(found) for name, found in units.items()})
+            if name in downs:
+                members = moved[name].shape[1] // downs[name]
+                columns[name] = torch.full((members, 5), torch.nan, dtype=torch.float64)
+    units, heads = (compounds_from(vessel.sites, unit, rows, columns, cut=True) for unit in ("hidden_unit", "head"))
+    ordered = {name: rows[name] for name in moved}
+    return OutputDrift(*({name: _drift_of(one) for name, one in found.items()} for found in (ordered, units, heads)))
 
 
 def _passes(sites: Mapping[str, Site]) -> list[list[str]]:
@@ -217,7 +222,7 @@ class _Inputs:
         # What predicts a response token stands one place before it: the hooks are shown those places as the response.
         before = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         shown = Batch(**{**vars(batch), "labels": before})
-        run(model, self.sites, [shown], self._record, backward=False, objective=_passed_through)
+        run(model, self.sites, [shown], self._record, backward=False, objective=passed_through)
         self.last = None
         for moments in self.moments.values():
             moments.flush(part)
@@ -253,7 +258,7 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
 
 
-def _passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:
+def passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A forward pass whose LM head sees one position of each example: a number for each that is finite if all is."""
     head = unwrap(model).get_output_embeddings()
     if head is None:
@@ -358,14 +363,33 @@ def row_powers(delta: Delta, spread: Spread) -> torch.Tensor:
     return spread.powers(found, norm)
 
 
-def column_powers(delta: Delta, spread: Spread) -> torch.Tensor:
-    """‖D_u‖² (P C P)_uu of each column in the same four, and ‖D_u‖², float64 `[I, 5]`."""
+def column_powers(delta: Delta, spread: Spread, size: int = 1) -> torch.Tensor:
+    """What `size` columns at a time add to all outputs, tr(D_h (P C P)_hh D_hᵀ), in the same four, and ‖D_h‖², float64
+    `[I / size, 5]`."""
+    if size > 1:
+        blocks = [_products_of(delta, slice(start, start + size)) for start in range(0, _width(delta), size)]
+        within = torch.stack(blocks)  # D_hᵀ D_h
+        norm = within.diagonal(dim1=1, dim2=2).sum(dim=1)
+        cut = (part.unflatten(0, (-1, size)).unflatten(2, (-1, size)) for part in spread.rests)
+        diagonal = [part.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for part in cut]
+        return spread.powers([(within * part.to(within)).sum(dim=(1, 2)) for part in diagonal], norm)
     if isinstance(delta, LowRank):
         norm = ((delta.b.T @ delta.b @ delta.a) * delta.a).sum(dim=0)
     else:
         norm = delta.square().sum(dim=0)
     found = [norm * part.to(norm) for part in spread.diagonals]
     return spread.powers(found, norm)
+
+
+def _width(delta: Delta) -> int:
+    return int((delta.a if isinstance(delta, LowRank) else delta).shape[1])
+
+
+def _products_of(delta: Delta, columns: slice) -> torch.Tensor:
+    """DᵀD of some columns."""
+    if isinstance(delta, LowRank):
+        return delta.a[:, columns].T @ (delta.b.T @ delta.b) @ delta.a[:, columns]
+    return delta[:, columns].T @ delta[:, columns]
 
 
 def _drift_of(powers: torch.Tensor) -> FunctionalDrift:

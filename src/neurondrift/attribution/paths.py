@@ -26,7 +26,8 @@ from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import check_loaded
 from neurondrift.models.adapters import LowRank
 from neurondrift.models.disk.initial import Weights
-from neurondrift.models.sites import Site, Sites, Units, mlp_units
+from neurondrift.models.parts import Compound, Unit, compounds
+from neurondrift.models.sites import Site, Sites
 
 TOLERANCE = 0.02
 MOST_POINTS = 27
@@ -46,6 +47,9 @@ class Attribution:
         MLP -> float32 `[units]`: the same of each hidden unit, its rows of gate and up and its column of down. Empty
         where the model's MLPs are not known. Rows of the down projection count in `rows`, its columns in `units`: two
         ways of cutting up one sum.
+    heads
+        Attention -> float32 `[heads]`: the same of each head, its query rows (and its own key and value rows) and its
+        columns of the output projection.
     elsewhere
         Parameter that is no site -> what its change contributed.
     values
@@ -62,6 +66,7 @@ class Attribution:
     values: tuple[float, ...]
     steps: tuple[float, ...]
     points: tuple[int, ...]
+    heads: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def change(self) -> float:
@@ -210,7 +215,7 @@ def _attributed(
         raise ConfigError("Gradients are taken at one point or more", received=points)
     vessel, states = change.vessel, change.states
     check_loaded(vessel.sites)
-    downs = _downs(vessel.sites)
+    downs = downs_of(vessel.sites)
     pairs = list(itertools.pairwise(states))
     values: dict[str, list[float]] = {name: [] for name in functions}
     known: dict[str, list[_Step]] = {name: [] for name in functions}
@@ -276,7 +281,7 @@ def _refine(
 
 
 def _at_point(
-    vessel: Vessel, first: State, second: State, function: Function, downs: Mapping[str, list[str]], batch_size: int
+    vessel: Vessel, first: State, second: State, function: Function, downs: Mapping[str, int], batch_size: int
 ) -> _Sums:
     """The sums over a function's items with the vessel where it is, divided by their count."""
     moved = {
@@ -353,34 +358,32 @@ def contributions(
     return of_rows, (inputs * (gradients @ delta)).sum(dim=0) if columns else None
 
 
-def _downs(sites: Sites) -> dict[str, list[str]]:
-    """Site whose columns are hidden units -> the MLPs that they are of; empty where no MLP is known."""
-    found: dict[str, list[str]] = {}
-    for name, unit in known_units(sites).items():
-        found.setdefault(unit.down, []).append(name)
-    return found
+def downs_of(sites: Sites) -> dict[str, int]:
+    """Site whose columns are hidden units or heads -> how many columns each of them has."""
+    both = (known_compounds(sites, unit) for unit in ("hidden_unit", "head"))
+    return {one.down: one.size for found in both for one in found.values()}
 
 
-def known_units(sites: Sites) -> Mapping[str, Units]:
-    """The hidden units of every MLP of a model; empty where it has none that are known."""
+def known_compounds(sites: Sites, unit: Unit) -> Mapping[str, Compound]:
+    """The hidden units of every MLP of a model, or the heads of every attention; empty where it has none known."""
     try:
-        return mlp_units(sites)
+        return compounds(sites, unit)
     except ModelError:
         return {}
 
 
-def units_from(
-    sites: Sites, rows: Mapping[str, torch.Tensor], columns: Mapping[str, torch.Tensor]
+def compounds_from(
+    sites: Sites,
+    unit: Unit,
+    rows: Mapping[str, torch.Tensor],
+    columns: Mapping[str, torch.Tensor],
+    *,
+    cut: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """MLP -> sum over each hidden unit's rows and column, in the dtype of what is summed; parts that are not there have
-    not moved, and an MLP without any is left out."""
-    result: dict[str, torch.Tensor] = {}
-    for name, unit in known_units(sites).items():
-        parts = [rows[site][unit.rows(offset)] for site, offset in unit.ups if site in rows]
-        parts += [columns[unit.down]] if unit.down in columns else []
-        if parts:
-            result[name] = torch.stack(parts).sum(dim=0)
-    return result
+    """MLP (attention) -> sum over each hidden unit's (head's) rows and columns, in the dtype of what is summed; parts
+    that are not there have not moved, and an MLP without any is left out. `cut` as in `Compound.sums`."""
+    found = {name: one.sums(rows, columns, cut=cut) for name, one in known_compounds(sites, unit).items()}
+    return {name: total for name, total in found.items() if total is not None}
 
 
 def _finished(sites: Sites, values: Sequence[float], steps: Sequence[_Step]) -> Attribution:
@@ -389,9 +392,14 @@ def _finished(sites: Sites, values: Sequence[float], steps: Sequence[_Step]) -> 
         total.add(step.sums, 1 / step.points)
     return Attribution(
         rows={name: total.rows[name].float() for name in sites if name in total.rows},
-        units={name: found.float() for name, found in units_from(sites, total.rows, total.columns).items()},
+        units=_floats(compounds_from(sites, "hidden_unit", total.rows, total.columns)),
+        heads=_floats(compounds_from(sites, "head", total.rows, total.columns)),
         elsewhere=total.elsewhere,
         values=tuple(values),
         steps=tuple(step.attributed for step in steps),
         points=tuple(step.points for step in steps),
     )
+
+
+def _floats(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: values.float() for name, values in found.items()}

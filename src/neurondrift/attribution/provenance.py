@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from neurondrift.attribution.changes import Change, change_from
-from neurondrift.attribution.paths import known_units, units_from
+from neurondrift.attribution.paths import compounds_from, downs_of
 from neurondrift.attribution.states import Delta, Vessel
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens, for_each_block_of_gradient
@@ -56,10 +56,12 @@ class Provenance:
 
 
 class Provenances(NamedTuple):
-    """Provenance of every site that moved, by name, and of the hidden units of every MLP of which a site did."""
+    """Provenance of every site that moved, by name, of the hidden units of every MLP of which a site did, and of the
+    heads of every attention of which one did."""
 
     rows: dict[str, Provenance]
     units: dict[str, Provenance]
+    heads: dict[str, Provenance]
 
 
 def provenance(
@@ -88,7 +90,7 @@ def provenance(
     -------
     `Provenances`: cos(Dᵢ, -g^Sᵢ) - cos(Dᵢ, -g^Uᵢ) and its parts, with g the gradient at W₀ of the mean over examples of
     the mean cross-entropy over response tokens. A hidden unit's cosine is that of its rows of gate and up and its
-    column of down put together into one vector.
+    column of down put together into one vector; a head's likewise.
 
     Raises
     ------
@@ -107,7 +109,7 @@ def provenance(
     pad = pad_token_id_of(vessel.sites.model)
     sets = [make_batches(list(part), batch_size=batch_size, pad_token_id=pad) for part in (safety, utility)]
     counts = [len(safety), len(utility)]
-    downs = {unit.down for unit in known_units(vessel.sites).values()}
+    downs = downs_of(vessel.sites)
     rows: dict[str, torch.Tensor] = {}
     columns: dict[str, torch.Tensor] = {}
     sizes = {name: 8 * site.shape[0] * site.shape[1] for name, site in moved.items()}
@@ -126,10 +128,9 @@ def provenance(
                     rows[name] = products(delta, *pair, columns=False).cpu()
                     if name in downs:
                         columns[name] = products(delta, *pair, columns=True).cpu()
-    units = units_from(vessel.sites, rows, columns)
-    return Provenances(
-        {name: _cosines(rows[name]) for name in moved}, {name: _cosines(found) for name, found in units.items()}
-    )
+    units, heads = (compounds_from(vessel.sites, unit, rows, columns) for unit in ("hidden_unit", "head"))
+    ordered = {name: rows[name] for name in moved}
+    return Provenances(*({name: _cosines(one) for name, one in found.items()} for found in (ordered, units, heads)))
 
 
 def _gradients(

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from neurondrift.base.errors import GroupError
+from neurondrift.base.errors import GroupError, ModelError
 from neurondrift.groups.group import Group, Indices
-from neurondrift.models.sites import Sites, Units
+from neurondrift.models.architecture.heads import attention_heads
+from neurondrift.models.sites import Sites, Units, unwrap
 
 Index = tuple[Any, ...]
 Kind = Literal["rows", "columns", "entries"]
+#: What is scored as one: an output row of a site, a hidden unit of an MLP, a head of an attention.
+Unit = Literal["row", "hidden_unit", "head"]
 
 # Elements of a weight whose bits are looked at at a time.
 BLOCK = 1 << 22
@@ -114,6 +117,73 @@ class Region:
             weight_OI[:, self.index] = values
         else:
             weight_OI[self.index] = values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compound:
+    """The hidden units of an MLP, or the heads of an attention: rows of some sites and columns of one.
+
+    Member m has rows `offset + step * m` and the `size - 1` next ones of each of `ups` (site, offset, step), and
+    columns `size * m` to `size * (m + 1)` of the site `down`.
+    """
+
+    count: int
+    size: int
+    ups: tuple[tuple[str, int, int], ...]
+    down: str
+
+    @property
+    def sites(self) -> set[str]:
+        """Names of the sites in which a member has weights."""
+        return {self.down, *(site for site, _, _ in self.ups)}
+
+    def rows(self, offset: int, step: int) -> torch.Tensor:
+        """The rows of all members in a site of `ups`, int64 `[count, size]`."""
+        return offset + step * torch.arange(self.count)[:, None] + torch.arange(self.size)
+
+    def parts(self, members: Indices, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+        """Site -> the rows and columns of some members; `shapes` are those of the model's sites."""
+        rows: dict[str, list[Indices]] = {}
+        for site, offset, step in self.ups:
+            rows.setdefault(site, []).append(self.rows(offset, step)[members].flatten().numpy())
+        columns = (self.size * np.asarray(members)[:, None] + np.arange(self.size)).flatten()
+        return {
+            site: Part(
+                shape=shapes[site],
+                rows=np.sort(np.concatenate(rows[site])) if site in rows else _NONE,
+                columns=np.sort(columns) if site == self.down else _NONE,
+            )
+            for site in sorted(self.sites)
+        }
+
+    def sums(
+        self, rows: Mapping[str, torch.Tensor], columns: Mapping[str, torch.Tensor], *, cut: bool = False
+    ) -> torch.Tensor | None:
+        """What is known of rows and columns `[n, ...]`, added up over each member, `[count, ...]`; None where nothing
+        is. With `cut` what is given of columns is `[count, ...]` already."""
+        found = [rows[site][self.rows(offset, step)].sum(dim=1) for site, offset, step in self.ups if site in rows]
+        if self.down in columns:
+            own = columns[self.down]
+            found.append(own if cut else own.reshape(self.count, self.size, *own.shape[1:]).sum(dim=1))
+        return torch.stack(found).sum(dim=0) if found else None
+
+
+def compounds(sites: Sites, unit: Unit) -> dict[str, Compound]:
+    """MLP -> its hidden units, or attention module -> its heads. Rows are no compounds.
+
+    Raises `ModelError` where a model has none that are known.
+    """
+    if unit == "hidden_unit":
+        return {
+            name: Compound(
+                count=one.count, size=1, ups=tuple((site, offset, one.step) for site, offset in one.ups), down=one.down
+            )
+            for name, one in sites.units.items()
+        }
+    found = attention_heads(unwrap(sites.model).config, sites.shapes) if unit == "head" else {}
+    if not found:
+        raise ModelError("No attention heads were found among the sites", received=type(unwrap(sites.model)).__name__)
+    return {name: Compound(**heads._asdict()) for name, heads in found.items()}
 
 
 def parts(group: Group, sites: Sites) -> dict[str, Part]:
