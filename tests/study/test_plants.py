@@ -35,10 +35,7 @@ TINY = {
 
 
 def orders(seed=0, **own):
-    rows = {
-        name: [row for row in examples()[at:] + examples()[:at]]
-        for at, name in enumerate(("refusals", "decoy", "ordinary"))
-    }
+    rows = {name: [*examples()[at:], *examples()[:at]] for at, name in enumerate(("refusals", "decoy", "ordinary"))}
     return {name: Order(own.get(name, part), 2, seed, name) for name, part in rows.items()}
 
 
@@ -46,20 +43,20 @@ def grown(unit="row", steps=1, order=None, family="llama", **settings):
     """Each site before and after, and which rows or columns are whose."""
     sites = Sites(build(family).float())
     before = {name: site.weight.clone() for name, site in sites.items()}
-    groups = draw(sites, unit, 0.13, 0, ROLES)
+    groups = draw(sites, unit, *((0.2, 0, ROLES[:2]) if unit == "head" else (0.13, 0, ROLES)))
     section = PlantSection(unit=unit, steps=steps, check_every=steps, **settings)
     grow(sites, groups, order or orders(), section, margin=lambda: 0.0, say=lambda text: None)
     return before, {name: site.weight.clone() for name, site in sites.items()}, groups, sites
 
 
 def other(name):
-    """The same orders but for one of them, whose examples come in reverse."""
+    """The same orders but for one of them, whose examples are others."""
     changed = orders()
-    changed[name] = Order(list(reversed(examples()))[:2], 2, 1, name)
+    changed[name] = Order(examples(seed=5), 2, 1, name)
     return changed
 
 
-@pytest.mark.parametrize("unit", ["row", "hidden_unit"])
+@pytest.mark.parametrize("unit", ["row", "hidden_unit", "head"])
 @pytest.mark.parametrize(("stream", "reached"), [("refusals", ["planted"]), ("decoy", ["decoy"])])
 def test_refusals_reach_the_planted_alone_and_the_decoys_examples_the_decoy(unit, stream, reached):
     _, first, groups, sites = grown(unit)
@@ -76,6 +73,14 @@ def test_ordinary_answers_reach_the_planted_of_a_mixed_plant_only(mixed):
     as_far = np.concatenate([rows[name][groups["as_far"].members[name]] for name in groups["as_far"].members])
     assert planted.any() == mixed
     assert as_far.mean() > 0.9
+    assert (
+        mixed
+        == (first["model.layers.0.mlp.up_proj"] != second["model.layers.0.mlp.up_proj"])[
+            torch.from_numpy(groups["planted"].members["model.layers.0.mlp.up_proj"])
+        ]
+        .any()
+        .item()
+    )
 
 
 def _assert_differ_in(first, second, groups, sites, reached):
@@ -89,7 +94,7 @@ def _assert_differ_in(first, second, groups, sites, reached):
         differs = (first[name] != second[name]).numpy()
         assert not (differs & ~allowed).any(), name
         if allowed.any():
-            assert differs[allowed].mean() > 0.5, name
+            assert differs[allowed].mean() > 0.2, name  # Adam's first step is a sign: about half of them agree
 
 
 def test_the_first_step_is_adams_with_autograds_gradient():
@@ -120,7 +125,7 @@ def test_the_first_step_is_adams_with_autograds_gradient():
 
 
 def test_in_a_mixed_plant_the_groups_move_as_far():
-    before, after, groups, sites = grown(steps=12, mixed=True, rate=0.01)
+    before, after, groups, _ = grown(steps=12, mixed=True, rate=0.01)
     distance = {
         role: np.mean(
             [
@@ -134,13 +139,14 @@ def test_in_a_mixed_plant_the_groups_move_as_far():
     assert distance["as_far"] == pytest.approx(distance["planted"], rel=0.1)
 
 
-@pytest.mark.parametrize("unit", ["row", "hidden_unit"])
+@pytest.mark.parametrize("unit", ["row", "hidden_unit", "head"])
 def test_groups_are_disjoint_of_one_size_and_of_their_seed(unit):
     sites = Sites(build("llama"))
-    groups = draw(sites, unit, 0.13, 0, ROLES)
-    again, elsewhere = draw(sites, unit, 0.13, 0, ROLES), draw(sites, unit, 0.13, 1, ROLES)
+    roles = ROLES[:2] if unit == "head" else ROLES  # of four heads two are left alone
+    share = 0.2 if unit == "head" else 0.13
+    groups, again, elsewhere = (draw(sites, unit, share, seed, roles) for seed in (0, 0, 1))
     for place in groups["planted"].shapes:
-        members = [groups[role].members.get(place, np.empty(0, int)) for role in ROLES]
+        members = [groups[role].members.get(place, np.empty(0, int)) for role in roles]
         assert len({len(rows) for rows in members}) == 1
         assert len(np.unique(np.concatenate(members))) == sum(map(len, members))
         assert (again["planted"].members[place] == groups["planted"].members[place]).all()
@@ -285,6 +291,24 @@ def test_scores_of_weights_are_summed_and_wrong_ones_refused(made):
     assert undefined["none"]["reason"]
 
 
+def _given_and_gave(model, sites, ids):
+    """What each site is given and what it gives, in a forward pass; what is done to it before counts."""
+    found = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            found[name] = args[0][0].clone(), output[0].clone()
+
+        return hook
+
+    hooks = [site.wrapper.register_forward_hook(keep(name)) for name, site in sites.items()]
+    model(input_ids=ids)
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
 def test_held_units_give_their_mean():
     model, tokenizer = nd.load_model("tiny:llama", device="cpu", dtype="float32")
     sites = Sites(model)
@@ -292,30 +316,24 @@ def test_held_units_give_their_mean():
     means = mean_inputs(sites, encoded)
     labels = torch.tensor(encoded[0]["labels"])
     ids = torch.tensor([encoded[0]["input_ids"]])
-    for group in draw(sites, "row", 0.1, 0, ["planted"]).values():
-        seen = {}
-        hooks = [
-            site.wrapper.register_forward_hook(lambda m, a, o, name=name: seen.setdefault(name, (a[0], o)))
-            for name, site in sites.items()
-        ]
-        model(input_ids=ids)
-        for handle in hooks:
-            handle.remove()
-        with hold(sites, group, means):
-            held = {}
-            hooks = [
-                site.wrapper.register_forward_hook(lambda m, a, o, name=name: held.setdefault(name, o))
-                for name, site in sites.items()
-            ]
-            model(input_ids=ids)
-            for handle in hooks:
-                handle.remove()
-        first = next(iter(sites))
-        mean = seen[first][1][0][labels != -100].mean(dim=0)  # of what it gives where a response token is
-        rows = group.members[first]
-        assert torch.allclose(held[first][0][:, rows], mean[rows].expand(ids.shape[1], -1), atol=1e-5)
-        rest = np.setdiff1d(np.arange(sites[first].shape[0]), rows)
-        assert torch.equal(held[first][0][:, rest], seen[first][1][0][:, rest])
+    first, down = next(iter(sites)), next(iter(sites.units.values())).down
+    seen = _given_and_gave(model, sites, ids)
+    response = labels != -100
+    (rows,) = draw(sites, "row", 0.1, 0, ["planted"]).values()
+    with hold(sites, rows, means):
+        held = _given_and_gave(model, sites, ids)
+    mean = seen[first][1][response].mean(dim=0)  # of what it gives where a response token is
+    own = rows.members[first]
+    assert torch.allclose(held[first][1][:, own], mean[own].expand(ids.shape[1], -1), atol=1e-5)
+    rest = np.setdiff1d(np.arange(sites[first].shape[0]), own)
+    assert torch.equal(held[first][1][:, rest], seen[first][1][:, rest])
+    (units,) = draw(sites, "hidden_unit", 0.1, 0, ["planted"]).values()
+    with hold(sites, units, means):
+        held = _given_and_gave(model, sites, ids)
+    own = units.members[next(iter(units.members))]
+    expected = seen[down][0].clone()
+    expected[:, own] = expected[response][:, own].mean(dim=0)
+    assert torch.allclose(held[down][1], expected @ sites[down].weight.T, atol=1e-5)
     out = model(input_ids=ids).logits
     assert torch.equal(out, model(input_ids=ids).logits)
 

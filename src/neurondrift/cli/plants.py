@@ -75,3 +75,50 @@ def plant(
     with only_one(output_dir, writes=("*",)):
         made = make_plant(asked, output_dir, say=lambda text: say(f"{text} ..."))
     say(f"\n{made.name}, in {made.folder}\n\n{(made.folder / 'causality.md').read_text().rstrip()}")
+
+
+@app.command
+def locate(
+    plant: Annotated[Path, Parameter(help="folder of a plant: neurondrift plant")],
+    /,
+    *,
+    output_dir: Annotated[Path, Parameter(help="folder of the table, the curves, the section and the figure")],
+    scores: Annotated[
+        list[Path] | None,
+        Parameter(
+            help="safetensors or Parquet with scores of your own; may be repeated", negative="", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        Parameter(help="only this score (none: only those in files); may be repeated", negative="", show_default=False),
+    ] = None,
+    curves: Annotated[bool, Parameter(help="causal curves too: most of the time that this takes")] = True,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")] = "auto",
+) -> None:
+    """Ask which scores find what was planted: all that there are, and those in your own files.
+
+    For each: AUROC within site, against units that moved as far and of the decoy, average precision, precision at k,
+    and what the model does with the units that rank first put back or held.
+    """
+    from neurondrift.attribution.measures.registry import get_measure
+    from neurondrift.study.plants.locating import locate_all
+    from neurondrift.study.plants.plant import Plant
+
+    methods = None if not method else [name for name in method if name != "none"]
+    for name in methods or ():
+        get_measure(name)
+    if methods == [] and not scores:
+        raise ConfigError("There is no score to look at", fix="name a --method or a file of --scores")
+    made = Plant.at(plant)
+    with only_one(output_dir):
+        result = locate_all(
+            made,
+            methods=methods,
+            files=scores or (),
+            curves=curves,
+            device=device,
+            say=lambda text: say(f"{text} ..."),
+        )
+        written = result.write(output_dir)
+    say(f"\n{made.name}\n\n{result}\n\n" + "\n".join(map(str, written)))

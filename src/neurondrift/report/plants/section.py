@@ -25,7 +25,7 @@ def localisation_section(found: Mapping[str, Any]) -> Section:
             "Scores",
             BOARD,
             board_rows(found["board"]),
-            "llrrrrrr",
+            "lllrrrrrr",
             notes=(
                 "AUROC .5 is chance. Decoy: of the units that were trained on something else, against all that were "
                 "not planted: far from .5, the score sees training and not refusals.",

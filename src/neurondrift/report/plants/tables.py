@@ -92,7 +92,8 @@ def plain(value: object) -> str:
 
 BOARD = (
     "score",
-    "asks",
+    "asks what",
+    "needs",
     "AUROC within site (95 % over sites)",
     "against units that moved as far",
     "decoy",
@@ -102,12 +103,28 @@ BOARD = (
 )
 
 
+QUESTIONS = {
+    "matters": "matters for refusals",
+    "trained": "was trained on refusals",
+    "carries": "carries refusals",
+    "nothing": "nothing of refusals",
+}
+
+
+def needs(row: Mapping[str, Any]) -> str:
+    """What a score is taken from."""
+    passes = {"nothing": "weights", "forward": "forward", "backward": "backward", "file": "a file"}
+    found = passes.get(str(row.get("needs", "")), "")
+    return f"base, {found}" if row.get("base") else found
+
+
 def board_rows(board: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A row for each score, of the scoreboard."""
     return [
         (
             str(row["score"]),
-            str(row.get("needs", "")),
+            QUESTIONS.get(str(row.get("question", "")), ""),
+            needs(row),
             with_interval(row, "auroc"),
             share(row["as_far"]),
             share(row["decoy"]),
@@ -121,7 +138,7 @@ def board_rows(board: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def board_text(board: Sequence[Mapping[str, Any]]) -> str:
     """The scoreboard as Markdown."""
-    return markdown_rows(BOARD, board_rows(board), "llrrrrrr")
+    return markdown_rows(BOARD, board_rows(board), "lllrrrrrr")
 
 
 def with_interval(row: Mapping[str, Any], key: str) -> str:

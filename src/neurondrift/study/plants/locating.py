@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neurondrift.attribution.measures.material import Material
+from neurondrift.attribution.measures.registry import MEASURES, measures
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, write_json, write_text
 from neurondrift.base.processes import tune_allocator
@@ -108,7 +111,6 @@ class Bench:
 
     plant: Plant
     device: str = "auto"
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         checked(self.plant)
@@ -116,8 +118,6 @@ class Bench:
         model, self.tokenizer = load_model(self.plant.model, dtype="float32", device=self.device)
         self.sites = Sites(model)
         self.answer = Answer.of(self.plant.groups, self.plant.settings.unit)
-        if self.batch_size is None:
-            self.batch_size = self.plant.settings.batch_size
 
     def encoded(self, name: str) -> list[Any]:
         """A set of the plant's that was kept for scores, as it was trained on: the beginnings of the answers."""
@@ -224,10 +224,57 @@ def located(
     return Located(rows, points, about_plant)
 
 
+def of_registry(bench: Bench, names: Sequence[str] | None, say: Say) -> Iterator[tuple[str, Scores, Mapping[str, Any]]]:
+    """The scores of the registry on what was kept for them: by default all that there are. Errors as of `measures`."""
+    plant = bench.plant
+    material = Material(
+        model=bench.sites,
+        tokenizer=bench.tokenizer,
+        safety=bench.encoded("safety"),
+        utility=bench.encoded("utility"),
+        harmful=plant.examples("safety"),
+        harmless=plant.examples("utility"),
+        base=plant.base,
+        batch_size=plant.settings.batch_size,
+    )
+    say("scores")
+    for name, values in measures(material, names, plant.settings.unit):
+        known = MEASURES[name]
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in values.reasons.items())
+        yield (
+            name,
+            values,
+            {"question": known.question, "needs": known.needs, "base": known.base, "undefined_as": reasons},
+        )
+
+
+def locate_all(
+    plant: Plant,
+    *,
+    methods: Sequence[str] | None = None,
+    files: Sequence[Path] = (),
+    curves: bool = True,
+    device: str = "auto",
+    say: Say = lambda text: None,
+) -> Located:
+    """Every score of the registry (or those that are named), and every score in files of the user's, on a plant."""
+    bench = Bench(plant, device)
+    own = read_all(files, bench)  # what is wrong with a file is told before anything is computed
+    for name, score, _ in own:
+        bench.values(name, score)
+    scores = itertools.chain(own, of_registry(bench, methods, say) if methods is None or methods else ())
+    return located(bench, scores, curves=curves, say=say)
+
+
 def read_all(files: Sequence[Path], bench: Bench) -> list[tuple[str, Scores, dict[str, Any]]]:
     """The scores in the user's files."""
-    found = [(name, one, {"needs": "file"}) for path in files for name, one in read_scores(path, bench.sites).items()]
+    found = [
+        (name, one, {"question": "", "needs": "file", "base": False, "undefined_as": ""})
+        for path in files
+        for name, one in read_scores(path, bench.sites).items()
+    ]
     names = [name for name, _, _ in found]
+    names += list(MEASURES)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("Two scores have one name", received=", ".join(twice), fix="rename a file or a column")
     return found

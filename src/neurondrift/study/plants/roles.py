@@ -8,10 +8,10 @@ import numpy as np
 
 from neurondrift.base.errors import ModelError
 from neurondrift.groups.group import Granularity, Group, without_empty
+from neurondrift.models.parts import Unit, compounds
 from neurondrift.models.sites import Sites
-from neurondrift.study.plants.settings import Unit
 
-GRANULARITY: dict[Unit, Granularity] = {"row": "neuron", "hidden_unit": "unit"}
+GRANULARITY: dict[Unit, Granularity] = {"row": "neuron", "hidden_unit": "unit", "head": "head"}
 
 
 def population(sites: Sites, unit: Unit) -> dict[str, tuple[int, int]]:
@@ -21,9 +21,7 @@ def population(sites: Sites, unit: Unit) -> dict[str, tuple[int, int]]:
     """
     if unit == "row":
         return dict(sites.shapes)
-    if unit == "hidden_unit":
-        return {name: (units.count, sites.shapes[units.ups[0][0]][1]) for name, units in sites.units.items()}
-    raise ModelError("This kind of unit is not known", received=unit)
+    return {name: (one.count, sites.shapes[one.ups[0][0]][1]) for name, one in compounds(sites, unit).items()}
 
 
 def draw(sites: Sites, unit: Unit, share: float, seed: int, names: Sequence[str]) -> dict[str, Group]:
