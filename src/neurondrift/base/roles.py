@@ -14,9 +14,11 @@ POSITIVE_CONTROLS: tuple[Role, ...] = ("positive",)
 #: Groups that judge nothing: controls of either kind.
 CONTROLS: tuple[Role, ...] = (*NEGATIVE_CONTROLS, *POSITIVE_CONTROLS)
 
-#: The groups that a study makes, and what each is to it. The first four are the published ones, made of neurons, of
-#: single weights and of hidden units; the others are of neurons only.
+#: The groups that a study makes, and what each is to it, in the order in which they are told of. Those of the
+#: alignment's own change come first, which are there where the model from before it is known.
 GROUP_ROLES: dict[str, Role] = {
+    "safety_acquired": "safety",
+    "safety_paying": "safety",
     "safety_top": "safety",
     "safety_set_difference": "safety",
     "utility_top": "utility",
@@ -27,7 +29,13 @@ GROUP_ROLES: dict[str, Role] = {
     "gradient_top": "positive",
 }
 GROUP_NAMES = tuple(GROUP_ROLES)
-PUBLISHED_GROUPS = GROUP_NAMES[:4]
+#: Made of neurons, of single weights and of hidden units; all others of neurons only.
+PUBLISHED_GROUPS = ("safety_top", "safety_set_difference", "utility_top", "random")
+#: Safety groups that Wei et al. (arXiv 2402.05162) made.
+WEI_GROUPS = ("safety_top", "safety_set_difference")
+#: Groups by what the alignment changed, and by what its change did. They moved once, so that their controls are matched
+#: on that too.
+ALIGNMENT_GROUPS = ("safety_acquired", "safety_paying")
 #: Safety groups that are reported and judge nothing: most members of the top share are those of utility's as well.
 JUDGES_NOTHING = ("safety_top",)
 

@@ -105,6 +105,44 @@ def matched(
     return controls
 
 
+def unlike(group: Group, values: Mapping[str, Any], *, candidates: int = 5) -> Group:
+    """The others that are unlike a group's members in a second quantity: what its controls are not to be drawn from.
+
+    Parameters
+    ----------
+    group
+        Of neurons or hidden units.
+    values
+        Site name -> the quantity of every member of the site, `[n]`, not negative: how far something moved them.
+    candidates
+        How many others for each member are to be left in a site, at least.
+
+    Returns
+    -------
+    All others but those that are among the k nearest of some member in log value, where k is as small as leaves
+    `candidates` for each member. Others without a value, or with 0, are unlike all members that have one.
+    """
+    apart: dict[str, Indices] = {}
+    for site, own_K in group.members.items():
+        with np.errstate(divide="ignore"):
+            logs_N = np.log(np.asarray(values[site], dtype=np.float64))
+        others_M = _others(len(logs_N), site, (group,))
+        usable_M = others_M[np.isfinite(logs_N[others_M])]
+        members_K = logs_N[own_K][np.isfinite(logs_N[own_K])]
+        if not len(members_K) or not len(usable_M):
+            continue
+        order_KM = np.argsort(np.abs(logs_N[usable_M][None, :] - members_K[:, None]), axis=1, kind="stable")
+        # How near an other is to the member to which it is nearest, as a place among that member's others.
+        place_KM = np.empty_like(order_KM)
+        np.put_along_axis(place_KM, order_KM, np.arange(len(usable_M))[None, :].repeat(len(members_K), 0), axis=1)
+        place_M = place_KM.min(axis=0)
+        wanted = min(len(usable_M), candidates * len(own_K))
+        within = np.sort(place_M)[wanted - 1]
+        apart[site] = np.setdiff1d(others_M, usable_M[place_M <= within], assume_unique=True)
+    noted = {"rule": "unlike", "candidates": candidates, "of": dict(group.provenance)}
+    return group.with_members({site: rest for site, rest in apart.items() if len(rest)}, noted)
+
+
 class Support(NamedTuple):
     """What of a group has comparable neurons.
 

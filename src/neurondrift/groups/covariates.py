@@ -19,6 +19,8 @@ from neurondrift.base.files import atomic_path, read_parquet
 FORMAT = 1
 #: The columns beside site and row, in their order, and how they are stored.
 COLUMNS = {"norm": np.float64, "safety_score": np.float32, "utility_score": np.float32, "gradient_scale": np.float32}
+#: Columns that are there where they are known: ‖Δ‖ of the alignment.
+FURTHER = {"alignment_change": np.float32}
 METADATA = "neurondrift.covariates"
 
 
@@ -30,14 +32,15 @@ def write_covariates(path: Path, columns: Mapping[str, Mapping[str, Any]], about
     path
         The file.
     columns
-        Column (those of `COLUMNS`) -> site -> values `[out]`, as they are: zeros and what is not finite stay.
+        Column (those of `COLUMNS`, and of `FURTHER` what is known) -> site -> values `[out]`, as they are: zeros and
+        what is not finite stay.
     about
         Where they come from: `model` (fingerprint), and what else is known. Goes into the file's metadata as JSON.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    assert set(columns) == set(COLUMNS), "a file of covariates has these columns"
+    assert set(COLUMNS) <= set(columns) <= {*COLUMNS, *FURTHER}, "a file of covariates has these columns"
     sites = list(columns["norm"])
     counts = [len(columns["norm"][site]) for site in sites]
     codes = pa.array(np.repeat(np.arange(len(sites), dtype=np.int32), counts))
@@ -47,7 +50,8 @@ def write_covariates(path: Path, columns: Mapping[str, Mapping[str, Any]], about
             "row": np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
             **{
                 name: np.concatenate([np.asarray(columns[name][site]) for site in sites]).astype(dtype)
-                for name, dtype in COLUMNS.items()
+                for name, dtype in (COLUMNS | FURTHER).items()
+                if name in columns
             },
         }
     ).replace_schema_metadata({METADATA: json.dumps({"format": FORMAT, **about})})
@@ -74,12 +78,24 @@ class Covariates:
             in_order = np.concatenate([np.arange(count) for count in counts])
             if not np.array_equal(rows, in_order) or (np.diff(of_row) < 0).any() or not isinstance(self.about, dict):
                 raise ValueError("its rows do not come in order")
-            self._columns = {name: table[name].to_numpy() for name in COLUMNS}
+            known = [*COLUMNS, *(name for name in FURTHER if name in table.column_names)]
+            self._columns = {name: table[name].to_numpy() for name in known}
             self._where = {name: slice(end - count, end) for name, count, end in zip(names, counts, ends, strict=True)}
         except (ArtifactError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"{path} holds no covariates of neurons ({error})", fix="neurondrift groups --force"
             ) from error
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the file has, beside site and row."""
+        return list(self._columns)
+
+    def column(self, column: str) -> dict[str, npt.NDArray[Any]] | None:
+        """Site -> a column's values in it; None where the file does not have the column."""
+        if column not in self._columns:
+            return None
+        return {site: self._columns[column][where] for site, where in self._where.items()}
 
     def of_site(self, column: str, site: str) -> npt.NDArray[Any] | None:
         """A column's values in a site, in the order of the rows; None where the file does not have the site."""

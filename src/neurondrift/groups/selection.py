@@ -16,6 +16,8 @@ from neurondrift.base.errors import GroupError
 from neurondrift.groups.group import Granularity, Group, Indices, without_empty
 
 Per = Literal["site", "row", "model"]
+#: What becomes of members without a score (NaN): an error, or they take no part and `left_out` counts them.
+Undefined = Literal["error", "leave out"]
 FloatArray = npt.NDArray[np.float64]
 Scores: TypeAlias = Mapping[str, Any]  # site -> [out, in] (or [out]) array or CPU tensor
 
@@ -28,6 +30,7 @@ def select_top(
     fraction: float,
     granularity: Granularity = "weight",
     per: Per = "site",
+    undefined: Undefined = "error",
     provenance: Mapping[str, Any] | None = None,
 ) -> Group:
     """The highest-scoring members.
@@ -43,6 +46,9 @@ def select_top(
         `neuron` (importance: the sum over the row), `weight`, or `unit` for scores from `unit_scores`.
     per
         `site`; `row` (weights: the share is taken within each row, as Wanda prunes); `model` (one threshold).
+    undefined
+        Members whose score is NaN: `error`, or `leave out`: they take no part, the share is still of all, and
+        provenance counts them (`left_out`). By site only.
     provenance
         Noted in the group; `role` says what it is to a study: `safety` or `utility` (`Group.role`).
 
@@ -60,6 +66,9 @@ def select_top(
     shapes = {site: shape_of(scores[site]) for site in scores}
     if per == "model":
         members = _top_of_model(scores, fraction, granularity)
+    elif undefined == "leave out":
+        members, left_out = _top_of_defined(scores, fraction, granularity)
+        provenance["left_out"] = left_out
     else:
         members = by_site(scores, lambda site: _top_of_site(values_of(scores, site, granularity), fraction, per, site))
     return Group(granularity=granularity, members=members, shapes=shapes, provenance=provenance)
@@ -316,6 +325,25 @@ def by_site(scores: Scores, of_site: Callable[[str], Indices]) -> dict[str, Indi
     """Site name -> what the function chooses there, a few sites at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(scores, pool.map(of_site, scores), strict=True))
+
+
+def _top_of_defined(scores: Scores, fraction: float, granularity: Granularity) -> tuple[dict[str, Indices], int]:
+    """The top share of each site among the members that have a score, and how many have none.
+
+    Raises `GroupError` where none has one.
+    """
+
+    def of_site(site: str) -> Indices:
+        values_N = values_of(scores, site, granularity).reshape(-1)
+        usable_U = np.flatnonzero(~np.isnan(values_N))
+        if not len(usable_U):
+            return usable_U
+        return usable_U[top_indices(values_N[usable_U], count_of(fraction, len(values_N)), site)]
+
+    members = without_empty(by_site(scores, of_site))
+    if not members:
+        raise GroupError("No member of any site has a score: all are undefined")
+    return members, sum(int(np.isnan(values_of(scores, site, granularity)).sum()) for site in scores)
 
 
 def _top_of_site(values: npt.NDArray[np.float32], fraction: float, per: Per, site: str) -> Indices:

@@ -303,12 +303,6 @@ def write_scores(
     write_tensors(Path(path), pairs, shapes, metadata={"neurondrift": json.dumps(dict(header))})
 
 
-def score_shapes(method: str, sites: Mapping[str, Site]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the scores of each site: `[out, in]`, or `[out]` for a method of neurons only."""
-    neurons_only = get_method(method).neurons_only
-    return {name: site.shape[:1] if neurons_only else site.shape for name, site in sites.items()}
-
-
 class ScoreFile(Mapping[str, np.ndarray]):
     """Scores in a file, read site by site: a mapping of site name -> float32 array, memory-mapped.
 

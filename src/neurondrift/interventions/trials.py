@@ -135,6 +135,7 @@ def plan(
     bins: int,
     seed: int,
     importance: Mapping[str, Importance],
+    apart: Mapping[str, Group] | None = None,
 ) -> list[Trial]:
     """Every run, references first, in the order in which they are made.
 
@@ -153,6 +154,8 @@ def plan(
         Members in sites without comparable neurons are in neither. At a dose, no control touches the rest of the group.
     importance
         Name -> importance of its members.
+    apart
+        Name -> others that no control of that group may touch, as they are unlike its members (`groups.unlike`).
 
     Raises
     ------
@@ -170,7 +173,8 @@ def plan(
     for name, group in groups.items():
         for dose in sorted(set(doses), reverse=True):
             dosed = group if dose == 1 else dose_of(group, importance[name], dose)
-            part, support = comparable_part(dosed, magnitudes, bins=bins, exclude=(group,))
+            unlike = (apart[name],) if apart and name in apart else ()
+            part, support = comparable_part(dosed, magnitudes, bins=bins, exclude=(group, *unlike))
             if not len(part):
                 raise GroupError(
                     f"The group {name} has nothing to be compared with: in none of its sites are there as many other "
@@ -180,7 +184,8 @@ def plan(
                 )
             rest = group - part
             count = max(draws.whole, draws.freeze) if dose == 1 else draws.dose
-            controls = matched(part, magnitudes, seed=seed, draws=count, bins=bins, exclude=(rest,), exchangeable=True)
+            how: dict[str, Any] = {"seed": seed, "draws": count, "bins": bins, "exchangeable": True}
+            controls = matched(part, magnitudes, exclude=(rest, *unlike), **how)
             chosen[name, dose] = part, support, controls
     for intervention in sorted(interventions, key=INTERVENTIONS.index):
         for (name, dose), (part, support, controls) in chosen.items():

@@ -275,7 +275,8 @@ def folder_of(reference: str | Path) -> Iterator[Path]:
             yield kept
             return
         with tempfile.TemporaryDirectory(prefix="neurondrift-") as temporary:
-            model.save_pretrained(temporary)
+            with quiet_transformers():
+                model.save_pretrained(temporary)
             del model
             yield Path(temporary)
         return

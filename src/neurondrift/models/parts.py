@@ -183,7 +183,10 @@ def compounds(sites: Sites, unit: Unit) -> dict[str, Compound]:
     found = attention_heads(unwrap(sites.model).config, sites.shapes) if unit == "head" else {}
     if not found:
         raise ModelError("No attention heads were found among the sites", received=type(unwrap(sites.model)).__name__)
-    return {name: Compound(**heads._asdict()) for name, heads in found.items()}
+    return {
+        name: Compound(count=heads.count, size=heads.size, ups=heads.ups, down=heads.down)
+        for name, heads in found.items()
+    }
 
 
 def parts(group: Group, sites: Sites) -> dict[str, Part]:

@@ -32,6 +32,7 @@ COVARIATES = {
     "utility_score": "utility score",
     "safety_score": "safety score",
     "gradient_scale": "gradient scale",
+    "alignment_change": "change of the alignment",
 }
 LENGTHS_ALONE = (
     "Lengths of drift alone do not decide between H1 (fragile safety) and H2 (pathway creation), which are no "

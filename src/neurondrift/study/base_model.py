@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from neurondrift.attribution.changes import Change, change_along, change_from
+from neurondrift.attribution.measures.material import base_of
 from neurondrift.models.loading import load_model, resolve_device, resolve_dtype
+from neurondrift.models.sites import Sites
 from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
@@ -23,6 +26,26 @@ def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) ->
     if not study.align.enabled:
         return load_named(study, dtype=dtype)
     return _load(study, folder.base_model, dtype)
+
+
+def change_of_alignment(study: Study, folder: StudyFolder, sites: Sites, tokenizer: Any) -> Change:
+    """The change from the model before the alignment to the one that is scored, which is loaded; its weights are read
+    from their files site by site. Not to be asked for where no base is known.
+
+    Raises `ModelError` for a base with another tokenizer, `ArtifactError` for one of another shape.
+    """
+    assert study.base is not None
+    base = base_of(study.base, tokenizer)
+    narrow = next(iter(sites.values())).tensor.dtype.itemsize < 4
+    reference = folder.base_model
+    if not narrow or reference.startswith("tiny:"):
+        return change_from(sites, base)
+    # Rounded to 16 bits the loaded weights would hide the change: both ends are read as they are stored.
+    if study.model.revision and not study.align.enabled:
+        reference = f"{reference}@{study.model.revision}"
+    both = change_along(sites, [base, reference])
+    first, last = both.states[-2:]
+    return Change(both.vessel, (first, last), unknown=both.unknown, kept=both.kept)
 
 
 def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -> tuple[Any, Any]:

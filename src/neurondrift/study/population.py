@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import read_parquet
+from neurondrift.base.roles import Role
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.group import Group
 from neurondrift.statistics.descriptive import BehaviourSeries
 from neurondrift.statistics.design.population import Population
+from neurondrift.statistics.design.ratios import Rules
 from neurondrift.study.folder import saved_step, saved_steps
 
 Rows = list[dict[str, Any]]
@@ -24,6 +27,21 @@ Rows = list[dict[str, Any]]
 MATCHED = ".matched"
 #: What neurons are matched on beside site and norm, of the columns of the file of covariates.
 COVARIATES = ("safety_score", "utility_score", "gradient_scale")
+#: What groups of the alignment's change are matched on besides, where it is known.
+FURTHER = ("alignment_change",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The groups of an analysis and how it compares them, as in `statistics.analyze`; `on`: what each balances."""
+
+    population: Population
+    members: Mapping[str, npt.NDArray[np.bool_]]
+    roles: Mapping[str, Role | None]
+    judging: Sequence[str]
+    on: Mapping[str, tuple[str, ...]]
+    rules: Rules
+    bins: int
 
 
 def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None) -> tuple[Population, list[int]]:
@@ -69,7 +87,8 @@ def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None
 def read_covariates(
     path: Path, model: str, sites: Sequence[str], site_N: npt.NDArray[np.int64], row_N: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Utility score and gradient scale of neurons (their site's place in `sites`, their row), float64 [N], as they are.
+    """Scores, gradient scale and (where it is known) change of the alignment of neurons (their site's place in `sites`,
+    their row), float64 [N], as they are.
 
     Raises `ArtifactError` where the file is damaged, of another model than that with this fingerprint, or does not
     cover the neurons.
@@ -79,7 +98,8 @@ def read_covariates(
         raise ArtifactError(
             "The covariates of neurons are of another model", received=file.about.get("model"), allowed=model
         )
-    result = {name: np.full(len(site_N), np.nan) for name in COVARIATES}
+    known = [*COVARIATES, *(name for name in FURTHER if name in file.columns)]
+    result = {name: np.full(len(site_N), np.nan) for name in known}
     for place, site in enumerate(sites):
         here_N = site_N == place
         for name, values_N in result.items():

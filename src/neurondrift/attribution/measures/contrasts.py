@@ -118,7 +118,8 @@ def prompt_tokens(material: Material, part: Set) -> list[list[int]]:
         text, earlier = (prompt.prompt, prompt.messages) if isinstance(prompt, Example) else (prompt, ())
         if not text.strip():
             raise DataError("A prompt is empty", received=repr(text))
-        ids = prompt_ids(render(text, material.tokenizer, earlier=earlier), material.tokenizer)
+        how: dict[str, Any] = {"system": material.system, "chat_template": material.chat_template}
+        ids = prompt_ids(render(text, material.tokenizer, earlier=earlier, **how), material.tokenizer)
         found.append(ids[: material.max_length])
     return found
 

@@ -65,9 +65,12 @@ class Material:
         Prompts; by default those of `safety` and of `utility`, where these are examples.
     base
         The model from before the change that is studied: the folder of a full model, a hub id, `pypi:NAME`, an
-        adapter's folder (its base), or a callable site -> `[out, in]`. A model with an adapter on it has its base.
+        adapter's folder (its base), a callable site -> `[out, in]`, or the `Change` from it to the model as it is
+        loaded. A model with an adapter on it has its base.
     openings
         Of the refusal margin: `Openings`, a language, or None for English.
+    system, chat_template
+        A system prompt before each prompt, and whether prompts go through the chat template.
     points, tolerance
         Midpoints of path attribution, and how far its sum may be from the change (None: as far as it is).
     shared
@@ -84,8 +87,10 @@ class Material:
     utility: Examples
     harmful: Sequence[str | Example] | None = None
     harmless: Sequence[str | Example] | None = None
-    base: Base | None = None
+    base: Base | Change | None = None
     openings: Openings | str | None = None
+    system: str | None = None
+    chat_template: bool = True
     points: int = 3
     tolerance: float | None = None
     shared: int = SHARED
@@ -115,12 +120,14 @@ class Material:
         Raises `ConfigError` where no base is known; `ModelError` where it has other tokens; `ArtifactError` where its
         weights are missing or of another shape.
         """
-        if isinstance(self.model, Change):
-            return self.model
+        for given in (self.model, self.base):
+            if isinstance(given, Change):
+                return given
         if not self.has_base:
             raise ConfigError("The model from before the change is not known", fix="name it: base")
         if isinstance(self.base, str | Path):
             return change_from(self.sites, base_of(self.base, self.tokenizer))
+        assert not isinstance(self.base, Change)
         return change_from(self.sites, self.base)
 
     @contextlib.contextmanager
@@ -216,7 +223,12 @@ class Material:
 
     def margin(self, part: Set) -> Margin:
         """The refusal margin of a set's prompts."""
-        return Margin(self.sites.model, self.tokenizer, self.prompts(part), self.openings)
+        return self.margin_of(self.prompts(part))
+
+    def margin_of(self, prompts: Sequence[str | Example]) -> Margin:
+        """The refusal margin of some prompts."""
+        how: dict[str, Any] = {"chat_template": self.chat_template, "system": self.system}
+        return Margin(self.sites.model, self.tokenizer, prompts, self.openings, **how)
 
     def path(self, part: Set) -> Attribution:
         """What the change contributed to the margin of a set's prompts."""

@@ -88,8 +88,7 @@ def _patched(material: Material) -> _Patched:
     chosen: dict[Set, list[int]] = {"safety": [one for one, _ in pairs], "utility": [other for _, other in pairs]}
     with material.standing() as model:
         both = [
-            Margin(model, material.tokenizer, [material.prompts(part)[place] for place in places], material.openings)
-            for part, places in chosen.items()
+            material.margin_of([material.prompts(part)[place] for place in places]) for part, places in chosen.items()
         ]
         both[1].in_tree = both[0].in_tree = both[0].in_tree and both[1].in_tree
         state = _Patching(material, {name: site for name, site in material.sites.items() if site.expert is None})

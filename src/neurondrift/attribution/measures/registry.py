@@ -145,7 +145,7 @@ def measure(
     *,
     harmful: Sequence[str | Example] | None = None,
     harmless: Sequence[str | Example] | None = None,
-    base: Base | None = None,
+    base: Base | Change | None = None,
     unit: Unit = "row",
     **more: Any,
 ) -> Measured:

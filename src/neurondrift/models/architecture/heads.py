@@ -7,7 +7,8 @@ them, and its columns of the output projection.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv"))
@@ -15,7 +16,8 @@ SEPARATE = (("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv"))
 FUSED = {"qkv_proj": False, "c_attn": False, "Wqkv": False, "query_key_value": True}
 
 
-class Heads(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Heads:
     """The heads of one attention.
 
     Head h has rows `offset + step * h` and the `size - 1` next ones of each of `ups` (site, offset, step), and columns
@@ -53,7 +55,7 @@ def attention_heads(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[
         size = width // count
         ups = _projections(holder, shapes, width, size, count, own_keys=own_keys)
         if ups:
-            found[holder] = Heads(count, size, ups, down)
+            found[holder] = Heads(count=count, size=size, ups=ups, down=down)
     return found
 
 

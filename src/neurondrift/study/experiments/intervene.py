@@ -16,7 +16,9 @@ from torch import nn
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
-from neurondrift.base.roles import GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
+from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
+from neurondrift.groups.controls import unlike
+from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
@@ -117,6 +119,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
         bins=bins_of(study.groups, options.granularity),
         seed=study.seed,
         importance=importance,
+        apart=_unlike(folder, groups),
     )
     bench = _bench(study, options)
     log = RunLog(runs_file(folder))
@@ -274,6 +277,15 @@ def _groups(folder: StudyFolder, options: InterveneSection) -> dict[str, Group]:
             raise ConfigError("Two groups have the same name", received=label, fix="rename one file")
         groups[label] = group
     return groups
+
+
+def _unlike(folder: StudyFolder, groups: Mapping[str, Group]) -> dict[str, Group]:
+    """Of groups of the alignment's change: the neurons that the alignment moved otherwise, which no control touches."""
+    chosen = {name: group for name, group in groups.items() if name in ALIGNMENT_GROUPS}
+    if not chosen or not folder.covariates.exists():
+        return {}
+    changes = Covariates(folder.covariates).column("alignment_change")
+    return {} if changes is None else {name: unlike(group, changes) for name, group in chosen.items()}
 
 
 def _safety_groups(folder: StudyFolder, options: InterveneSection) -> tuple[str, ...]:

@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from neurondrift.attribution.measures.registry import get_measure
 from neurondrift.base.errors import DataError
 from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import as_rows, overlap, overlap_by, stability
-from neurondrift.importance.scores import score
 from neurondrift.models.data import DataReference, encode, load_examples
 from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.report.findings.stability import Stability, StabilityFigures
-from neurondrift.study.base_model import load_base
+from neurondrift.study.base_model import change_of_alignment, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
-from neurondrift.study.stages.grouping import GRANULARITIES, scored_groups
-from neurondrift.study.stages.scoring import purposes
+from neurondrift.study.stages.grouping import granularities, scored_groups, scores_to_cut
+from neurondrift.study.stages.scoring import purposes, scores_for
 
 Say = Callable[[str], None]
 
@@ -59,23 +59,22 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     norms = magnitudes_of(sites, "neuron")
+    change = change_of_alignment(study, folder, sites, tokenizer) if get_measure(settings.method).base else None
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:
         for draw in range(draws):
             scores = {}
-            for name, purpose in purposes(_redrawn(study, sizes, draw), seed=study.seed + draw).items():
+            wanted = purposes(_redrawn(study, sizes, draw), seed=study.seed + draw)
+            for name, purpose in wanted.items():
                 encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
-                scores[name] = score(
-                    model,
-                    encoded,
-                    method=purpose.method,
-                    batch_size=settings.batch_size,
-                    sites=sites,
-                    on_batch=lambda batch: advance(len(batch.names)),
+                taken = scores_for(
+                    name, wanted, study, sites, tokenizer, change, encoded, lambda batch: advance(len(batch.names))
                 )
-            for granularity in GRANULARITIES:
-                for name, group in scored_groups(scores, study.groups, granularity, norms=norms).items():
+                scores[name] = dict(taken)
+            for granularity in granularities(study):
+                chosen, of_sites = scores_to_cut(study, scores, granularity, norms)
+                for name, group in scored_groups(chosen, study.groups, granularity, **of_sites).items():
                     made.setdefault((name, granularity), []).append(group)
     figures: dict[str, dict[str, StabilityFigures]] = {}
     for (name, kind), groups in made.items():

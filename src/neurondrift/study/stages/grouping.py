@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from neurondrift.base.roles import GROUP_NAMES, GROUP_ROLES, PUBLISHED_GROUPS
-from neurondrift.groups.controls import matched
+from neurondrift.groups.controls import matched, unlike
 from neurondrift.groups.covariates import write_covariates
 from neurondrift.groups.doses import importance_of, write_importance
 from neurondrift.groups.group import Granularity, Group, load_group
@@ -31,7 +34,8 @@ from neurondrift.study.base_model import load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.population import MATCHED
 from neurondrift.study.settings import GroupsSection, Study
-from neurondrift.study.stages.scoring import purpose_names
+from neurondrift.study.stages.attribution.alignment import OfAlignment, of_alignment
+from neurondrift.study.stages.scoring import purpose_names, purposes
 
 # The granularities that every study makes; hidden units are added where such are to be frozen.
 GRANULARITIES: tuple[Granularity, ...] = ("neuron", "weight")
@@ -186,9 +190,18 @@ def study_groups(
     return {name: made[name] for name in GROUP_NAMES if name in made}
 
 
-def control_of(group: Group, magnitudes: Mapping[str, Any], settings: GroupsSection, *, seed: int) -> Group:
-    """The matched control of a study's group. `magnitudes` and errors are those of `groups.matched`."""
-    (control,) = matched(group, magnitudes, seed=seed, bins=bins_of(settings, group.granularity))
+def control_of(
+    group: Group,
+    magnitudes: Mapping[str, Any],
+    settings: GroupsSection,
+    *,
+    seed: int,
+    changes: Mapping[str, Any] | None = None,
+) -> Group:
+    """The matched control of a study's group. `magnitudes` and errors are those of `groups.matched`; with `changes`
+    (site -> ‖Δ‖ of the alignment) it is drawn among those that the alignment moved about as far as the members."""
+    apart = () if changes is None else (unlike(group, changes),)
+    (control,) = matched(group, magnitudes, seed=seed, bins=bins_of(settings, group.granularity), exclude=apart)
     return control
 
 
@@ -205,27 +218,89 @@ def groups(study: Study, folder: StudyFolder) -> str:
         check_compatible(files["safety"], file)
     headers = {purpose: file.header for purpose, file in files.items()}
     # Loading maps the weight files: reading |w| from them without a model is no faster and takes no less memory.
-    sites = Sites(load_base(study, folder)[0])
+    model, tokenizer = load_base(study, folder)
+    sites = Sites(model)
+    texts = purposes(study) if study.base is not None else {}
+    aligned = of_alignment(
+        study, folder, sites, tokenizer, *(texts[name].examples if texts else [] for name in ("safety", "utility"))
+    )
     folder.groups.mkdir(parents=True, exist_ok=True)
     for old in (path for name in GROUP_NAMES for path in folder.groups.glob(f"{name}.*")):
         old.unlink()  # also of groups that are not made any more
     counts = []
-    for granularity in _granularities(study):
+    for granularity in _made(study):
         scores, magnitudes = _scores_of(files, granularity, sites), magnitudes_of(sites, granularity)
-        of_neurons = {"norms": magnitudes, "shapes": sites.shapes} if granularity == "neuron" else {}
-        made = study_groups(scores, study.groups, granularity, seed=study.seed, headers=headers, **of_neurons)
-        save = partial(_save, study, folder, scores=scores, magnitudes=magnitudes)
+        chosen, of_neurons = scores_to_cut(study, scores, granularity, magnitudes)
+        if granularity == "neuron":
+            of_neurons["shapes"] = sites.shapes
+        made = study_groups(chosen, study.groups, granularity, seed=study.seed, headers=headers, **of_neurons)
+        if granularity == "neuron":
+            made = {name: both[name] for both in [aligned.groups | made] for name in GROUP_NAMES if name in both}
+        save = partial(_save, study, folder, scores=scores, magnitudes=magnitudes, aligned=aligned)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(save, made, made.values()))
         counts.append(f"{len(made['safety_set_difference']):,} {granularity}s by set difference")
         if granularity == "neuron":
-            write_covariates(folder.covariates, _covariates(scores, magnitudes), _about(headers))
+            write_covariates(
+                folder.covariates, _covariates(_ranked(study, scores), magnitudes, aligned), _about(headers)
+            )
             counts.append(f"{len(made['safety_residual']):,} by residual")
-    return "; ".join(counts)
+    return "; ".join([*counts, aligned.said])
 
 
-def _granularities(study: Study) -> tuple[Granularity, ...]:
-    return (*GRANULARITIES, "unit") if study.finetune.freeze_granularity == "unit" else GRANULARITIES
+def granularities(study: Study) -> tuple[Granularity, ...]:
+    """What groups are made of: of neurons, and of weights where the score has those."""
+    if not study.scores_weights:
+        return ("neuron",)
+    return GRANULARITIES
+
+
+def _made(study: Study) -> tuple[Granularity, ...]:
+    """The same, and hidden units where such are to be frozen."""
+    units: tuple[Granularity, ...] = ("unit",) if study.finetune.freeze_granularity == "unit" else ()
+    return (*granularities(study), *(units if study.scores_weights else ()))
+
+
+def scores_to_cut(
+    study: Study, scores: Mapping[str, Scores], granularity: Granularity, norms: Mapping[str, Any]
+) -> tuple[Mapping[str, Scores], dict[str, Any]]:
+    """What groups of a granularity are cut from, and what `scored_groups` is told besides."""
+    if granularity != "neuron":
+        return scores, {}
+    chosen, kept = _in_scored_sites(_ranked(study, scores), norms)
+    return chosen, {"norms": kept}
+
+
+def _ranked(study: Study, scores: Mapping[str, Scores]) -> Mapping[str, Scores]:
+    """Scores of neurons that may have a sign or be undefined as ranks within their site, (k + 1) / n; the least where
+    there is no score, NaN where a site has none. Ranks are enough to cut groups by; the residual and what is matched on
+    take logarithms."""
+    if study.scores_weights:
+        return scores
+    return {
+        purpose: own if purpose == "gradient" else {site: _ranks(values) for site, values in own.items()}
+        for purpose, own in scores.items()
+    }
+
+
+def _ranks(values: Any) -> npt.NDArray[np.float32]:
+    """Ranks within a site, above 0 and up to 1; of equal values the lower place comes first."""
+    values_N = np.asarray(values)
+    known_N = np.where(np.isnan(values_N), -np.inf, values_N)
+    if np.isnan(values_N).all():
+        return np.full(len(values_N), np.nan, dtype=np.float32)
+    places_N = len(known_N) - 1 - np.argsort(known_N[::-1], kind="stable")
+    ranks_N = np.empty(len(known_N), dtype=np.float32)
+    ranks_N[places_N] = (np.arange(len(known_N)) + 1) / len(known_N)
+    return ranks_N
+
+
+def _in_scored_sites(scores: Mapping[str, Scores], norms: Mapping[str, Any]) -> tuple[Mapping[str, Scores], Any]:
+    """Scores and norms without the sites in which nothing has a score."""
+    kept = [site for site in norms if not any(np.isnan(own[site]).all() for own in scores.values())]
+    if len(kept) == len(norms):
+        return scores, norms
+    return {purpose: {site: own[site] for site in kept} for purpose, own in scores.items()}, {s: norms[s] for s in kept}
 
 
 def _scores_of(files: Mapping[str, ScoreFile], granularity: Granularity, sites: Sites) -> Mapping[str, Scores]:
@@ -241,10 +316,13 @@ def _about(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"model": headers["safety"]["model"], "scores": of_purposes}
 
 
-def _covariates(scores: Mapping[str, Scores], norms: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _covariates(
+    scores: Mapping[str, Scores], norms: Mapping[str, Any], aligned: OfAlignment
+) -> dict[str, Mapping[str, Any]]:
     """The columns of the file of covariates."""
     named = {"safety_score": "safety", "utility_score": "utility", "gradient_scale": "gradient"}
-    return {"norm": norms, **{column: scores[purpose] for column, purpose in named.items()}}
+    change = {} if aligned.lengths is None else {"alignment_change": aligned.lengths}
+    return {"norm": norms, **{column: scores[purpose] for column, purpose in named.items()}, **change}
 
 
 def _save(
@@ -255,14 +333,16 @@ def _save(
     *,
     scores: Mapping[str, Scores],
     magnitudes: Mapping[str, Any],
+    aligned: OfAlignment,
 ) -> None:
     """Write a group and its control; of neurons also plain JSON and the importance of each member."""
-    control = control_of(group, magnitudes, study.groups, seed=study.seed)
+    changes = aligned.lengths if name in aligned.groups else None
+    control = control_of(group, magnitudes, study.groups, seed=study.seed, changes=changes)
     group.save(folder.group_file(name, group.granularity))
     control.save(folder.group_file(name, group.granularity, matched=True))
     if group.granularity == "neuron":
         group.save(folder.group_file(name, group.granularity, suffix="json"))
-        importance = importance_of(group, scores[ORDERED_BY.get(name, "safety")])
+        importance = importance_of(group, aligned.scores.get(name) or scores[ORDERED_BY.get(name, "safety")])
         write_importance(folder.importance_file(name, group.granularity), group, importance)
 
 
@@ -278,8 +358,10 @@ def neuron_groups(folder: StudyFolder) -> dict[str, Group]:
 
 
 def weight_groups(folder: StudyFolder) -> dict[str, Group]:
-    """The groups of weights that a study made, each followed by its matched control, `NAME.matched`."""
-    files = {f"{name}{mark}": (name, bool(mark)) for name in PUBLISHED_GROUPS for mark in ("", MATCHED)}
+    """The groups of weights that a study made, each followed by its matched control, `NAME.matched`; none where it is
+    scored by a method of neurons only."""
+    published = PUBLISHED_GROUPS if folder.study.scores_weights else ()
+    files = {f"{name}{mark}": (name, bool(mark)) for name in published for mark in ("", MATCHED)}
     return {
         label: load_group(folder.group_file(name, "weight", matched=matched))
         for label, (name, matched) in files.items()

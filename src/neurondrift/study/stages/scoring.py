@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neurondrift.attribution.changes import Change
+from neurondrift.attribution.measures.material import Material
+from neurondrift.attribution.measures.registry import get_measure, take
 from neurondrift.base.errors import ResourceError
 from neurondrift.base.files import remove_scratch, require_space, scratch_directory
 from neurondrift.base.processes import is_first_process, joined_processes, process_count
 from neurondrift.base.progress import progress
-from neurondrift.importance.scores import iterate_scores, score_header, score_shapes, write_scores
+from neurondrift.importance.methods import METHODS
+from neurondrift.importance.scores import iterate_scores, score_header, write_scores
 from neurondrift.models.batches import Batch
 from neurondrift.models.data import DataReference, Example, encode, load_examples
 from neurondrift.models.sites import Sites
-from neurondrift.study.base_model import load_base
+from neurondrift.study.base_model import change_of_alignment, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 
@@ -75,6 +79,7 @@ def score(study: Study, folder: StudyFolder) -> str:
     wanted = purposes(study)
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
+    change = change_of_alignment(study, folder, sites, tokenizer) if get_measure(settings.method).base else None
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
         needed = 4 * (2 * weights + 2 * sum(site.shape[0] for site in sites.values()))
@@ -84,21 +89,55 @@ def score(study: Study, folder: StudyFolder) -> str:
         for name, purpose in wanted.items():
             encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
             with progress(f"score {name}", -(-len(encoded) // process_count())) as advance:
-                scores = iterate_scores(
-                    model,
-                    encoded,
-                    method=purpose.method,
-                    batch_size=settings.batch_size,
-                    sites=sites,
-                    seed=study.seed,
-                    checkpoint_activations=settings.checkpoint_activations,
-                    on_batch=_advancing(advance),
-                )
+                scores = scores_for(name, wanted, study, sites, tokenizer, change, encoded, _advancing(advance))
                 if not is_first_process():
                     collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
                     continue
                 _write(folder, name, purpose, scores, sites, encoded)
     return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites; {_of_neurons(wanted)}"
+
+
+def scores_for(
+    name: str,
+    wanted: Mapping[str, Purpose],
+    study: Study,
+    sites: Sites,
+    tokenizer: Any,
+    change: Change | None,
+    encoded: Sequence[Mapping[str, Any]],
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scores of a purpose, site by site: `[out, in]`, or `[out]` by a method of neurons.
+
+    A score that sets two kinds of text side by side has the purpose's own on one side, and on the other ordinary text
+    (for the purpose `utility`: safety). `change` is needed by methods that need a base.
+    """
+    purpose, settings = wanted[name], study.score
+    if purpose.method in METHODS:
+        yield from iterate_scores(
+            sites.model,
+            encoded,
+            method=purpose.method,
+            batch_size=settings.batch_size,
+            sites=sites,
+            seed=study.seed,
+            checkpoint_activations=settings.checkpoint_activations,
+            on_batch=on_batch,
+        )
+        return
+    other = wanted["safety" if name == "utility" else "utility"]
+    material = Material(
+        model=sites,
+        tokenizer=tokenizer,
+        safety=purpose.examples,
+        utility=other.examples,
+        base=change,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=study.seed,
+        on_batch=on_batch,
+    )
+    yield from take(purpose.method, material).items()
 
 
 def _write(
@@ -110,8 +149,8 @@ def _write(
     encoded: Sequence[Mapping[str, Any]],
 ) -> None:
     header = score_header(sites, encoded, method=purpose.method, purpose=name, source=purpose.source)
-    shapes = score_shapes(purpose.method, sites)
-    if purpose.of_neurons:
+    shapes: dict[str, tuple[int, ...]] = dict(sites.shapes)
+    if purpose.of_neurons or not get_measure(purpose.method).weights:
         scores, shapes = _row_sums(scores), {site: shape[:1] for site, shape in shapes.items()}
     try:
         write_scores(folder.score_file(name), scores, header=header, shapes=shapes)

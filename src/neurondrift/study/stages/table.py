@@ -11,8 +11,10 @@ from typing import Any
 from neurondrift.base.files import sha256_of_file, sha256_of_value
 from neurondrift.models.data import BUILTIN, DataReference
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.sections.attribute import AttributeSection
 from neurondrift.study.settings import Section, Study
 from neurondrift.study.stages import alignment, analysis, evaluation, finetuning, grouping, reporting, scoring
+from neurondrift.study.stages.attribution import measuring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,31 @@ def _suffixes(study: Study) -> dict[str, Any]:
     return {"suffixes": data_key(DataReference(source=suffixes))} if suffixes else {}
 
 
+def _openings(study: Study) -> dict[str, Any]:
+    """What the margin of the snapshots is made with, where it is not the usual list."""
+    named = study.attribute.openings
+    if named == AttributeSection.model_fields["openings"].default:
+        return {}
+    is_file = isinstance(named, str) and named.endswith(".json")
+    return {
+        "openings": data_key(DataReference(source=str(named)))
+        if is_file
+        else section_inputs(named)
+        if isinstance(named, Section)
+        else named
+    }
+
+
+def _base(study: Study) -> dict[str, Any]:
+    """The model from before the alignment, where it is known: groups of its change are made then."""
+    return {} if study.base is None else {"base": study.base}
+
+
+def base_of_scores(study: Study) -> dict[str, Any]:
+    """The same, where scores are of that change."""
+    return _base(study) if study.scores_change else {}
+
+
 def gradient_data(study: Study) -> dict[str, Any]:
     """The gradient scale is taken from fine-tuning examples, as long as fine-tuning sees them."""
     data, length = study.finetune.data, study.finetune.max_length
@@ -120,7 +147,7 @@ STAGES = (
         no_result=frozenset({"checkpoint_activations"}),  # less memory, the same scores
         run=scoring.score,
         outputs=scoring.outputs,
-        extra_inputs=lambda study: first_seed(study) | gradient_data(study),
+        extra_inputs=lambda study: first_seed(study) | gradient_data(study) | base_of_scores(study),
         root=lambda folder: folder.scratch,
         scratch_until="groups",
         in_processes=True,
@@ -131,7 +158,7 @@ STAGES = (
         section="groups",
         run=grouping.groups,
         outputs=grouping.outputs,
-        extra_inputs=lambda study: first_seed(study) | _units(study),
+        extra_inputs=lambda study: first_seed(study) | _units(study) | _base(study),
     ),
     Stage(
         name="finetune",
@@ -150,11 +177,23 @@ STAGES = (
         per_seed=True,
         run=evaluation.evaluate,
         outputs=evaluation.outputs,
-        extra_inputs=_suffixes,
+        extra_inputs=lambda study: _suffixes(study) | _openings(study),
+    ),
+    Stage(
+        name="attribute",
+        reads=("finetune", "evaluate"),
+        section="attribute",
+        no_result=frozenset({"enabled", "batch_size"}),
+        per_seed=True,
+        when=lambda study: study.attribute.enabled,
+        run=measuring.attribute,
+        outputs=measuring.outputs,
+        extra_inputs=_openings,
+        wants=("say",),
     ),
     Stage(
         name="analyze",
-        reads=("groups", "finetune", "evaluate"),
+        reads=("groups", "finetune", "evaluate", "attribute"),
         section="analyze",
         run=analysis.analyze,
         outputs=analysis.outputs,
