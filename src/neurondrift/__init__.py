@@ -50,6 +50,8 @@ _HOMES = {
     "path_attribution": "attribution.paths",
     "budget": "attribution.paths",
     "provenance": "attribution.provenance",
+    "plant": "study.plants.planting",
+    "locate": "study.plants.locating",
     "measure": "attribution.measures.registry",
     "UserError": "base.errors",
 }
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from neurondrift.models.loading import load_model
     from neurondrift.models.parts import weights_of_units
     from neurondrift.models.sites import Site, linear_sites
+    from neurondrift.study.plants.locating import locate
+    from neurondrift.study.plants.planting import plant
 
 
 def __getattr__(name: str) -> Any:

@@ -65,11 +65,12 @@ def test_an_example_is_short_and_uses_public_names_alone(path):
     assert not {module for module in modules if module.startswith("neurondrift")}
 
 
-def test_there_are_four_examples():
+def test_there_are_five_examples():
     assert [path.stem for path in PATHS] == [
         "act_on_a_group",
         "compare_checkpoints",
         "drift_callback",
+        "own_score",
         "score_your_model",
     ]
 
@@ -148,3 +149,20 @@ def test_a_group_is_acted_on_and_given_back(folder, trained, act):
     assert table["changed"].iloc[0] == table["changed"].iloc[-1] == 0
     assert (table["changed"].iloc[1:3] > 0).all()
     assert table["refused"].iloc[0] == table["refused"].iloc[-1]
+
+
+def test_a_score_of_ones_own_is_tested_on_a_plant(tmp_path):
+    printed = in_folder(tmp_path, "own_score.py", "--small")
+    rows = {
+        cells[0]: cells
+        for cells in ([c.strip() for c in row.split("|")[1:-1]] for row in printed.splitlines() if "|" in row)
+    }
+    headers = list(rows["score"])
+    auroc, decoy = (
+        {name: float(rows[name][headers.index(column)].partition(" ")[0]) for name in ("change", "size")}
+        for column in ("AUROC within site (95 % over sites)", "decoy")
+    )
+    assert auroc["change"] > 0.8  # it finds what moved ...
+    assert decoy["change"] > 0.8  # ... and cannot tell the decoy from it
+    assert abs(auroc["size"] - 0.5) < 0.2
+    assert list(nd.load_group(tmp_path / "plant" / "planted.parquet").members)

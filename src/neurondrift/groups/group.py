@@ -19,7 +19,7 @@ from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import atomic_path, read_json, read_parquet, write_json
 from neurondrift.base.roles import ROLES, Role, role_of_name
 
-Granularity = Literal["neuron", "weight", "unit"]
+Granularity = Literal["neuron", "weight", "unit", "head"]
 Indices: TypeAlias = npt.NDArray[np.int64]
 
 # Of the Parquet file: the version of its header, and the columns of a tile, which its rows are ordered by.
@@ -34,8 +34,8 @@ class Group:
     Attributes
     ----------
     granularity
-        `neuron` (rows of sites), `weight` (single entries) or `unit` (hidden units of MLPs: a "site" is then
-        the name of an MLP).
+        `neuron` (rows of sites), `weight` (single entries), `unit` (hidden units of MLPs: a "site" is then
+        the name of an MLP) or `head` (of attentions, likewise).
     members
         Site name -> sorted, distinct int64: rows of the site, or flat indices `row * in + col`. Sites without
         members are left out.

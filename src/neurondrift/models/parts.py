@@ -197,6 +197,8 @@ def parts(group: Group, sites: Sites) -> dict[str, Part]:
     """
     if group.granularity == "unit":
         return _parts_of_units(group, sites.units, sites.shapes)
+    if group.granularity == "head":
+        return _parts_of_heads(group, sites)
     group.check_members(sites.shapes)
     result = {}
     for name, members in group.members.items():
@@ -251,11 +253,30 @@ def _parts_of_units(group: Group, units: Mapping[str, Units], shapes: Mapping[st
     }
 
 
+def _parts_of_heads(group: Group, sites: Sites) -> dict[str, Part]:
+    heads = compounds(sites, "head")
+    result: dict[str, Part] = {}
+    for name, members in group.members.items():
+        if name not in heads:
+            raise GroupError(f"The model has no attention {name} with heads, which the group names")
+        if len(members) and members[-1] >= heads[name].count:
+            raise GroupError(
+                f"The group names a head beyond the end of {name}",
+                received=int(members[-1]),
+                allowed=f"below {heads[name].count}",
+            )
+        if len(members):
+            result |= heads[name].parts(members, sites.shapes)
+    return {name: result[name] for name in sites if name in result}
+
+
 def members_within(group: Group, sites: Sites, names: Container[str]) -> int:
     """How many members have weights in the sites named; for a hidden unit one of its sites is enough."""
 
     def lies_within(name: str) -> bool:
-        own = sites.units[name].sites if group.granularity == "unit" else {name}
+        own = {name}
+        if group.granularity in ("unit", "head"):
+            own = compounds(sites, "hidden_unit" if group.granularity == "unit" else "head")[name].sites
         return any(site in names for site in own)
 
     return sum(len(indices) for name, indices in group.members.items() if lies_within(name))
@@ -322,5 +343,9 @@ def weights_of_units(group: Group, units: Mapping[str, Units], shapes: Mapping[s
 
 
 def as_weights(group: Group, sites: Sites) -> Group:
-    """A group of hidden units as the weights of their rows and columns; any other as it is."""
+    """A group of hidden units or heads as the weights of their rows and columns; any other as it is."""
+    if group.granularity == "head":
+        members = {name: part.flat() for name, part in _parts_of_heads(group, sites).items()}
+        whole = Group(granularity="weight", members=members, shapes=dict(sites.shapes), provenance=group.provenance)
+        return whole.with_members(members, {"rule": "weights of heads", "of": dict(group.provenance)})
     return weights_of_units(group, sites.units, sites.shapes) if group.granularity == "unit" else group

@@ -268,15 +268,16 @@ def _skeleton(study: Study) -> Any:
     from transformers import AutoConfig
 
     from neurondrift.models.architecture.classes import configuration, skeleton
-    from neurondrift.models.loading import gguf_of_package, load_model, quiet_transformers
+    from neurondrift.models.checked.gguf import gguf_file, is_gguf
+    from neurondrift.models.loading import load_model, quiet_transformers
 
     source = study.model
     reference = source.reference
     with quiet_transformers():
         if reference.startswith("tiny:"):
             return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
-        if reference.startswith("pypi:"):
-            path = gguf_of_package(reference.removeprefix("pypi:"))
+        if is_gguf(reference):
+            path = gguf_file(reference)
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
             config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)

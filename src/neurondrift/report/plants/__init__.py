@@ -1,0 +1,1 @@
+"""The section on a model with a known answer."""

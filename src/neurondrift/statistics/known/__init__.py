@@ -1,0 +1,1 @@
+"""How well scores find members of which it is known that they are right."""
