@@ -106,9 +106,21 @@ def read_sweep(file: Path) -> Sweep:
             ),
         )
     section = validated(SweepSection, {"name": Path(file).stem} | content)
-    section = section.model_copy(update={"settings": _base(section, Path(file)), "preset": None, "config": None})
-    overrides = [*_grid(section.grid), *_listed(section.points)]
-    names = point_names(overrides, given=[None] * (len(overrides) - len(section.points)) + _given(section.points))
+    listed = list(_listed(section.points))
+    given = _given(section.points)
+    named = [({} if name is None else {"name": name}) | own for name, own in zip(given, listed, strict=True)]
+    section = section.model_copy(
+        update={
+            "settings": _base(section, Path(file)),
+            "preset": None,
+            "config": None,
+            "grid": dict(_axes(section.grid)),  # by dotted names, whose order TOML keeps
+            "points": named,
+        }
+    )
+    combined = list(_grid(section.grid))
+    overrides = [*combined, *listed]
+    names = point_names(overrides, given=[*[None] * len(combined), *given])
     points = tuple(
         Point(index=index, name=name, overrides=own, study=_study(section, own, name))
         for index, (name, own) in enumerate(zip(names, overrides, strict=True))
