@@ -120,6 +120,9 @@ class StudyRun:
                 received=f"{', '.join(asked)} in {process_count()} processes",
                 fix=f"torchrun ... -m neurondrift.cli {together[0]}, then neurondrift run in one process",
             )
+        for stage in (TABLE[name] for name in asked):
+            if stage.checks is not None and not all(self.is_done(step) for step in self.steps(stage.name)):
+                stage.checks(self.study)
         with only_one(self.folder.root) if is_first_process() else nullcontext():
             self._run(asked, force, keep_scores)
 

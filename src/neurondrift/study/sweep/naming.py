@@ -67,9 +67,8 @@ def _of_table(value: Mapping[str, Any]) -> str:
     if "source" not in value:
         return "-".join(f"{key}-{label(each)}" for key, each in value.items())
     parts = [label(value["source"]), *(str(value[key]) for key in ("limit", "split", "subset") if key in value)]
-    mixed = value.get("mix")
-    if isinstance(mixed, Mapping):
-        parts.append(f"with-{mixed.get('share')}-{label(mixed.get('source'))}")
+    if "mix" in value:
+        parts.append(f"with-{value.get('share')}-{label(value['mix'])}")
     return "-".join(parts)
 
 

@@ -126,6 +126,7 @@ def read_sweep(file: Path) -> Sweep:
         for index, (name, own) in enumerate(zip(names, overrides, strict=True))
     )
     _check_unlike(points)
+    _check_one_rule(points)
     return Sweep(name=section.name, section=section, points=points)
 
 
@@ -199,6 +200,20 @@ def _study(section: SweepSection, overrides: Mapping[str, Any], name: str) -> St
         return validated(Study, merge(section.settings, nested(overrides)) | {"name": name})
     except ConfigError as error:
         raise ConfigError(f"The point {name} is no study: {str(error).removesuffix('.')}") from error
+
+
+def _check_one_rule(points: Sequence[Point]) -> None:
+    """Refuse points that judge by other rules than the first: what they say together would have none."""
+    first = points[0].study.analyze
+    for point in points:
+        for name in ("primary_metric", "band"):
+            own, wanted = getattr(point.study.analyze, name), getattr(first, name)
+            if own != wanted:
+                raise ConfigError(
+                    f"All points must judge by one rule: analyze.{name} differs",
+                    received=f"{own} in {point.name}, {wanted} in {points[0].name}",
+                    fix=f"set analyze.{name} once, under [settings]",
+                )
 
 
 def _check_unlike(points: Sequence[Point]) -> None:
