@@ -86,11 +86,18 @@ class Step:
 
 
 class Lines:
-    """Lines about the innermost of the steps that are being done: the first after `FIRST` seconds, then one every
-    `BETWEEN`, also while nothing is counted."""
+    """Lines about the innermost of the steps that are being done: the first after `first` seconds, then one every
+    `between`, also while nothing is counted."""
 
-    def __init__(self, write: Callable[[str], None], *, clock: Clock = time.monotonic) -> None:
-        self.write, self.clock = write, clock
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        *,
+        clock: Clock = time.monotonic,
+        first: float = FIRST,
+        between: float = BETWEEN,
+    ) -> None:
+        self.write, self.clock, self.first, self.between = write, clock, first, between
         self._due: list[tuple[Step, float]] = []
         self._lock, self._changed = threading.Lock(), threading.Event()
         self._speaker: threading.Thread | None = None
@@ -100,7 +107,7 @@ class Lines:
         """Within the block this is the step that is spoken of. `speaks`: at the right times, by a thread; otherwise
         when `tick` is called."""
         with self._lock:
-            self._due.append((step, self.clock() + FIRST))
+            self._due.append((step, self.clock() + self.first))
             if speaks and self._speaker is None:
                 self._speaker = threading.Thread(target=self._speak, name="neurondrift progress", daemon=True)
                 self._speaker.start()
@@ -122,9 +129,9 @@ class Lines:
             if now < due:
                 return due - now
             # The steps around it have been spoken for.
-            self._due = [(each, max(at, now + BETWEEN)) for each, at in self._due]
+            self._due = [(each, max(at, now + self.between)) for each, at in self._due]
         self.write(step.line())
-        return BETWEEN
+        return self.between
 
     def _speak(self) -> None:
         while (seconds := self.tick()) is not None:
@@ -138,6 +145,25 @@ def _write(line: str) -> None:
 
 
 _LINES = Lines(_write)
+
+
+@contextlib.contextmanager
+def lines_to(write: Callable[[str], None], *, first: float = FIRST, between: float = BETWEEN) -> Iterator[None]:
+    """Within the block the lines of `progress` go to `write`, the first of a step and the next after so many seconds.
+
+    A bar is drawn all the same where standard error is a terminal.
+    """
+    global _LINES
+    before, _LINES = _LINES, Lines(write, first=first, between=between)
+    try:
+        yield
+    finally:
+        _LINES = before
+
+
+def spoken_of(step: Step) -> contextlib.AbstractContextManager[None]:
+    """Within the block lines about this step are written, as by `progress` where there is no terminal."""
+    return _LINES.about(step)
 
 
 class _Rate(ProgressColumn):

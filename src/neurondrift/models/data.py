@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from neurondrift.base.errors import DataError
-from neurondrift.models.text.columns import HOW_TO_NAME, KNOWN_NAMES, to_examples
+from neurondrift.models.text.columns import HOW_TO_NAME, KNOWN_NAMES, to_examples, with_own_ids
 from neurondrift.models.text.examples import Example as Example
 from neurondrift.models.text.examples import Message as Message
 from neurondrift.models.text.reading import Table, read_file, read_folder, read_hub, table_of
@@ -57,16 +57,30 @@ class DataReference(BaseModel):
     turns: Literal["last", "all"] = Field(
         "last", description="of a conversation: its last answer is an example, or each of its answers is one"
     )
+    mix: DataReference | None = Field(None, description="another set that is mixed in")
+    share: float | None = Field(None, gt=0, lt=1, description="the part of all examples that comes from it")
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _share_of_a_mix(self) -> DataReference:
+        if (self.mix is None) != (self.share is None):
+            raise ValueError("mix and share go together: the set that is mixed in, and its part of all, such as 0.1")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_last(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Fields that came after the first version are left out at their default: studies that stand keep theirs."""
-        return {name: value for name, value in handler(self).items() if (name, value) != ("turns", "last")}
+        unsaid = [("turns", "last"), ("mix", None), ("share", None)]
+        return {name: value for name, value in handler(self).items() if (name, value) not in unsaid}
+
+    @property
+    def title(self) -> str:
+        """The source, and what is mixed in: `builtin:ordinary with 10 % builtin:refusals`."""
+        return self.source if self.mix is None else f"{self.source} with {100 * (self.share or 0):g} % {self.mix.title}"
 
 
 #: A data set that may be left out, as "none": TOML has no null, and a setting that is left out is its default.
@@ -131,12 +145,53 @@ def load_examples(
     ------
     DataError
         Missing or unreadable file, unknown set or columns, an empty set, a value that is no text (with its row), an
-        example with an empty prompt or (where required) response, named by its id.
+        example with an empty prompt or (where required) response, named by its id; too few examples to mix in.
+
+    Notes
+    -----
+    Of a reference with a `mix` the share m / (n + m) nearest to its `share` comes from that set: m of its examples and
+    n of the others, drawn and placed among them by the reference's seed. A limit counts both.
     """
     if isinstance(reference, str):
         columns = {"prompt": prompt_column, "response": response_column}
         reference = DataReference(source=reference, split=split, subset=subset, seed=seed, **columns)
-    limit, source = reference.limit or limit, reference.source
+    limit = reference.limit or limit
+    if reference.mix is None or reference.share is None:
+        return _drawn(_examples(reference, require_response, kind), limit, reference.seed)
+    others, mixed = (_examples(each, require_response, kind) for each in (reference, reference.mix))
+    mixed = _drawn(mixed, reference.mix.limit, reference.mix.seed)
+    if limit is not None and limit < len(others) + round(len(others) * reference.share / (1 - reference.share)):
+        others = _drawn(others, max(1, limit - max(1, round(limit * reference.share))), reference.seed)
+    needed = max(1, round(len(others) * reference.share / (1 - reference.share)))
+    if len(mixed) < needed:
+        raise DataError(
+            f"{reference.mix.title} has too few examples to be {reference.share:g} of all",
+            received=f"{len(mixed)} of them, beside {len(others)} of {reference.source}",
+            allowed=f"at least {needed}",
+            fix="lower the share, or limit the other set",
+        )
+    return _placed(others, _drawn(mixed, needed, reference.seed), reference)
+
+
+def _placed(others: list[Example], mixed: list[Example], reference: DataReference) -> list[Example]:
+    """Both in their orders, at places drawn by the reference's seed, with identifiers that are unique."""
+    count = len(others) + len(mixed)
+    places = set(random.Random(reference.seed).sample(range(count), len(mixed)))
+    first, second = iter(others), iter(mixed)
+    examples = [next(second) if place in places else next(first) for place in range(count)]
+    return with_own_ids(examples, reference.title)
+
+
+def _drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """So many without replacement, in their order; all where there are no more."""
+    if count is None or count >= len(examples):
+        return examples
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def _examples(reference: DataReference, require_response: bool, kind: PromptKind | None) -> list[Example]:
+    """All that a reference names, without what is mixed in, each with a prompt and, where required, a response."""
+    source = reference.source
     examples = to_examples(
         _table(reference),
         source,
@@ -156,9 +211,6 @@ def load_examples(
                 f"Example {example.id} of {source} has no response",
                 fix=f"add one, remove the example, or name the right columns: {HOW_TO_NAME}",
             )
-    if limit is not None and limit < len(examples):
-        chosen = sorted(random.Random(reference.seed).sample(range(len(examples)), limit))
-        examples = [examples[index] for index in chosen]
     return examples
 
 
@@ -170,7 +222,8 @@ def builtin_names() -> list[str]:
 def is_local(reference: DataReference) -> bool:
     """Whether a set can be read without the network."""
     source = reference.source
-    return not source.startswith("hf:") or Path(source.removeprefix("hf:")).expanduser().exists()
+    own = not source.startswith("hf:") or Path(source.removeprefix("hf:")).expanduser().exists()
+    return own and (reference.mix is None or is_local(reference.mix))
 
 
 def _table(reference: DataReference) -> Table:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
+from neurondrift.report.blocks import LEFT, Block, Document, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.wording import Record
@@ -21,6 +21,9 @@ ALTERNATIVES = {
     "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
     "the range of matched random groups, and how many were drawn where that was stopped early",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",
+    "sweep_forest": "Forest plot: the ratio of each judging group to comparable neurons in every study, and over all of "
+    "them, with intervals and the band",
+    "sweep_refusals": "The ratio of each judging group in every study against the refusals that were lost there",
     "refusals_over_training": "Share of prompts refused over training, above the refusal margin and the drift of the "
     "safety groups",
 }
@@ -82,7 +85,11 @@ def render_page(results: Findings, figures: Sequence[Path], answers: Sequence[Re
     OSError
         A figure cannot be read.
     """
-    document = build_document(results, answers)
+    return lay_out(build_document(results, answers), figures)
+
+
+def lay_out(document: Document, figures: Sequence[Path]) -> str:
+    """A document as such a page; figures that no section names come last."""
     chosen = _choose(figures)
     placed = {name for section in (document.answer, *document.sections) for name in section.figures}
     parts = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from neurondrift.base.terminal import plain
-from neurondrift.report.blocks import LEFT, Block, Items, Paragraph, Section, Table
+from neurondrift.report.blocks import LEFT, Block, Document, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.wording import Record
@@ -44,7 +44,11 @@ def render_text(results: Findings, answers: Sequence[Record] = ()) -> str:
     str
         UTF-8 text with a final newline; no line is longer than 100 characters. No other model answer is in it.
     """
-    document = build_document(results, answers)
+    return document_text(build_document(results, answers))
+
+
+def document_text(document: Document) -> str:
+    """A document as such a text."""
     lines = [*_wrap(document.title), *_wrap(document.subtitle), "═" * WIDTH]
     lines += _body(document.answer)
     for section in document.sections:

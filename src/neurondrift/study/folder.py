@@ -24,7 +24,8 @@ class StudyFolder:
     GROUPS, MODELS, DRIFT, BEHAVIOUR = "neuron_groups", "finetuned_models", "drift", "behaviour"
     ATTRIBUTION = "attribution"
     RESULTS, REPLICATES, MANIFESTS, CONFIGURATION = "results", "replicates", ".neurondrift", "study.toml"
-    MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, ATTRIBUTION, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION)
+    TRACKERS = "trackers"
+    MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, ATTRIBUTION, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION, TRACKERS)
 
     def __init__(self, root: Path, study: Study) -> None:
         self.root, self.study = Path(root), study
@@ -62,6 +63,10 @@ class StudyFolder:
 
     def drift(self, seed: int) -> Path:
         return self.of_seed(seed) / self.DRIFT
+
+    def trackers(self, seed: int) -> Path:
+        """Where TensorBoard's files of a training lie; no part of the study's result."""
+        return self.of_seed(seed) / self.TRACKERS
 
     def behaviour(self, seed: int) -> Path:
         return self.of_seed(seed) / self.BEHAVIOUR

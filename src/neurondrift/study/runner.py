@@ -120,6 +120,9 @@ class StudyRun:
                 received=f"{', '.join(asked)} in {process_count()} processes",
                 fix=f"torchrun ... -m neurondrift.cli {together[0]}, then neurondrift run in one process",
             )
+        for stage in (TABLE[name] for name in asked):
+            if stage.checks is not None and not all(self.is_done(step) for step in self.steps(stage.name)):
+                stage.checks(self.study)
         with only_one(self.folder.root) if is_first_process() else nullcontext():
             self._run(asked, force, keep_scores)
 
@@ -142,7 +145,7 @@ class StudyRun:
 
     def _do(self, step: Step, *, force: bool) -> None:
         stage, manifest = step.stage, self.folder.manifest(step.stage.name, step.seed)
-        if not force and (self._stands(step) or self._no_longer_needed(step)):
+        if not force and self.is_done(step):
             self.say(f"{step.title:<20} stands")
             return
         root = stage.root(self.folder)
@@ -187,7 +190,7 @@ class StudyRun:
             for needed in stage.reads
             if needed not in asked and not TABLE[needed].optional
             for step in self.steps(needed)
-            if step.seed in seeds and not (self._stands(step) or self._no_longer_needed(step))
+            if step.seed in seeds and not self.is_done(step)
         ]
 
     def _require(self, name: str, asked: Sequence[str]) -> None:
@@ -201,6 +204,15 @@ class StudyRun:
     def readers(self, name: str) -> list[str]:
         """The stages that read this one and could be done now, as all that they read stands."""
         return [reader for reader, stage in TABLE.items() if name in stage.reads and not self._missing(reader)]
+
+    def unfinished(self) -> list[str]:
+        """The titles of the steps that a run without arguments would still do; every file is checked."""
+        asked = [step for name in TABLE if self._is_asked(name) for step in self.steps(name)]
+        return [step.title for step in asked if not self.is_done(step)]
+
+    def is_done(self, step: Step) -> bool:
+        """Whether a step stands, or made scratch that is no longer needed."""
+        return self._stands(step) or self._no_longer_needed(step)
 
     def steps(self, name: str) -> list[Step]:
         """The steps of a stage: one, or one for each training seed; none where it is not part of the study."""

@@ -127,6 +127,10 @@ class FinetuneSection(Section):
         description="hold a group still while training: a group of the study, matched:NAME for its control, or a file",
     )
 
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="trackers that follow the training, as the Trainer does; needs their packages"
+    )
+
     @field_validator("freeze")
     @classmethod
     def _freeze(cls, value: str | None, others: ValidationInfo) -> str | None:
@@ -138,7 +142,8 @@ class FinetuneSection(Section):
         return value
 
     def unsaid(self) -> Collection[str]:
-        return ["optimiser", "momentum"] if self.optimiser == "adamw" else ()
+        plain = ["optimiser", "momentum"] if self.optimiser == "adamw" else []
+        return plain if self.report_to else [*plain, "report_to"]
 
     @field_validator("max_steps")
     @classmethod

@@ -226,6 +226,7 @@ def finetune(
     freeze: Group | None = None,
     resumable: bool = True,
     beside: Sequence[Path] = (),
+    tracked_in: Path | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -289,11 +290,13 @@ def finetune(
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.scheduler,
         **_optimiser(settings),
+        **({} if tracked_in is None else _trackers(settings.report_to, folder)),
         bf16=autocast,
         save_strategy="steps" if resumable else "no",
         save_steps=interval,
     )
     added = [
+        *(_tensorboard(tracked_in) if tracked_in is not None and "tensorboard" in settings.report_to else []),
         *([FreezeCallback(freeze)] if freeze is not None else []),
         *callbacks,
         _SaveAdapters(folder, save_at, tokenizer if settings.method == "full" else None),
@@ -381,15 +384,28 @@ def _optimiser(settings: FinetuneSection) -> dict[str, Any]:
     return {"optim": "sgd", "optim_args": f"momentum={settings.momentum}"}
 
 
+def _trackers(names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The trackers of a training, which is called after its folder: the path tells study, method and seed."""
+    return {"report_to": [name for name in names if name != "tensorboard"], "run_name": str(folder)} if names else {}
+
+
+def _tensorboard(folder: Path) -> list[TrainerCallback]:
+    """TensorBoard's files go beside the study's: the Trainer's own folder is deleted when the training is done."""
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = callback.logging_dir or str(folder)
+    return [callback]
+
+
 def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
-    settings = {"optim": "adamw_torch_fused", **settings}
+    settings = {"optim": "adamw_torch_fused", "report_to": [], **settings}
     return TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
         use_cpu=next(model.parameters()).device.type == "cpu",
         logging_steps=5,
-        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,

@@ -146,7 +146,7 @@ def to_examples(
         labels += [is_harmful(row)] * len(made)
     if columns is not None and columns.by_number:
         _say(f"{reference}: of two responses, the one that {columns.response} names is taken")
-    return _with_own_ids(_of_kind(found, labels, kind, reference), reference)
+    return with_own_ids(_of_kind(found, labels, kind, reference), reference)
 
 
 def choose(names: Sequence[str], reference: str, prompt: str | None, response: str | None) -> Columns:
@@ -295,7 +295,7 @@ def _of_kind(examples: list[Example], labels: Sequence[bool | None], kind: str |
     return kept
 
 
-def _with_own_ids(examples: list[Example], reference: str) -> list[Example]:
+def with_own_ids(examples: list[Example], reference: str) -> list[Example]:
     """The examples, of those with an identifier that stood before given one of their own: `ID#2` and so on."""
     taken = {example.id for example in examples}
     if len(taken) == len(examples):

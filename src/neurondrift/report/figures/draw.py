@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,20 @@ METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
-def draw_figures(results: Findings, folder: Path) -> list[Path]:
+def draw_figures(results: Any, folder: Path, figures: Sequence[Callable[[Any], Figure | None]] = FIGURES) -> list[Path]:
     """Draw every figure that the results have something for.
 
     Parameters
     ----------
     results
         The content of `statistical_results.json`. `trajectories` and `rates` carry 95 % limits in `low` and
-        `high`; `distributions` carry densities over the base-10 logarithm of the drift.
+        `high`; `distributions` carry densities over the base-10 logarithm of the drift. With other `figures` what
+        these take.
     folder
         Where `<name>.png` (160 dpi) and `<name>.svg` are written; made where it does not exist. A figure with
         nothing to show is not drawn, and one of its name from an earlier run is removed.
+    figures
+        Functions from the results to a figure or None, whose names are the files'.
 
     Returns
     -------
@@ -61,7 +64,7 @@ def draw_figures(results: Findings, folder: Path) -> list[Path]:
     written = []
     settings: Any = {**{key: v for key, v in matplotlib.rcParamsDefault.items() if "backend" not in key}, **RC}
     with matplotlib.rc_context(settings):
-        for draw in FIGURES:
+        for draw in figures:
             figure = draw(results)
             for suffix, metadata in METADATA.items():
                 path = folder / f"{draw.__name__}.{suffix}"

@@ -115,7 +115,7 @@ def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
         "model_fingerprint": fingerprint,
         "seeds": study.seeds,
         "steps": steps,
-        "finetune": tune.model_dump(mode="json") | optimiser | {"data": tune.data.source},
+        "finetune": tune.model_dump(mode="json") | optimiser | {"data": tune.data.title},
         "optimiser": tune.optimiser,
         "score": {
             "method": score_settings.method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,9 @@ from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
 from neurondrift.study.training import evaluated_steps, last_checkpoint, total_steps
 from neurondrift.study.training import finetune as finetune_model
+
+#: Trackers of the Trainer, and the packages of which one is enough.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
 class Trainee(NamedTuple):
@@ -66,6 +70,7 @@ def finetune_study(
     save_at: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[[int], None] = lambda steps: None,
+    tracked_in: Path | None = None,
 ) -> Finetuned:
     """Fine-tune as the study says, with one training seed.
 
@@ -80,7 +85,7 @@ def finetune_study(
         Default: nothing is kept.
     beside
         Further folders that a resumed run goes on from.
-    callbacks, advance
+    callbacks, advance, tracked_in
         As in `training.finetune`.
     """
     hold = None if freeze is None else FreezeCallback(freeze)
@@ -98,6 +103,7 @@ def finetune_study(
             advance=advance,
             resumable=keep_in is not None,
             beside=beside,
+            tracked_in=tracked_in,
         )
     return Finetuned(trained, log, None if hold is None else hold.report)
 
@@ -139,6 +145,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             save_at=evaluated_steps(total, settings.drift_interval, settings.evaluated_steps),
             callbacks=[drift],
             advance=advance,
+            tracked_in=folder.trackers(seed),
         )
     write_json(target / "training_log.json", json_safe(log))
     trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
@@ -150,6 +157,18 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.adapters(seed), folder.drift(seed)]
+
+
+def check_trackers(study: Study) -> None:
+    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed."""
+    for name in study.finetune.report_to:
+        packages = TRACKERS[name]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise ConfigError(
+                f"finetune.report_to names {name}, whose package is not installed",
+                received=name,
+                fix=f"pip install {packages[0]}, or take {name} out of finetune.report_to",
+            )
 
 
 def _start_over_if_changed(target: Path, drift: Path, key: str) -> None:

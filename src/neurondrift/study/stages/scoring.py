@@ -49,12 +49,12 @@ def purposes(study: Study, *, seed: int = 0) -> dict[str, Purpose]:
 
     def of(reference: DataReference, *, of_neurons: bool) -> Purpose:
         examples = load_examples(reference)
-        return Purpose(reference.source, examples, settings.max_length, settings.method, of_neurons)
+        return Purpose(reference.title, examples, settings.max_length, settings.method, of_neurons)
 
     found = {
         "safety": of(settings.safety, of_neurons=False),
         "utility": of(settings.utility, of_neurons=False),
-        "gradient": Purpose(tune.data.source, fine_tuning_examples(study, seed), tune.max_length, "gradient", True),
+        "gradient": Purpose(tune.data.title, fine_tuning_examples(study, seed), tune.max_length, "gradient", True),
     }
     if settings.style:
         found["style"] = of(settings.style, of_neurons=True)

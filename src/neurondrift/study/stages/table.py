@@ -40,6 +40,8 @@ class Stage:
     seeds: Callable[[Study], Sequence[int]] = lambda study: study.seeds
     #: Whether it is part of this study at all.
     when: Callable[[Study], bool] = lambda study: True
+    #: Raises before any work begins where this machine lacks what it needs.
+    checks: Callable[[Study], None] | None = None
     #: Raises, in words of its own, where what it reads is not there at all.
     lacks: Callable[[Study, StudyFolder], None] = lambda study, folder: None
     #: Done only where it is asked for, by a command or by `enabled` in its section.
@@ -57,6 +59,9 @@ class Stage:
 
 def data_key(reference: DataReference) -> str:
     """What a data reference points to, by content where it is local."""
+    if reference.mix is not None:
+        own = reference.model_copy(update={"mix": None, "share": None})
+        return sha256_of_value([data_key(own), data_key(reference.mix)])
     source = reference.source
     if source.startswith("builtin:"):
         file = BUILTIN.get(source.removeprefix("builtin:"), ("", ""))[0]
@@ -165,6 +170,8 @@ STAGES = (
         name="finetune",
         reads=("align", "groups"),
         section="finetune",
+        no_result=frozenset({"report_to"}),
+        checks=finetuning.check_trackers,
         per_seed=True,
         run=finetuning.finetune,
         outputs=finetuning.outputs,

@@ -1,0 +1,1 @@
+"""Several studies as one: what they have in common, how much they differ, and with what."""
