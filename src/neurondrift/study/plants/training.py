@@ -105,7 +105,7 @@ def _backward(model: nn.Module, rows: Sequence[Encoded], parameters: Sequence[nn
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    (batch,) = make_batches(rows, batch_size=len(rows), pad_token_id=pad_token_id_of(model))
+    (batch,) = make_batches(rows, model=model, batch_size=len(rows), pad_token_id=pad_token_id_of(model))
     loss = response_losses(model, batch.to(device)).mean()
     loss.backward()
     return float(loss.detach())
