@@ -40,7 +40,7 @@ class Place(NamedTuple):
     """Where outputs of a group are seen: positions of the last dimension of what a module gives, or is given."""
 
     module: nn.Module
-    index: torch.Tensor
+    positions: torch.Tensor
     is_input: bool
 
 
@@ -132,8 +132,8 @@ def places_of(group: Group, sites: Sites) -> list[Place]:
         where = part.rows if group.granularity == "neuron" else part.columns
         if len(where):
             site = sites[name]
-            index = torch.from_numpy(where.copy()).to(site.tensor.device)
-            places += [Place(module, index, group.granularity != "neuron") for module in _modules_of(site)]
+            positions = torch.from_numpy(where.copy()).to(site.tensor.device)
+            places += [Place(module, positions, group.granularity != "neuron") for module in _modules_of(site)]
     return places
 
 
@@ -257,11 +257,11 @@ class _Exchange:
         if not isinstance(values, torch.Tensor):
             raise ModelError(f"The outputs of {type(place.module).__name__} cannot be patched")
         if self.is_giving:
-            left.append(values.detach().index_select(-1, place.index))
+            left.append(values.detach().index_select(-1, place.positions))
             return None
         if not left:
             raise ModelError("A part of the model is computed more often than in the other model: it cannot be patched")
-        return values.index_copy(-1, place.index, left.popleft().to(values.dtype))
+        return values.index_copy(-1, place.positions, left.popleft().to(values.dtype))
 
     def give(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the taker's pass: the giver's on the same tokens."""
