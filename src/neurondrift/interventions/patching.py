@@ -53,8 +53,9 @@ def patch(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = N
     model
         The fine-tuned model, or its `linear_sites`: with an unmerged adapter, or fully fine-tuned with a `donor`.
     group
-        Of neurons (rows: the outputs of linear layers) or of hidden units (what goes into the down projection), or of
-        anything else that is some columns of one site: attention heads (what goes into the output projection).
+        Of neurons (rows: the outputs of linear layers), of hidden units (what goes into the down projection), or of the
+        weights of whole rows and columns: an attention head is columns of the output projection, whose inputs are
+        patched.
     donor
         The loaded model from before; None: the model itself with its adapters switched off.
 
@@ -65,7 +66,8 @@ def patch(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = N
     Raises
     ------
     GroupError
-        A group of another model, or of single weights, which have no outputs of their own.
+        A group of another model, or of single weights, which have no outputs of their own unless they are whole rows
+        and columns.
     ModelError
         No adapter and no donor; a donor of another architecture; experts, whose tokens are others in the other model;
         within the context: a model that keeps what it has read elsewhere than in a cache of keys and values.
@@ -120,20 +122,20 @@ def body_of(model: nn.Module) -> Any:
 
 def places_of(group: Group, sites: Sites) -> list[Place]:
     """Where the outputs of a group are seen. Raises the errors of `patch` for groups that have none."""
-    if group.granularity == "weight":
-        raise GroupError(
-            "Single weights have no outputs that could be patched",
-            received=f"a group of {len(group)} weights",
-            allowed="groups of neurons or of hidden units",
-        )
     places = []
     for name, part in parts(group, sites).items():
-        # A neuron's output is its row's; a unit's or a head's, made of rows elsewhere, is what goes into its columns.
-        where = part.rows if group.granularity == "neuron" else part.columns
-        if len(where):
-            site = sites[name]
-            positions = torch.from_numpy(where.copy()).to(site.tensor.device)
-            places += [Place(module, positions, group.granularity != "neuron") for module in _modules_of(site)]
+        if len(part.entries):
+            raise GroupError(
+                "Single weights have no outputs that could be patched",
+                received=f"{len(part.entries)} weights of {name} that are no whole rows or columns",
+                allowed="groups of neurons, of hidden units, or of all weights of some rows and columns",
+            )
+        # The rows of a unit need no patch: what they make is what goes into its column.
+        seen = ((part.rows, False), (part.columns, True)) if group.granularity != "unit" else ((part.columns, True),)
+        for where, is_input in seen:
+            if len(where):
+                positions = torch.from_numpy(where.copy()).to(sites[name].tensor.device)
+                places += [Place(module, positions, is_input) for module in _modules_of(sites[name])]
     return places
 
 
