@@ -6,6 +6,7 @@ from contextlib import ExitStack, nullcontext
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import neurondrift as nd
 from helpers.adapters import random_lora
@@ -249,6 +250,23 @@ def test_leaving_takes_everything_away_also_after_an_exception():
         )
 
 
+def test_a_model_whose_state_is_no_cache_is_patched_for_single_passes_alone():
+    """Asked, not listed: a model that says something else with a cache than without."""
+    from neurondrift.interventions import patching
+
+    model, donor = build("llama"), build("llama", seed=1)
+    group = some(model, "neuron")
+    assert patching.writes_answers(model, group, donor=donor)
+    model.config.name = "another"  # asked anew
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: output + 0.1 * args[0].shape[1])
+    assert not patching.writes_answers(model, group, donor=donor)
+    with nd.patch(model, group, donor=donor):
+        logits(model)
+        with pytest.raises(ModelError, match="cannot write answers"):
+            model(input_ids=IDS, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+
 def test_mistakes_are_named():
     adapted, plain = random_lora("llama"), build("llama")
     group = some(adapted, "neuron")
@@ -275,8 +293,6 @@ def test_mistakes_are_named():
 
 
 def test_a_cache_that_was_begun_before_is_refused():
-    from transformers import DynamicCache
-
     adapted = random_lora("llama")
     cache = DynamicCache(config=adapted.config)
     with torch.no_grad(), ExitStack() as stack:

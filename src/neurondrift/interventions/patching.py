@@ -93,6 +93,20 @@ def patch_back(model: nn.Module | Sites, group: Group, *, donor: nn.Module | Non
         yield applied
 
 
+def writes_answers(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = None) -> bool:
+    """Whether the patched model can write answers, and is not good for single forward passes alone.
+
+    Parameters and errors are those of `patch`. Asked once for each class and configuration in a process.
+    """
+    sites = sites_of(model)
+    with patch(sites, group, donor=donor):
+        return _CACHES[_kind(unwrap(sites.model))]
+
+
+def _kind(inner: Any) -> tuple[type, str]:
+    return type(inner), repr(inner.config.to_dict())
+
+
 @contextmanager
 def _exchanged(model: nn.Module | Sites, group: Group, donor: nn.Module | None, *, back: bool) -> Iterator[Applied]:
     sites = sites_of(model)
@@ -315,7 +329,7 @@ class _Exchange:
     @torch.no_grad()
     def _known(self) -> bool:
         """Whether the patched model says the same of a few tokens with a cache as without: asked once a class."""
-        key = type(self.inner), repr(self.inner.config.to_dict())
+        key = _kind(self.inner)
         if key not in _CACHES:
             _CACHES[key] = False
             self.takes_caches = True
