@@ -1,12 +1,13 @@
 """What the interventions cost on a finished study, and what they show.
 
     python benchmarks/interventions.py STUDY [--draws 20] [--dose-draws 3] [--freeze-draws 20] [--stop-early freeze]
-        [--doses 0.1,0.25,0.5,1]
+        [--doses 0.1,0.25,0.5,1] [--outcome both] [--intervention NAME ...]
 
 STUDY is the folder of a finished study, such as that of `neurondrift run --preset demo`. The runs go to a copy of it,
 so that nothing is resumed and the study is left as it is. Prints the table of `neurondrift intervene`, the seconds of
-each intervention and the whole. Target: all four interventions on both safety groups with 20 matched random groups (the
-null of freeze, which trains again, stopped once it is settled) in at most 20 minutes on two cores.
+each intervention and the whole. Targets, on two cores, with 20 matched random groups of both safety groups: by the
+margin alone (`--outcome margin`) all interventions but freeze in at most 10 minutes; prune, rewind, transplant and
+freeze by refusals (the null of freeze, which trains again, stopped once it is settled) in at most 20.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import get_args
 import torch
 
 from neurondrift.base.processes import tune_allocator
+from neurondrift.interventions.measures import Outcome
 from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import StopEarly
 from neurondrift.report.tables.causes import section
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--freeze-draws", type=int, default=20)
     parser.add_argument("--stop-early", choices=get_args(StopEarly), default="freeze")
     parser.add_argument("--doses", help="shares, such as 0.1,0.25,0.5,1; default: those of the command")
+    parser.add_argument("--outcome", choices=get_args(Outcome), default="both")
     parser.add_argument("--intervention", action="append", help="may be repeated; default: all")
     given = parser.parse_args()
     tune_allocator()
@@ -60,6 +63,7 @@ def main() -> None:
                 stop_early=given.stop_early,
                 doses=[float(part) for part in given.doses.split(",")] if given.doses else None,
                 interventions=given.intervention or [],
+                outcome=given.outcome,
             ),
             say=lambda line: print(line, flush=True),
         )

@@ -67,6 +67,8 @@ def causes(folder: Path) -> str:
     runs = pq.read_table(file.with_suffix(".parquet"), columns=["key", "seconds"]).to_pylist()
     minutes = sum({run["key"]: run["seconds"] for run in runs}.values()) / 60
     before, after = (found["references"][name] for name in ("before", "after"))
+    if found.get("outcome") == "margin":
+        return _by_margin(found, minutes)
     lines = [
         f"`neurondrift intervene` on the demo (seed {found['training_seed']}, {before['harmful']['n']} harmful prompts: "
         f"{before['harmful']['rate']:.2f} refused before fine-tuning, {after['harmful']['rate']:.2f} after it), in "
@@ -88,11 +90,42 @@ def causes(folder: Path) -> str:
     return "\n".join([*lines, "", found["conclusion"]])
 
 
+def _by_margin(found: dict, minutes: float) -> str:
+    """The same where the refusal margin is the primary outcome."""
+    before, after = (found["references"][name] for name in ("before", "after"))
+    refusals = ""
+    if "harmful" in before:
+        refusals = f"; refusals {before['harmful']['rate']:.2f} → {after['harmful']['rate']:.2f}"
+    lines = [
+        f"`neurondrift intervene` on the demo (seed {found['training_seed']}, {before['margin']['n']} harmful prompts: "
+        f"margin {before['margin']['harmful']:+.2f} nats before fine-tuning, {after['margin']['harmful']:+.2f} after "
+        f"it{refusals}), in {minutes:.0f} minutes, doses included:",
+        "",
+        "| group | intervention | margin | matched random groups: mean (range) | effect (95 %) | p (Holm) | share of the "
+        "lost margin (random) | refused (random) | perplexity (random) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for effect in found["effects"]:
+        if effect["dose"] != 1:
+            continue
+        margin, harmful, answers = (
+            effect["measures"].get(kind, {}) for kind in ("margin_harmful", "harmful", "answers")
+        )
+        share = effect["margin_share"]
+        lines.append(
+            f"| {NAMES.get(effect['group'], effect['group'])} | {effect['intervention']} | "
+            f"{_number(margin['value'], '+.2f')} | {_against(effect, margin, '+.2f')} | {_number(share['group'], '+.2f')} "
+            f"({_number(share['null'], '+.2f')}) | {_number(harmful.get('value'))} ({_number(harmful.get('null_mean'))}) | "
+            f"{_number(answers.get('perplexity'), ',.1f')} ({_number(answers.get('null_perplexity'), ',.1f')}) |"
+        )
+    return "\n".join([*lines, "", found["conclusion"]])
+
+
 def _number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value + 0.0, form)
 
 
-def _against(effect: dict, harmful: dict) -> str:
+def _against(effect: dict, harmful: dict, form: str = ".2f") -> str:
     """Random groups, effect and p-value; of a null that was stopped only that p is above 0.1."""
     planned = effect.get("draws_planned", effect["draws"])
     if effect["draws"] < planned:
@@ -100,7 +133,8 @@ def _against(effect: dict, harmful: dict) -> str:
     low, high = harmful["ci95"] or (None, None)
     interval = "undefined" if None in (low, high) else f"{low:+.2f} to {high:+.2f}"
     p = f"{_number(harmful['p'])} ({_number(harmful.get('p_holm'))})"
-    null = f"{_number(harmful['null_mean'])} ({_number(harmful['null_low'])} to {_number(harmful['null_high'])}), K = {planned}"
+    mean, lowest, highest = (_number(harmful[field], form) for field in ("null_mean", "null_low", "null_high"))
+    null = f"{mean} ({lowest} to {highest}), K = {planned}"
     return f"{null} | {_number(harmful['effect'], '+.2f')} ({interval}) | {p}"
 
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, nullcontext
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import neurondrift as nd
 from helpers.adapters import random_lora
@@ -98,6 +99,62 @@ def test_it_is_what_hooks_on_two_plain_models_give(family, granularity, what):
     with getattr(nd, what)(taker, group, donor=giver):
         assert torch.equal(logits(taker), expected)
     assert torch.equal(logits(adapted), tuned) and torch.equal(logits(before), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("what", ["patch", "patch_back"])
+def test_a_head_is_what_goes_into_its_columns_of_the_output_projection(family, what):
+    adapted = random_lora(family)
+    before, after = dense(family, adapted)
+    taker, giver = (after, before) if what == "patch" else (before, after)
+    sites = linear_sites(adapted)
+    outputs = [name for name in sites if name.endswith(("o_proj", "attn.c_proj"))]
+    width = sites[outputs[0]].shape[1] // adapted.config.num_attention_heads
+    columns = {name: np.arange(width) + width * (1 + k % 2) for k, name in enumerate(outputs)}
+    weights = {
+        name: np.sort((np.arange(sites[name].shape[0])[:, None] * sites[name].shape[1] + members).ravel())
+        for name, members in columns.items()
+    }
+    shapes = {name: site.shape for name, site in sites.items()}
+    heads = Group(granularity="weight", members=weights, shapes=shapes)
+    kept = {}
+
+    def keep(name):
+        def hook(module, args):
+            kept[name] = args[0][..., columns[name]].clone()
+
+        return hook
+
+    def put(name):
+        def hook(module, args):
+            changed = args[0].clone()
+            changed[..., columns[name]] = kept[name]
+            return (changed,)
+
+        return hook
+
+    handles = [linear_sites(giver)[name].owner.register_forward_pre_hook(keep(name)) for name in outputs]
+    handles += [linear_sites(taker)[name].owner.register_forward_pre_hook(put(name)) for name in outputs]
+    logits(giver)
+    expected = logits(taker)
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(expected, logits(taker), atol=1e-4)
+    with getattr(nd, what)(adapted, heads):
+        assert torch.allclose(logits(adapted), expected, atol=2e-5)
+    with getattr(nd, what)(taker, heads, donor=giver):
+        assert torch.equal(logits(taker), expected)
+
+
+def test_units_as_weights_are_the_same_units():
+    adapted = random_lora("llama")
+    group = some(adapted, "unit")
+    sites = linear_sites(adapted)
+    dense_group = nd.weights_of_units(group, mlp_units(sites), sites.shapes)
+    with nd.patch(adapted, group):
+        expected = logits(adapted)
+    with nd.patch(adapted, dense_group):
+        assert torch.allclose(logits(adapted), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,6 +250,23 @@ def test_leaving_takes_everything_away_also_after_an_exception():
         )
 
 
+def test_a_model_whose_state_is_no_cache_is_patched_for_single_passes_alone():
+    """Asked, not listed: a model that says something else with a cache than without."""
+    from neurondrift.interventions import patching
+
+    model, donor = build("llama"), build("llama", seed=1)
+    group = some(model, "neuron")
+    assert patching.writes_answers(model, group, donor=donor)
+    model.config.name = "another"  # asked anew
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: output + 0.1 * args[0].shape[1])
+    assert not patching.writes_answers(model, group, donor=donor)
+    with nd.patch(model, group, donor=donor):
+        logits(model)
+        with pytest.raises(ModelError, match="cannot write answers"):
+            model(input_ids=IDS, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+
 def test_mistakes_are_named():
     adapted, plain = random_lora("llama"), build("llama")
     group = some(adapted, "neuron")
@@ -219,8 +293,6 @@ def test_mistakes_are_named():
 
 
 def test_a_cache_that_was_begun_before_is_refused():
-    from transformers import DynamicCache
-
     adapted = random_lora("llama")
     cache = DynamicCache(config=adapted.config)
     with torch.no_grad(), ExitStack() as stack:

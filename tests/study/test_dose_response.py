@@ -30,20 +30,24 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The tiny model with the adapters of two steps of a training."""
+def trained(root, **flags):
+    """The tiny model with what two steps of a training have saved."""
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.settings import resolve
     from neurondrift.study.training import finetune
 
-    settings = resolve(preset="smoke", flags=FLAGS)
-    folder = StudyFolder(tmp_path_factory.mktemp("study"), settings)
+    settings = resolve(preset="smoke", flags=FLAGS | flags)
+    folder = StudyFolder(root, settings)
     model, tokenizer = nd.load_model("tiny:llama", dtype="float32")
     encoded = nd.encode(nd.load_examples("builtin:ordinary", limit=12), tokenizer, max_length=256)
     finetune(model, tokenizer, encoded, settings.finetune, seed=0, folder=folder.adapters(0), save_at=[1, 3])
     tokenizer.save_pretrained(str(folder.adapters(0) / "tokenizer"))
     return settings, folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("study"))
 
 
 def scores(seed=0, sizes=(40, 30)):
@@ -186,3 +190,29 @@ def test_too_few_prompts_are_an_error(study):
     settings, _ = study
     with pytest.raises(DataError, match="too few harmful prompts"):
         halves(settings, settings.dose_response.model_copy(update={"harmful": 3}))
+
+
+def test_a_model_that_was_trained_whole_is_rewound_and_patched_by_the_one_from_before(tmp_path):
+    from neurondrift.study.experiments.dose_response import dose_response, halves, ranked
+    from neurondrift.study.folder import saved_step
+
+    few = {"dose_response.doses": [0.2], "dose_response.draws": 1, "dose_response.uniform_draws": 1}
+    settings, folder = trained(tmp_path, **few, **{"finetune.method": "full", "finetune.learning_rate": 0.005})
+    options = settings.dose_response
+    found = dose_response(settings, folder, options, say=lambda line: None)
+    prompts = halves(settings, options)
+    rankings, _ = ranked(settings, folder, options, prompts.ranking, 0)
+    before, tokenizer = nd.load_model("tiny:llama", dtype="float32")
+    after, _ = nd.load_model(str(saved_step(folder.adapters(0), 3)), dtype="float32")
+    group = nested(rankings["budget"], [0.2])[0.2]
+    texts = [example.prompt for example in prompts.outcome]
+    initial = {name: site.weight.clone() for name, site in linear_sites(before).items()}
+    for name, context in (
+        ("rewind", nd.rewind(after, group, initial=initial.__getitem__)),
+        ("patch", nd.patch(after, group, donor=before)),
+    ):
+        (effect,) = [e for e in found["effects"] if e["arm"] == "budget" and e["intervention"] == name]
+        with context:
+            expected = float(nd.refusal_margin(after, tokenizer, texts).double().mean())
+        assert effect["margin"] == pytest.approx(expected, abs=2e-4)
+        assert abs(effect["margin"] - found["references"]["after"]["harmful"]) > 1e-5

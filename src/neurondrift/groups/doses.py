@@ -1,5 +1,4 @@
-"""The importance of a group's members: its file, the doses taken by it, and the digest that tells groups apart; and
-nested groups of a ranking, beside those of the ranking permuted.
+"""The importance of a group's members, its file, the doses taken by it; nested groups of rankings, also permuted.
 
 A group holds no scores, and scores are deleted once the groups stand. For groups of neurons, where it is cheap (one
 number per member), a study keeps the importance beside the group; for single weights it is read from a score file.

@@ -29,7 +29,7 @@ Outcome = Literal["margin", "refusals", "both"]
 Part = Literal["margin", "refusals", "answers"]
 
 MARKS = ("refused", "coherent", "undecided")  # of an answer, by its judge
-MARGIN_ROWS = 32  # prompts that pass together, each with the tree of openings behind it
+MARGIN_ROWS = 16  # prompts that pass together, each with the tree of openings behind it
 
 Margins: TypeAlias = Mapping[str, Margin]  # kind of prompt -> the margin of its prompts
 

@@ -40,7 +40,7 @@ class Place(NamedTuple):
     """Where outputs of a group are seen: positions of the last dimension of what a module gives, or is given."""
 
     module: nn.Module
-    index: torch.Tensor
+    positions: torch.Tensor
     is_input: bool
 
 
@@ -53,8 +53,9 @@ def patch(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = N
     model
         The fine-tuned model, or its `linear_sites`: with an unmerged adapter, or fully fine-tuned with a `donor`.
     group
-        Of neurons (rows: the outputs of linear layers) or of hidden units (what goes into the down projection), or of
-        anything else that is some columns of one site: attention heads (what goes into the output projection).
+        Of neurons (rows: the outputs of linear layers), of hidden units (what goes into the down projection), or of the
+        weights of whole rows and columns: an attention head is columns of the output projection, whose inputs are
+        patched.
     donor
         The loaded model from before; None: the model itself with its adapters switched off.
 
@@ -65,7 +66,8 @@ def patch(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = N
     Raises
     ------
     GroupError
-        A group of another model, or of single weights, which have no outputs of their own.
+        A group of another model, or of single weights, which have no outputs of their own unless they are whole rows
+        and columns.
     ModelError
         No adapter and no donor; a donor of another architecture; experts, whose tokens are others in the other model;
         within the context: a model that keeps what it has read elsewhere than in a cache of keys and values.
@@ -89,6 +91,20 @@ def patch_back(model: nn.Module | Sites, group: Group, *, donor: nn.Module | Non
     """
     with _exchanged(model, group, donor, back=True) as applied:
         yield applied
+
+
+def writes_answers(model: nn.Module | Sites, group: Group, *, donor: nn.Module | None = None) -> bool:
+    """Whether the patched model can write answers, and is not good for single forward passes alone.
+
+    Parameters and errors are those of `patch`. Asked once for each class and configuration in a process.
+    """
+    sites = sites_of(model)
+    with patch(sites, group, donor=donor):
+        return _CACHES[_kind(unwrap(sites.model))]
+
+
+def _kind(inner: Any) -> tuple[type, str]:
+    return type(inner), repr(inner.config.to_dict())
 
 
 @contextmanager
@@ -120,20 +136,20 @@ def body_of(model: nn.Module) -> Any:
 
 def places_of(group: Group, sites: Sites) -> list[Place]:
     """Where the outputs of a group are seen. Raises the errors of `patch` for groups that have none."""
-    if group.granularity == "weight":
-        raise GroupError(
-            "Single weights have no outputs that could be patched",
-            received=f"a group of {len(group)} weights",
-            allowed="groups of neurons or of hidden units",
-        )
     places = []
     for name, part in parts(group, sites).items():
-        # A neuron's output is its row's; a unit's or a head's, made of rows elsewhere, is what goes into its columns.
-        where = part.rows if group.granularity == "neuron" else part.columns
-        if len(where):
-            site = sites[name]
-            index = torch.from_numpy(where.copy()).to(site.tensor.device)
-            places += [Place(module, index, group.granularity != "neuron") for module in _modules_of(site)]
+        if len(part.entries):
+            raise GroupError(
+                "Single weights have no outputs that could be patched",
+                received=f"{len(part.entries)} weights of {name} that are no whole rows or columns",
+                allowed="groups of neurons, of hidden units, or of all weights of some rows and columns",
+            )
+        # The rows of a unit need no patch: what they make is what goes into its column.
+        seen = ((part.rows, False), (part.columns, True)) if group.granularity != "unit" else ((part.columns, True),)
+        for where, is_input in seen:
+            if len(where):
+                positions = torch.from_numpy(where.copy()).to(sites[name].tensor.device)
+                places += [Place(module, positions, is_input) for module in _modules_of(sites[name])]
     return places
 
 
@@ -257,11 +273,11 @@ class _Exchange:
         if not isinstance(values, torch.Tensor):
             raise ModelError(f"The outputs of {type(place.module).__name__} cannot be patched")
         if self.is_giving:
-            left.append(values.detach().index_select(-1, place.index))
+            left.append(values.detach().index_select(-1, place.positions))
             return None
         if not left:
             raise ModelError("A part of the model is computed more often than in the other model: it cannot be patched")
-        return values.index_copy(-1, place.index, left.popleft().to(values.dtype))
+        return values.index_copy(-1, place.positions, left.popleft().to(values.dtype))
 
     def give(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the taker's pass: the giver's on the same tokens."""
@@ -313,7 +329,7 @@ class _Exchange:
     @torch.no_grad()
     def _known(self) -> bool:
         """Whether the patched model says the same of a few tokens with a cache as without: asked once a class."""
-        key = type(self.inner), repr(self.inner.config.to_dict())
+        key = _kind(self.inner)
         if key not in _CACHES:
             _CACHES[key] = False
             self.takes_caches = True

@@ -203,7 +203,7 @@ def _mean(measure: NullMeasure, is_margin: bool) -> str:
 def _other_outcome(effect: InterventionEffect, outcome: Words) -> str:
     """What became of refusals, where the margin is the primary outcome."""
     share = effect.get("share") if outcome.measure != "harmful" else None
-    own, null = (finite(share[name]) if share else None for name in ("group", "null"))  # type: ignore[literal-required]
+    own, null = (finite(share[name]) if share else None for name in ("group", "null"))
     if own is None:
         return ""
     return f"; of the refusals {_share(own)} (random groups {_share(null)})"

@@ -288,7 +288,7 @@ def outcome_of(interventions: Mapping[str, Any]) -> str:
 def has_outcome(interventions: Interventions, outcome: str) -> bool:
     """Whether an outcome was measured."""
     name = "margin" if outcome == "margin" else "harmful"
-    return all(name in interventions["references"][end] for end in ("before", "after"))  # type: ignore[literal-required]
+    return all(name in interventions["references"][end] for end in ("before", "after"))
 
 
 def band_of(measure: NullMeasure) -> list[float | None]:

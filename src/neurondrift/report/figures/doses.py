@@ -136,8 +136,7 @@ def out_of_sample_doses(results: Findings) -> Figure | None:
         for null, colour, alpha in (("uniform", "#B8C9D6", 0.5), ("matched", NULL_BAND, 0.9)):
             known = [dose for dose in doses if null in budget.get(dose, {})]
             low, high = (
-                [float(budget[dose][null][field] or 0.0) for dose in known]  # type: ignore[literal-required]
-                for field in ("share_low", "share_high")
+                [float(budget[dose][null][field] or 0.0) for dose in known] for field in ("share_low", "share_high")
             )
             ax.fill_between([100 * dose for dose in known], low, high, color=colour, alpha=alpha, lw=0, zorder=0)
         for arm, (colour, marker) in RANKINGS.items():

@@ -326,7 +326,8 @@ def summarise(
         return (margin - after) / lost if lost > 0 else float("nan")
 
     counts = {"matched": options.draws, "uniform": options.uniform_draws}
-    effects, overall = [], []
+    effects: list[dict[str, Any]] = []
+    overall: list[dict[str, Any]] = []
     sizes = {key_of(run): len(run.group) for run in runs}
     for arm in ARMS:
         nulls = NULLS if arm == "budget" else NULLS[1:]

@@ -25,7 +25,7 @@ from neurondrift.importance.scores import ScoreFile
 from neurondrift.interventions.contexts import Applied, reach
 from neurondrift.interventions.measures import Bench
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
-from neurondrift.interventions.patching import places_of
+from neurondrift.interventions.patching import places_of, writes_answers
 from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import (
     INTERVENTIONS,
@@ -161,13 +161,23 @@ def _asked(options: InterveneSection, subject: Subject, groups: Mapping[str, Gro
     if options.interventions:
         return tuple(options.interventions)
     left_out = set() if subject.train_frozen is not None else {"freeze"}
-    try:
-        for group in groups.values():
-            places_of(group, subject.sites_before)
-    except UserError as error:
-        say(f"patch is left out: {error}")
+    if why := _no_patch(options, subject, groups):
+        say(f"patch and patch_back are left out: {why}")
         left_out |= PATCHES
     return tuple(name for name in INTERVENTIONS if name not in left_out)
+
+
+def _no_patch(options: InterveneSection, subject: Subject, groups: Mapping[str, Group]) -> str:
+    """Why groups cannot be patched in these models; empty where they can."""
+    donor = None if subject.is_adapted else subject.before
+    try:
+        for group in groups.values():
+            places_of(group, subject.sites_after)
+        if options.outcome == "margin" or writes_answers(subject.sites_after, next(iter(groups.values())), donor=donor):
+            return ""
+    except UserError as error:
+        return str(error)
+    return "patched, this model cannot write answers (--outcome margin needs none)"
 
 
 def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> str:
