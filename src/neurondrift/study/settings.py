@@ -28,7 +28,9 @@ from neurondrift.base.files import read_toml, without_none
 from neurondrift.base.roles import group_names
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.attribute import AttributeSection
-from neurondrift.study.sections.section import Count, Fraction, Positive
+from neurondrift.study.sections.section import Count as Count
+from neurondrift.study.sections.section import Fraction as Fraction
+from neurondrift.study.sections.section import Positive as Positive
 from neurondrift.study.sections.section import Section as Section
 
 Metric = Literal["l2", "relative", "cosine_distance"]
