@@ -111,7 +111,7 @@ def compare_groups(measured: Measured, compared: Compared) -> AttributionFinding
             "judging": name in compared.judging,
             "shares": shares,
         }
-        facts |= {"harmless": float(ordinary_SN[:, member_N].sum(axis=1).mean())}
+        facts |= {"shares": shares, "harmless": float(ordinary_SN[:, member_N].sum(axis=1).mean())}
         facts |= {"directional": own, "directional_controls": controls}
         groups.append(cast(GroupAttribution, facts))
     adjusted, tests = _adjusted(outputs, compared.roles)
