@@ -43,9 +43,7 @@ def mean_inputs(
         sums[site.name] += chosen.float().sum(dim=0)
         counts[site.name] += len(chosen)
 
-    batches = make_batches(
-        encoded, model=sites.model, batch_size=batch_size, pad_token_id=pad_token_id_of(sites.model)
-    )
+    batches = make_batches(encoded, model=sites.model, batch_size=batch_size, pad_token_id=pad_token_id_of(sites.model))
     run(sites.model, sites, batches, record, backward=False)
     return {name: total / max(1, counts[name]) for name, total in sums.items()}
 
