@@ -69,8 +69,8 @@ def analysis_sentences(result: StudyResult) -> list[str]:
     others = [effect for effect in about if effect not in first] if first else []
     said = _overall(first or about)
     if others:
-        names = wording.group_words([effect.group for effect in others])
-        said += f" By groups of what matters for refusals, {names}: {_overall(others)}"
+        published = wording.published_words([effect.group for effect in others])
+        said += f" By {published}: {_overall(others)}"
     sentences = [said, wording.LENGTHS_ALONE]
     sentences += [_effect_sentence(effect, result) for effect in (*about, *also)]
     sentences += [sentence for effect in about for sentence in _thirds(effect)]

@@ -169,9 +169,10 @@ def moved(words: str) -> str:
     }.get(words, words)
 
 
-def published_words() -> str:
+def published_words(names: Sequence[str] = WEI_GROUPS) -> str:
     """How groups are called that are chosen by what matters for refusals, beside those of the alignment's change."""
-    return f"groups of what matters for refusals ({listed(WEI_GROUPS)}: the groups of Wei et al.)"
+    published = listed([name for name in names if name in WEI_GROUPS])
+    return "groups of what matters for refusals" + (f" (those of Wei et al.: {published})" if published else "")
 
 
 def group_words(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from neurondrift.report.reading import analysis_of, effects_of, is_older, judged
 from neurondrift.report.wording import Footnotes, clean, finite, is_control, metric_name, role_of
 
 PASSED = {True: "passed", False: "FAILED", None: "open"}
-NOT_PLANTED = "whether it finds weights into which refusals were trained has not been measured"
+NOT_PLANTED = "Whether {scores} find weights into which refusals were trained has not been measured here."
 NOT_MADE = "no controls of known answer: findings of an older version"
 
 
@@ -156,11 +156,14 @@ def what_groups_stand_on(results: Findings) -> str | None:
     if not by_score:
         return None
     measured = scores_measured()
-    said = [
-        f"{wording.group_words(names)} by {score.replace('_', ' ')}: {measured.get(score, NOT_PLANTED)}"
+    said = {
+        score: f"{wording.group_words(names)} by {score.replace('_', ' ')}"
+        + (f", which {measured[score]}" if score in measured else "")
         for score, names in by_score.items()
-    ]
-    return f"What the safety groups stand on: {'; '.join(said)}."
+    }
+    text = f"What the safety groups stand on: {'; '.join(said.values())}."
+    unknown = [score.replace("_", " ") for score in said if score not in measured]
+    return text + (f" {NOT_PLANTED.format(scores=wording.listed(unknown))}" if unknown else "")
 
 
 @functools.cache
