@@ -303,7 +303,8 @@ def differences(first, second):
         elif _report(file) != _report(other):
             found.append(f"{other.name}: the reports differ")
     extra = {file.relative_to(second) for file in Path(second).rglob("*") if file.is_file()}
-    found += [f"{file} is left over" for file in sorted(extra) if "trainer" in file.parts or file.name.endswith("lock")]
+    scratch = ("trainer", "lock", ".parts")
+    found += [f"{file} is left over" for file in sorted(extra) if any(part.endswith(scratch) for part in file.parts)]
     return found
 
 
