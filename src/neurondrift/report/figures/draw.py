@@ -35,9 +35,7 @@ METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
-def draw_figures(
-    results: Any, folder: Path, figures: Sequence[Callable[[Any], Figure | None]] = FIGURES
-) -> list[Path]:
+def draw_figures(results: Any, folder: Path, figures: Sequence[Callable[[Any], Figure | None]] = FIGURES) -> list[Path]:
     """Draw every figure that the results have something for.
 
     Parameters

@@ -28,9 +28,7 @@ def verdict_words(effect: PooledEffect) -> str:
     """The verdict over the studies: further, as far, less far, inconclusive, not comparable."""
     if effect["points"] == 0:
         return wording.NOT_COMPARABLE
-    return wording.verdict(
-        {"verdict": effect["verdict"], "below_band": effect["below_band"], "ratio": effect["ratio"]}
-    )
+    return wording.verdict({"verdict": effect["verdict"], "below_band": effect["below_band"], "ratio": effect["ratio"]})
 
 
 def over_words(effect: PooledEffect) -> str:
@@ -64,7 +62,8 @@ def _overall(about: list[PooledEffect]) -> str:
     verdicts = list(dict.fromkeys(found[effect["group"]] for effect in judged))
     names = wording.listed([effect["group"] for effect in judged])
     if len(verdicts) > 1:
-        text = f"{over} the groups differ ({'; '.join(f'{group}: {found[group]}' for group in found if group not in alone)})"
+        each = "; ".join(f"{group}: {words}" for group, words in found.items() if group not in alone)
+        text = f"{over} the groups differ ({each})"
     elif verdicts == ["inconclusive"]:
         text = f"Inconclusive: {over.lower()} {names} cannot be told apart from comparable neurons, nor shown to move as far"
     else:
@@ -79,7 +78,9 @@ def _effect(effect: PooledEffect, findings: SweepFindings) -> str:
     value, limits = finite(effect["ratio"]), wording.interval(effect["ratio_ci95"], ratio)
     metric = wording.metric_name(effect["metric"])
     if value is None or limits is None:
-        return f"{name}: inconclusive, there is no interval over studies ({clean(effect['reason'], wording.NO_REASON)})."
+        return (
+            f"{name}: inconclusive, there is no interval over studies ({clean(effect['reason'], wording.NO_REASON)})."
+        )
     text = (
         f"In {metric}, {name} {wording.moved(words)} comparable neurons "
         f"(×{ratio(value)}, 95 % interval {_to(limits)}; {over_words(effect)}"
@@ -137,7 +138,9 @@ def weaknesses(findings: SweepFindings) -> list[str]:
             )
     missing = [study for study in findings["studies"] if study["state"] != "done"]
     if missing:
-        found.append(f"{len(missing)} of {len(findings['studies'])} studies have not ended, and are not in these figures")
+        found.append(
+            f"{len(missing)} of {len(findings['studies'])} studies have not ended, and are not in these figures"
+        )
     found += [
         f"{effect['left_out']} of {len(ended)} studies have no comparable neurons for {clean(effect['group'])}, or no "
         "interval, and are not in its figures"

@@ -117,7 +117,9 @@ def _limits(ax: Axes, findings: SweepFindings, band: float) -> None:
         values += [v for v in map(finite, (*pooled["ratio_ci95"], *pooled["ratio_prediction95"])) if v is not None]
     inside = [min(10.0, max(0.1, value)) for value in values if value > 0]
     ax.set_xlim(min(inside) * 0.96, max(inside) * 1.04)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(inside) / min(inside) > 4 else (1, 1.25, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    ax.xaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if max(inside) / min(inside) > 4 else (1, 1.25, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+    )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
 
@@ -141,7 +143,9 @@ def sweep_refusals(findings: SweepFindings) -> Figure | None:
     if not panels:
         return None
     marks = group_marks([e["group"] for e, _ in panels], {e["group"]: e["role"] for e, _ in panels})
-    figure = new_figure(2.9, "Drift and lost refusals, over the studies", width=min(FULL_WIDTH, 3.4 * len(panels) + 0.4))
+    figure = new_figure(
+        2.9, "Drift and lost refusals, over the studies", width=min(FULL_WIDTH, 3.4 * len(panels) + 0.4)
+    )
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     band = findings["sweep"]["band"]
     for ax, (effect, points) in zip(axes, panels, strict=True):
@@ -149,7 +153,9 @@ def sweep_refusals(findings: SweepFindings) -> Figure | None:
         ax.axhspan(1 / band, band, color=BAND, lw=0, zorder=0)
         ax.axhline(1, color=INK, lw=0.8, zorder=1)
         ax.set_yscale("log")
-        ax.plot([x for x, _ in points], [y for _, y in points], ls="", color=mark.colour, marker=mark.marker, ms=5, zorder=3)
+        ax.plot(
+            [x for x, _ in points], [y for _, y in points], ls="", color=mark.colour, marker=mark.marker, ms=5, zorder=3
+        )
         fit = fits.get(effect["group"])
         slope, intercept = (finite(fit["slope"]), finite(fit["intercept"])) if fit else (None, None)
         if slope is not None and intercept is not None:

@@ -89,6 +89,4 @@ def meta_regression(effects: Sequence[float], ses: Sequence[float], moderator: S
 
 def _undefined(k: int, reason: str) -> MetaRegression:
     nan = math.nan
-    return MetaRegression(
-        k=k, intercept=nan, slope=nan, se=nan, ci95=UNDEFINED, p=nan, tau2=nan, q=nan, reason=reason
-    )
+    return MetaRegression(k=k, intercept=nan, slope=nan, se=nan, ci95=UNDEFINED, p=nan, tau2=nan, q=nan, reason=reason)

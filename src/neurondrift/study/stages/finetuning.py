@@ -28,7 +28,6 @@ from neurondrift.study.stages.grouping import weight_groups
 from neurondrift.study.training import evaluated_steps, last_checkpoint, total_steps
 from neurondrift.study.training import finetune as finetune_model
 
-
 #: Trackers of the Trainer, and the packages of which one is enough.
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
