@@ -32,9 +32,7 @@ class EngineFlags(SettingFlags):
     address: Annotated[str | None, _engine("engine.address", "Ray cluster: host:port or auto; default: here")] = None
     workers: Annotated[int | None, _engine("engine.workers", "points at once on Ray; default: as many as fit")] = None
     num_cpus: Annotated[float | None, _engine("engine.num_cpus", "CPUs that each point asks Ray for")] = None
-    num_gpus: Annotated[
-        float | None, _engine("engine.num_gpus", "GPUs that each point asks Ray for; default: 1 where there are any")
-    ] = None
+    num_gpus: Annotated[float | None, _engine("engine.num_gpus", "the same of GPUs; default: 1 where there are")] = None
     tries: Annotated[int | None, _engine("engine.tries", "how often a point is begun whose process dies")] = None
 
 

@@ -122,6 +122,11 @@ def read_sweep(file: Path) -> Sweep:
     )
     combined = list(_grid(section.grid))
     overrides = [*combined, *listed]
+    if not overrides:
+        raise ConfigError(
+            f"{file} names no points",
+            allowed="finetune.lora_r = [4, 8] under [grid], or tables of overrides: [[points]]",
+        )
     names = point_names(overrides, given=[*[None] * len(combined), *given])
     points = tuple(
         Point(index=index, name=name, overrides=own, study=_study(section, own, name))
