@@ -32,7 +32,7 @@ class EngineFlags(SettingFlags):
     address: Annotated[str | None, _engine("engine.address", "Ray cluster: host:port or auto; default: here")] = None
     workers: Annotated[int | None, _engine("engine.workers", "points at once on Ray; default: as many as fit")] = None
     num_cpus: Annotated[float | None, _engine("engine.num_cpus", "CPUs that each point asks Ray for")] = None
-    num_gpus: Annotated[float | None, _engine("engine.num_gpus", "GPUs that each point asks Ray for")] = None
+    num_gpus: Annotated[float | None, _engine("engine.num_gpus", "the same of GPUs; default: 1 where there are")] = None
     tries: Annotated[int | None, _engine("engine.tries", "how often a point is begun whose process dies")] = None
 
 
@@ -73,7 +73,7 @@ def sweep(
     if settings.kind == "ray" and settings.address is not None:
         require_answer(settings.address)  # before anything that takes its time
     from neurondrift.study.sweep.driver import check_failures, run_sweep
-    from neurondrift.study.sweep.findings import write_results
+    from neurondrift.study.sweep.results.findings import write_results
 
     states = run_sweep(found, folder, engine=settings, only=only or (), say=say)
     left = [name for name, status in states.items() if status.state in ("waiting", "running", "stopped")]

@@ -21,8 +21,8 @@ ALTERNATIVES = {
     "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
     "the range of matched random groups, and how many were drawn where that was stopped early",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",
-    "sweep_forest": "Forest plot: the ratio of each judging group to comparable neurons in every study, and over all of "
-    "them, with intervals and the band",
+    "sweep_forest": "Forest plot: the ratio of each judging group to comparable neurons in every study, and over all "
+    "of them, with intervals and the band",
     "sweep_refusals": "The ratio of each judging group in every study against the refusals that were lost there",
     "refusals_over_training": "Share of prompts refused over training, above the refusal margin and the drift of the "
     "safety groups",

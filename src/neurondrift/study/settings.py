@@ -270,7 +270,7 @@ class DoseResponseSection(Experiment):
     doses: Annotated[list[Fraction], Field(min_length=1)] = Field(
         [0.01, 0.02, 0.05, 0.1], description="top shares of each site's neurons"
     )
-    interventions: Annotated[list[Literal["rewind", "patch"]], Field(min_length=1)] = ["rewind", "patch"]
+    interventions: Annotated[list[Literal["rewind", "patch"]], Field(min_length=1)] = Field(["rewind", "patch"])
     ranking: Literal["budget", "path"] = Field(
         "budget", description="what the budget is taken along: the saved steps, or the straight way to the last"
     )

@@ -62,9 +62,10 @@ def _overall(about: list[PooledEffect]) -> str:
     verdicts = list(dict.fromkeys(found[effect["group"]] for effect in judged))
     names = wording.listed([effect["group"] for effect in judged])
     if len(verdicts) > 1:
-        text = f"{over} the groups differ ({'; '.join(f'{group}: {found[group]}' for group in found if group not in alone)})"
+        each = "; ".join(f"{group}: {words}" for group, words in found.items() if group not in alone)
+        text = f"{over} the groups differ ({each})"
     elif verdicts == ["inconclusive"]:
-        text = f"Inconclusive: {over.lower()} {names} cannot be told apart from comparable neurons, nor shown to move as far"
+        text = f"Inconclusive: {over.lower()} {names} {wording.moved('inconclusive')} comparable neurons"
     else:
         text = f"{over} {names} {wording.moved(verdicts[0])} comparable neurons"
     return f"{text}{f'; {withheld}' if alone else ''}."

@@ -14,14 +14,14 @@ QUESTION = (
 )
 PASSED = {True: "passed", False: "FAILED", None: "open"}
 METHODS = (
-    "Each study gives the log of the ratio of its group to comparable neurons, by the comparison that judges in it, and "
-    "a standard error: that of the study, or the half width of its 95 % interval over 1.96 where that is more, so that "
-    "a study with few degrees of freedom does not claim more here than in its own report.",
+    "Each study gives the log of the ratio of its group to comparable neurons, by the comparison that judges in it, "
+    "and a standard error: that of the study, or the half width of its 95 % interval over 1.96 where that is more, so "
+    "that a study with few degrees of freedom does not claim more here than in its own report.",
     "The mean over studies is the random-effects mean of DerSimonian and Laird with the interval of Hartung and Knapp, "
     "whose standard error is not let fall below DerSimonian and Laird's.",
     "Studies of one model share its weights. So where there are several models each is first the mean of its studies, "
-    "and the models are combined; where there is one, the interval over its studies is never narrower than the one that "
-    "holds however closely their errors go together.",
+    "and the models are combined; where there is one, the interval over its studies is never narrower than the one "
+    "that holds however closely their errors go together.",
     "Verdicts follow the rule of one study: the 90 % interval inside the band is as far; otherwise the 95 % interval "
     "wholly above 1 is further, wholly below less far; else inconclusive.",
     "The prediction interval is where the true ratio of a further study (model) would be expected. τ is the standard "
@@ -37,7 +37,8 @@ def build_document(findings: SweepFindings) -> Document:
     models = {study["model"] for study in ended}
     return Document(
         title=f"neurondrift sweep: {clean(about['name'])}",
-        subtitle=f"{len(ended)} of {len(findings['studies'])} studies, {len(models)} model{'' if len(models) == 1 else 's'}, "
+        subtitle=f"{len(ended)} of {len(findings['studies'])} studies, "
+        f"{len(models)} model{'' if len(models) == 1 else 's'}, "
         f"{metric_name(about['primary_metric'])}, band ×/÷ {about['band']:g}",
         answer=_answer(findings),
         sections=(_studies(findings), _subgroups(findings), _metrics(findings), _refusals(findings), *_rest(findings)),
@@ -71,7 +72,7 @@ def _pooled_table(title: str, effects: list[PooledEffect], *, within: bool = Fal
                 *([": ".join(map(clean, effect["within"] or []))] if within else []),
                 clean(effect["group"]),
                 words.upper() if effect["judging"] and not within else words,
-                notes.ratio(effect),  # type: ignore[arg-type]
+                notes.ratio(effect),
                 wording.interval(effect["ratio_prediction95"], ratio) or "–",
                 "–" if finite(effect["tau"]) is None else f"{effect['tau']:.3f}",
                 "–" if finite(effect["i2"]) is None else f"{100 * (effect['i2'] or 0):.0f} %",
@@ -105,7 +106,7 @@ def _controls(findings: SweepFindings) -> Table:
             clean(control["group"]),
             "negative: as far" if control["expected"] == "similar" else "positive: further",
             verdict_words(control["effect"]),
-            notes.ratio(control["effect"]),  # type: ignore[arg-type]
+            notes.ratio(control["effect"]),
             PASSED[control["passed"]],
         )
         for control in findings["controls"]
@@ -157,7 +158,7 @@ def _study_row(study: OneStudy, group: str, notes: Footnotes) -> tuple[str, ...]
         "–" if before is None else wording.share(before),
         "–" if after is None else wording.share(after),
         wording.verdict(found) if found else "not analysed",
-        notes.ratio(found),  # type: ignore[arg-type]
+        notes.ratio(found),
     )
 
 

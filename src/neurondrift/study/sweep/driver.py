@@ -113,7 +113,11 @@ class _Course:
         return {point.name: self.folder.status(point.name) for point in self.sweep.points}
 
     def _engine(self) -> LocalEngine | RayEngine:
-        return LocalEngine(self.folder) if self.settings.kind == "local" else RayEngine(self.folder, self.settings)
+        return LocalEngine(self.folder) if self.settings.kind == "local" else self._ray()
+
+    def _ray(self) -> RayEngine:
+        on_cpu = all(point.study.model.device == "cpu" for point in self.sweep.points)
+        return RayEngine(self.folder, self.settings, on_cpu=on_cpu)
 
     def _stands(self, point: Point) -> bool:
         """Whether a point's study stands, every file checked; its status is put right where it does."""
@@ -168,7 +172,8 @@ def failures(states: dict[str, Status]) -> dict[str, Status]:
 
 
 def check_failures(states: dict[str, Status], folder: Path) -> None:
-    """Raise `ResourceError` where points failed, all by mistakes of the user's; end with code 1 where one is a fault."""
+    """Raise `ResourceError` where points failed, all by mistakes of the user's; end with code 1 where one is a
+    fault."""
     failed = failures(states)
     if not failed:
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import signal
 import socket
@@ -109,16 +110,18 @@ class RayEngine:
     The sweep's folder must be where every machine of the cluster sees it, under the same path.
     """
 
-    def __init__(self, folder: SweepFolder, settings: EngineSection) -> None:
+    def __init__(self, folder: SweepFolder, settings: EngineSection, *, on_cpu: bool = False) -> None:
         self.folder = folder
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if settings.address is not None:
             require_answer(settings.address)
         self._ray = _connect(settings)
         self._tasks: dict[Any, str] = {}
-        asked = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
         there = self._ray.cluster_resources()
+        gpus = settings.num_gpus
+        if gpus is None:
+            gpus = 0.0 if on_cpu or there.get("GPU", 0) < 1 else 1.0
+        asked = {"CPU": settings.num_cpus, "GPU": gpus}
         for kind, amount in asked.items():
             if there.get(kind, 0) < amount:
                 self.close()
@@ -129,9 +132,7 @@ class RayEngine:
                 )
         fits = min(int(there[kind] / amount) for kind, amount in asked.items() if amount > 0)
         self.room = min(fits, settings.workers or fits)
-        self._remote = self._ray.remote(
-            num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, max_retries=0, max_calls=1
-        )(_task)
+        self._remote = self._ray.remote(num_cpus=settings.num_cpus, num_gpus=gpus, max_retries=0, max_calls=1)(_task)
 
     def has_room(self, running: int) -> bool:
         return running < self.room
@@ -185,13 +186,8 @@ def _connect(settings: EngineSection) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if settings.address is None:
-            wanted = settings.num_cpus * settings.workers if settings.workers else None
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=None if wanted is None else int(-(-wanted // 1)),
-                **quiet,
-            )
+            cpus = math.ceil(settings.num_cpus * settings.workers) if settings.workers else None
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
         else:
             ray.init(address=settings.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from neurondrift.base.errors import UserError
 from neurondrift.base.files import make_folder, storage_error
@@ -93,14 +94,14 @@ def _run(folder: SweepFolder, point: Point, told: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _written_to(log: object) -> Iterator[None]:
+def _written_to(log: TextIO) -> Iterator[None]:
     """Within the block all that is printed and logged goes to the log."""
-    handler = logging.StreamHandler(log)  # type: ignore[arg-type]
+    handler = logging.StreamHandler(log)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("neurondrift")
     logger.addHandler(handler)
     try:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):  # type: ignore[type-var]
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             yield
     finally:
         logger.removeHandler(handler)

@@ -30,7 +30,9 @@ class EngineSection(Section):
     address: str | None = Field(None, description="of a Ray cluster, host:port or auto; default: this machine")
     workers: Count | None = Field(None, description="points at once; default: as many as there is room for (ray)")
     num_cpus: Positive = Field(1, description="CPUs that each point asks Ray for")
-    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs that each point asks Ray for")
+    num_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs that each point asks Ray for; default: 1 where there are any and the model may use one"
+    )
     tries: Count = Field(3, description="how often a point is begun whose process dies")
 
 
@@ -120,6 +122,11 @@ def read_sweep(file: Path) -> Sweep:
     )
     combined = list(_grid(section.grid))
     overrides = [*combined, *listed]
+    if not overrides:
+        raise ConfigError(
+            f"{file} names no points",
+            allowed="finetune.lora_r = [4, 8] under [grid], or tables of overrides: [[points]]",
+        )
     names = point_names(overrides, given=[*[None] * len(combined), *given])
     points = tuple(
         Point(index=index, name=name, overrides=own, study=_study(section, own, name))
@@ -131,7 +138,8 @@ def read_sweep(file: Path) -> Sweep:
 
 
 def _base(section: SweepSection, file: Path) -> dict[str, Any]:
-    """What all points have in common, as plain nested tables: preset, configuration file and settings, in that order."""
+    """What all points have in common, as plain nested tables: preset, configuration file and settings, each over the
+    one before."""
     over: dict[str, Any] = {}
     if section.config is not None:
         over = read_toml(file.parent / section.config.expanduser())

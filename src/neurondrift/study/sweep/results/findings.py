@@ -1,20 +1,15 @@
-"""What a sweep found: a table with a row for each point, group, metric and seed; and what the studies say together."""
+"""What the studies of a sweep say together: groups pooled over them, in the layout of `sweep_results.json`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from neurondrift.base.files import atomic_path, json_safe, read_json, write_json, write_text
+from neurondrift.base.files import json_safe, read_json, write_json, write_text
 from neurondrift.report.findings.ratios import RatioEffect
-from neurondrift.report.findings.statistical import Effect, Findings, RateChange
-from neurondrift.report.reading import changes_of, judged, study_of
+from neurondrift.report.findings.statistical import Effect, Findings
+from neurondrift.report.reading import judged, study_of
 from neurondrift.report.sweep.conclusion import sentences, weaknesses
 from neurondrift.report.sweep.findings import (
     SCHEMA_VERSION,
@@ -28,63 +23,19 @@ from neurondrift.report.sweep.findings import (
 from neurondrift.report.wording import finite, role_of
 from neurondrift.statistics.meta.pooling import pooled
 from neurondrift.statistics.meta.regression import meta_regression
+from neurondrift.statistics.results import Expected
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.sweep.folder import Status, SweepFolder
 from neurondrift.study.sweep.naming import label
-from neurondrift.study.sweep.settings import Point, Sweep
-
-#: Normal quantile of 95 % limits.
-NORMAL = 1.959963984540054
-
-COLUMNS = pa.schema(
-    [
-        ("point", pa.string()),
-        ("index", pa.int32()),
-        ("model", pa.string()),
-        ("data", pa.string()),
-        ("method", pa.string()),
-        ("lora_r", pa.int32()),
-        ("optimiser", pa.string()),
-        ("steps", pa.int32()),
-        ("settings", pa.string()),
-        ("group", pa.string()),
-        ("role", pa.string()),
-        ("judging", pa.bool_()),
-        ("metric", pa.string()),
-        ("primary", pa.bool_()),
-        ("comparison", pa.string()),
-        ("seed", pa.int64()),
-        ("seed_log_ratio", pa.float64()),
-        ("log_ratio", pa.float64()),
-        ("se", pa.float64()),
-        ("se_pooled", pa.float64()),
-        ("ratio", pa.float64()),
-        ("ratio_low90", pa.float64()),
-        ("ratio_high90", pa.float64()),
-        ("ratio_low95", pa.float64()),
-        ("ratio_high95", pa.float64()),
-        ("p", pa.float64()),
-        ("p_holm", pa.float64()),
-        ("verdict", pa.string()),
-        ("comparable", pa.bool_()),
-        ("members", pa.int64()),
-        ("compared", pa.int64()),
-        ("sites", pa.int32()),
-        ("seeds", pa.int32()),
-        ("harmful_before", pa.float64()),
-        ("harmful_after", pa.float64()),
-        ("refusals_lost", pa.float64()),
-    ]
+from neurondrift.study.sweep.results.table import (
+    Study,
+    harmful_changes,
+    refusals,
+    rows,
+    standard_error,
+    write_table,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """A point and what its study found; None where it has not ended."""
-
-    point: Point
-    status: Status
-    findings: Findings | None
+from neurondrift.study.sweep.settings import Point, Sweep
 
 
 def write_results(sweep: Sweep, folder: SweepFolder, states: Mapping[str, Status]) -> SweepFindings:
@@ -113,87 +64,6 @@ def _study(point: Point, folder: SweepFolder, status: Status) -> Study:
     if status.state != "done":
         return Study(point, status, None)
     return Study(point, status, read_json(StudyFolder(folder.study(point.name), point.study).results_file))
-
-
-def rows(studies: Iterable[Study]) -> list[dict[str, Any]]:
-    """One row for each point, group, metric and training seed, in that order; the columns are `COLUMNS`."""
-    made = []
-    for study in studies:
-        if study.findings is None:
-            continue
-        about, analysis = study_of(study.findings), study.findings["analysis"]
-        tune = study.point.study.finetune
-        changes = {change["seed"]: change for change in _harmful(study.findings)}
-        of_point = {
-            "point": study.point.name,
-            "index": study.point.index,
-            "model": study.point.study.model.reference,
-            "data": tune.data.title,
-            "method": tune.method,
-            "lora_r": tune.lora_r if tune.method == "lora" else None,
-            "optimiser": tune.optimiser,
-            "steps": about.get("steps"),
-            "settings": json.dumps(dict(study.point.overrides), ensure_ascii=False),
-        }
-        for effect in analysis["effects"]:
-            found = judged(effect)
-            if found is None:
-                continue
-            of_effect = of_point | _columns(effect, found, analysis["primary_metric"])
-            for place, seed in enumerate(analysis["seed_labels"]):
-                own = found["per_seed"][place] if place < len(found["per_seed"]) else None
-                made.append(
-                    of_effect
-                    | {"seed": int(seed), "seed_log_ratio": own["value"] if own else found["log_ratio"]["value"]}
-                    | _refusals([changes[int(seed)]] if int(seed) in changes else [])
-                )
-    return made
-
-
-def _columns(effect: Effect, found: RatioEffect, primary: str) -> dict[str, Any]:
-    low90, high90 = found["ratio_ci90"]
-    low95, high95 = found["ratio_ci95"]
-    return {
-        "group": effect["group"],
-        "role": role_of(effect),
-        "judging": bool(effect.get("judging")),
-        "metric": effect["metric"],
-        "primary": effect["metric"] == primary,
-        "comparison": found["comparison"],
-        "log_ratio": found["log_ratio"]["value"],
-        "se": found["log_ratio"]["se"],
-        "se_pooled": standard_error(found),
-        "ratio": found["ratio"],
-        "ratio_low90": low90,
-        "ratio_high90": high90,
-        "ratio_low95": low95,
-        "ratio_high95": high95,
-        "p": found["p"],
-        "p_holm": found["p_holm"],
-        "verdict": found["verdict"],
-        "comparable": found["comparable"],
-        "members": found["n_members"],
-        "compared": found["n_compared"],
-        "sites": found["sites"],
-        "seeds": found["log_ratio"]["seeds"],
-    }
-
-
-def write_table(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as Parquet, with the columns that docs/results.md names."""
-    table = pa.Table.from_pylist([{name: row.get(name) for name in COLUMNS.names} for row in made], schema=COLUMNS)
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial, write_page_checksum=True)
-
-
-def standard_error(found: RatioEffect) -> float | None:
-    """The standard error with which a study goes into the meta-analysis: its own, or the half width of its 95 %
-    interval over the normal quantile where that is more; None where it is undefined."""
-    se, (low, high) = finite(found["log_ratio"]["se"]), map(finite, found["log_ratio"]["ci95"])
-    if se is None or low is None or high is None:
-        return None
-    widest = max(se, (high - low) / 2 / NORMAL)
-    return widest if widest > 0 else None
 
 
 def sweep_findings(sweep: Sweep, studies: Sequence[Study]) -> SweepFindings:
@@ -240,7 +110,7 @@ def _axes(points: Sequence[Point]) -> dict[str, list[str]]:
 def _one(study: Study) -> OneStudy:
     findings, point = study.findings, study.point
     effects = [] if findings is None else _primary(findings)
-    lost = _refusals([] if findings is None else _harmful(findings))
+    lost = refusals([] if findings is None else harmful_changes(findings))
     return OneStudy(
         index=point.index,
         name=point.name,
@@ -276,23 +146,6 @@ def _effect(effect: Effect, found: RatioEffect) -> OneEffect:
         comparable=found["comparable"],
         below_band=found["below_band"],
     )
-
-
-def _harmful(findings: Findings) -> list[RateChange]:
-    return [change for change in changes_of(findings) if change["kind"] == "harmful"]
-
-
-def _refusals(changes: Sequence[RateChange]) -> dict[str, float | None]:
-    """The share of harmful requests refused at the first and the last evaluated step, and the difference: the mean over
-    seeds; None where it was not measured."""
-
-    def mean(values: list[float | None]) -> float | None:
-        known = [value for value in map(finite, values) if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
-
-    before, after = mean([each["from_rate"] for each in changes]), mean([each["to_rate"] for each in changes])
-    lost = None if before is None or after is None else before - after
-    return {"harmful_before": before, "harmful_after": after, "refusals_lost": lost}
 
 
 def _pool(studies: Sequence[Study], band: float) -> list[PooledEffect]:
@@ -421,7 +274,7 @@ def _regressions(studies: Sequence[Study], metric: str) -> list[Regression]:
             found = judged(effect) if effect else None
             if found is None or study.findings is None or not found["comparable"]:
                 continue
-            lost = _refusals(_harmful(study.findings))["refusals_lost"]
+            lost = refusals(harmful_changes(study.findings))["refusals_lost"]
             value, se = finite(found["log_ratio"]["value"]), standard_error(found)
             if value is not None and se is not None and lost is not None:
                 points.append((value, se, lost))
@@ -439,7 +292,8 @@ def _regressions(studies: Sequence[Study], metric: str) -> list[Regression]:
 
 def _controls(studies: Sequence[Study], band: float) -> list[PooledControl]:
     """Groups whose answer is known before, by the comparison that each study checks them with, over the studies."""
-    checks: dict[str, dict[str, Any]] = {}
+    expected: dict[str, Expected] = {}
+    comparisons: dict[str, dict[str, str]] = {}
     metric = ""
     for study in studies:
         if study.findings is None:
@@ -447,21 +301,16 @@ def _controls(studies: Sequence[Study], band: float) -> list[PooledControl]:
         analysis = study.findings["analysis"]
         metric = analysis["primary_metric"]
         for check in analysis.get("controls", []):
-            checks.setdefault(check["group"], {"expected": check["expected"], "by": {}})["by"][study.point.name] = (
-                check["comparison"]
-            )
+            expected.setdefault(check["group"], check["expected"])
+            comparisons.setdefault(check["group"], {})[study.point.name] = check["comparison"]
     made = []
-    for group, check in checks.items():
-        effect = _pooled(studies, group, metric, band, comparisons=check["by"])
-        made.append(
-            PooledControl(
-                group=group, expected=check["expected"], passed=_passed(check["expected"], effect), effect=effect
-            )
-        )
+    for group, wanted in expected.items():
+        effect = _pooled(studies, group, metric, band, comparisons=comparisons[group])
+        made.append(PooledControl(group=group, expected=wanted, passed=_passed(wanted, effect), effect=effect))
     return made
 
 
-def _passed(expected: str, effect: PooledEffect) -> bool | None:
+def _passed(expected: Expected, effect: PooledEffect) -> bool | None:
     """As of one study (`ControlCheck`): open where the verdict is inconclusive."""
     if effect["verdict"] == "inconclusive":
         return None
