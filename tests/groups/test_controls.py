@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from neurondrift.base.errors import GroupError
-from neurondrift.groups.controls import matched
+from neurondrift.groups.controls import matched, unlike
 from neurondrift.groups.group import Group
 from neurondrift.groups.selection import select_top
 
@@ -75,3 +75,22 @@ def test_a_matched_control_has_the_same_mean_where_members_lie_beyond_all_candid
     spread = np.sqrt((own.var() + other.var()) / 2)
     assert abs(own.mean() - other.mean()) / spread < 0.05
     assert control.provenance["imbalance"] == pytest.approx(abs(own.mean() - other.mean()) / spread, abs=1e-4)
+
+
+def test_others_that_are_unlike_the_members_are_left_to_no_control():
+    generator = np.random.default_rng(3)
+    values = {"a": np.exp(generator.normal(size=200)), "b": np.exp(generator.normal(size=30))}
+    values["a"][:5] = 0.0
+    values["b"][3] = np.nan
+    members = {"a": np.argsort(values["a"])[[20, 21, 150, 199]], "b": np.array([3])}
+    members = {site: np.sort(own).astype(np.int64) for site, own in members.items()}
+    group = Group(granularity="neuron", members=members, shapes={"a": (200, 1), "b": (30, 1)})
+    apart = unlike(group, values, candidates=5)
+    assert set(apart.members) == {"a"}  # nothing is known of b's only member
+    others = [m for m in range(5, 200) if m not in members["a"]]
+    logs = np.log(values["a"], where=values["a"] > 0)
+    nearest = [sorted(others, key=lambda m, own=own: abs(logs[m] - logs[own])) for own in members["a"]]
+    kept = next(kept for k in range(200) if len(kept := {m for own in nearest for m in own[: k + 1]}) >= 5 * 4)
+    assert set(apart.members["a"]) == set(range(200)) - kept - set(members["a"])
+    controls = matched(group.with_members({"a": members["a"]}, {}), values, seed=0, exclude=(apart,), draws=10)
+    assert all(set(control.members["a"]) <= kept for control in controls)

@@ -21,7 +21,7 @@ from neurondrift.study.stages.grouping import neuron_groups
 from neurondrift.study.stages.scoring import fine_tuning_examples
 
 UNALIGNED = {"align.enabled": False}
-ONLY_NEURONS = GROUP_NAMES[len(PUBLISHED_GROUPS) :]
+ONLY_NEURONS = [name for name in GROUP_NAMES if name not in PUBLISHED_GROUPS]
 
 
 def by_hand(folder):
@@ -76,7 +76,7 @@ def test_the_population_has_the_covariates_of_its_neurons_and_none_without_the_f
     population, _ = load_population(logs, file)
     table = pq.read_table(file).to_pandas().set_index(["site", "row"])
     keys = [(population.site_names[site], row) for site, row in zip(population.site, population.row, strict=True)]
-    assert set(population.covariates) == {"safety_score", "utility_score", "gradient_scale"}
+    assert set(population.covariates) == {"safety_score", "utility_score", "gradient_scale", "alignment_change"}
     for name, values in population.covariates.items():
         assert values.dtype == np.float64
         np.testing.assert_array_equal(values, table.loc[keys, name].to_numpy(dtype=np.float64))

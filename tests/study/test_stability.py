@@ -5,7 +5,7 @@ import json
 import pytest
 
 from neurondrift.base.errors import DataError
-from neurondrift.base.roles import GROUP_NAMES
+from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_NAMES
 from neurondrift.groups.selection import random_group
 from neurondrift.study.experiments.stability import compare_groups, redraw
 from neurondrift.study.folder import StudyFolder
@@ -19,9 +19,10 @@ def test_redrawing_on_the_tiny_model(tmp_path):
     assert found["examples"] == {"safety": 16, "utility": 16, "style": 16, "gradient": 16}
     assert (found["pool"]["style"], found["pool"]["gradient"]) == (80, 24)
     published = {"safety_top", "safety_set_difference", "utility_top"}
-    assert set(found["groups"]) == set(GROUP_NAMES) - {"random"}
+    known = set(GROUP_NAMES) - {"random", *ALIGNMENT_GROUPS}  # no base
+    assert set(found["groups"]) == known
     assert {name for name, own in found["groups"].items() if "weight" in own} == published
-    for name in set(GROUP_NAMES) - {"random"}:
+    for name in known:
         figures = found["groups"][name]["neuron"]
         assert figures["chance_jaccard"] < figures["jaccard"] < 1, name
     top = found["groups"]["safety_top"]["weight"]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import assert_never, cast
 
-from neurondrift.base.roles import CONTROLS
+from neurondrift.base.roles import ALIGNMENT_GROUPS, CONTROLS
 from neurondrift.report import wording
 from neurondrift.report.findings.statistical import Analysis, WeaknessDetail
 from neurondrift.statistics.results import Contrast, GroupEffect, RatioEffect, StudyResult, to_json
@@ -65,7 +65,13 @@ def analysis_sentences(result: StudyResult) -> list[str]:
     about = about or [effect for effect in primary if effect.role == "safety"]
     about = about or [effect for effect in primary if effect.role not in CONTROLS] or primary
     also = [effect for effect in primary if effect.role == "safety" and effect not in about]
-    sentences = [_overall(about), wording.LENGTHS_ALONE]
+    first = [effect for effect in about if effect.group in ALIGNMENT_GROUPS]
+    others = [effect for effect in about if effect not in first] if first else []
+    said = _overall(first or about)
+    if others:
+        published = wording.published_words([effect.group for effect in others])
+        said += f" By {published}: {_overall(others)}"
+    sentences = [said, wording.LENGTHS_ALONE]
     sentences += [_effect_sentence(effect, result) for effect in (*about, *also)]
     sentences += [sentence for effect in about for sentence in _thirds(effect)]
     sentences += _other_metrics(about, result)

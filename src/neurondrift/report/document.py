@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
 from neurondrift.report.change import tables as change
-from neurondrift.report.change.deciding import decision
+from neurondrift.report.change.deciding import decision, decision_of_published
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import (
     analysis_of,
@@ -111,8 +111,11 @@ def _answer(results: Findings) -> Section:
     if analysis_of(results):
         blocks.append(Paragraph(wording.LENGTHS_ALONE))
         blocks.append(Paragraph(f"H1 or H2: {clean(decision(results).sentences[0])}"))
+        if published := decision_of_published(results):
+            blocks.append(Paragraph(f"By {wording.published_words()}: {clean(published.sentences[0])}"))
     tables = (answer.answer_table(results), *change.answer_tables(results), answer.controls_table(results))
     blocks += [made for made in tables if made]
+    blocks += [Paragraph(text) for text in [answer.what_groups_stand_on(results)] if text]
     blocks += [Paragraph(text) for text in (answer.thirds(results), *_other_metrics(results)) if text]
     refusals = study.refusal_answer_table(results)
     blocks.append(refusals or Paragraph("Refusals: not measured in this study."))

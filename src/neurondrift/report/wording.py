@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from neurondrift.base.roles import CONTROLS, NEGATIVE_CONTROLS, ROLES, Role, role_of_name
+from neurondrift.base.roles import CONTROLS, NEGATIVE_CONTROLS, ROLES, WEI_GROUPS, Role, role_of_name
 
 #: Part of the findings, read field by field: a TypedDict of `report.findings`, or any mapping.
 Record = Mapping[str, object]
@@ -167,6 +167,17 @@ def moved(words: str) -> str:
         "further, by less than the band": "moved further, by less than the band, than",
         "less far, by less than the band": "moved less far, by less than the band, than",
     }.get(words, words)
+
+
+def published_words(names: Sequence[str] = WEI_GROUPS) -> str:
+    """How groups are called that are chosen by what matters for refusals, beside those of the alignment's change."""
+    published = listed([name for name in names if name in WEI_GROUPS])
+    return "groups of what matters for refusals" + (f" (those of Wei et al.: {published})" if published else "")
+
+
+def group_words(names: Sequence[str]) -> str:
+    """Names of groups, those of Wei et al. told: `safety_set_difference (of Wei et al.) and safety_residual`."""
+    return listed([f"{clean(name)} (of Wei et al.)" if name in WEI_GROUPS else clean(name) for name in names])
 
 
 def covariate(name: str) -> str:

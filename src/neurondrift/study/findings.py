@@ -153,7 +153,7 @@ def _group_facts(name: str, group: Group, trained: int) -> GroupFacts:
     for key in ("fraction", "p", "q", "seed"):
         if key in provenance:
             rule += f", {key} = {provenance[key]}"
-    return GroupFacts(
+    facts = GroupFacts(
         name=name,
         role=role_of(group, name),
         granularity=group.granularity,
@@ -162,6 +162,9 @@ def _group_facts(name: str, group: Group, trained: int) -> GroupFacts:
         sites=len(group.members),
         rule=rule,
     )
+    if "method" in provenance:
+        facts["score"] = str(provenance["method"])
+    return facts
 
 
 def trajectories(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from neurondrift.base.roles import ALIGNMENT_GROUPS
 from neurondrift.report import wording
 from neurondrift.report.findings.attribution import AttributionFindings, GroupAttribution, MarginTotals, ShareEffect
 from neurondrift.report.findings.interventions import InterventionEffect
@@ -32,13 +33,27 @@ class Decision(NamedTuple):
 
 
 def decision(results: Findings) -> Decision:
-    """The rule applied to a study's findings."""
+    """The rule applied to a study's findings: to the groups of the alignment's change where they are there, else to all
+    that judge."""
+    return _decision(results, published=False)
+
+
+def decision_of_published(results: Findings) -> Decision | None:
+    """The same by the other groups that judge, where there are groups of the alignment's change: their sentences name
+    those of Wei et al. so. None where the answer rests on them already, or on nothing."""
+    found = attribution_of(results)
+    if found is None or not judging_groups(found, published=True) or _nothing_to_share(results, found):
+        return None
+    return _decision(results, published=True)
+
+
+def _decision(results: Findings, *, published: bool) -> Decision:
     found = attribution_of(results)
     if found is None:
         return _undecided(NOT_MEASURED)
     if why := _nothing_to_share(results, found):
         return _undecided(why)
-    about = judging_groups(found)
+    about = judging_groups(found, published=published)
     if not about:
         return _undecided("there is no group whose role is safety")
     shares = {group["group"]: share_of(group, found) for group in about}
@@ -105,10 +120,15 @@ def judged_totals(found: AttributionFindings) -> list[MarginTotals]:
     return [total for total in found["totals"] if (total["way"], total["prompts"]) == (found["way"], "harmful")]
 
 
-def judging_groups(found: AttributionFindings) -> list[GroupAttribution]:
-    """The groups that the answer rests on; where none judges, those whose role is safety."""
+def judging_groups(found: AttributionFindings, *, published: bool = False) -> list[GroupAttribution]:
+    """The groups that the answer rests on: of those that judge the ones of the alignment's change, where there are any,
+    and with `published` the others; where none judges, those whose role is safety."""
     judging = [group for group in found["groups"] if group["judging"]]
-    return judging or [group for group in found["groups"] if group["role"] == "safety"]
+    judging = judging or [group for group in found["groups"] if group["role"] == "safety"]
+    first = [group for group in judging if group["group"] in ALIGNMENT_GROUPS]
+    if published:
+        return [group for group in judging if group not in first] if first else []
+    return first or judging
 
 
 def share_of(group: GroupAttribution, found: AttributionFindings) -> ShareEffect:

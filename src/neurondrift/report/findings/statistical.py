@@ -262,6 +262,7 @@ class GroupFacts(TypedDict):
     members_in_trained_sites: NotRequired[int]
     sites: int
     rule: str
+    score: NotRequired[str]
 
 
 class ShortRate(TypedDict):

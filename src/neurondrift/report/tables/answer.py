@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from importlib import resources
+
 from neurondrift.report import wording
 from neurondrift.report.blocks import Table, table
 from neurondrift.report.findings.ratios import ControlCheck, RatioEffect
@@ -10,6 +14,7 @@ from neurondrift.report.reading import analysis_of, effects_of, is_older, judged
 from neurondrift.report.wording import Footnotes, clean, finite, is_control, metric_name, role_of
 
 PASSED = {True: "passed", False: "FAILED", None: "open"}
+NOT_PLANTED = "Whether {scores} find weights into which refusals were trained has not been measured here."
 NOT_MADE = "no controls of known answer: findings of an older version"
 
 
@@ -139,6 +144,34 @@ def _by_norm(results: Findings) -> list[str]:
     if not judged_by_matching(results):
         return []
     return [clean(check["group"]) for check in _checks(results) if check["comparison"] == "norm"]
+
+
+def what_groups_stand_on(results: Findings) -> str | None:
+    """Which score each safety group stands on, and what the benchmark of planted refusals says of it; None where that
+    was not recorded."""
+    by_score: dict[str, list[str]] = {}
+    for group in results.get("groups", []):
+        if group.get("role") == "safety" and group.get("score"):
+            by_score.setdefault(clean(group["score"]), []).append(group["name"])
+    if not by_score:
+        return None
+    measured = scores_measured()
+    said = {
+        score: f"{wording.group_words(names)} by {score.replace('_', ' ')}"
+        + (f", which {measured[score]}" if score in measured else "")
+        for score, names in by_score.items()
+    }
+    text = f"What the safety groups stand on: {'; '.join(said.values())}."
+    unknown = [score.replace("_", " ") for score in said if score not in measured]
+    return text + (f" {NOT_PLANTED.format(scores=wording.listed(unknown))}" if unknown else "")
+
+
+@functools.cache
+def scores_measured() -> dict[str, str]:
+    """Score -> what it was found to do where refusals were planted, in words (`report/localisation.json`)."""
+    file = resources.files("neurondrift.report") / "localisation.json"
+    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))["scores"]
+    return found
 
 
 def thirds(results: Findings) -> str | None:

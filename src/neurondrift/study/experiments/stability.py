@@ -23,6 +23,7 @@ from neurondrift.report.findings.stability import Stability, StabilityFigures
 from neurondrift.study.base_model import change_of_alignment, load_base
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
+from neurondrift.study.stages.attribution.alignment import of_alignment
 from neurondrift.study.stages.grouping import granularities, scored_groups, scores_to_cut
 from neurondrift.study.stages.scoring import purposes, scores_for
 
@@ -76,6 +77,12 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
                 chosen, of_sites = scores_to_cut(study, scores, granularity, norms)
                 for name, group in scored_groups(chosen, study.groups, granularity, **of_sites).items():
                     made.setdefault((name, granularity), []).append(group)
+            # Those of the alignment's change, where they can be made; last, as the bar counts the scores' examples.
+            of_change = of_alignment(
+                study, folder, sites, tokenizer, *(wanted[n].examples for n in ("safety", "utility"))
+            )
+            for name, group in of_change.groups.items():
+                made.setdefault((name, "neuron"), []).append(group)
     figures: dict[str, dict[str, StabilityFigures]] = {}
     for (name, kind), groups in made.items():
         figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())

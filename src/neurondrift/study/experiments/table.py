@@ -9,7 +9,7 @@ from neurondrift.interventions.outcomes import SCHEMA_VERSION
 from neurondrift.models.data import DataReference
 from neurondrift.study.experiments import intervene, stability, subspaces
 from neurondrift.study.settings import Study
-from neurondrift.study.stages.table import Stage, base_of_scores, data_key, first_seed, gradient_data, section_inputs
+from neurondrift.study.stages.table import Stage, data_key, first_seed, gradient_data, known_base, section_inputs
 
 ONLY_WHEN = frozenset({"enabled"})
 
@@ -45,7 +45,7 @@ def _directions(study: Study) -> dict[str, Any]:
 def _redrawn(study: Study) -> dict[str, Any]:
     """What the noise floor depends on besides: how scores and groups are made."""
     made = {"score": section_inputs(study.score), "groups": section_inputs(study.groups)}
-    return first_seed(study) | made | gradient_data(study) | base_of_scores(study)
+    return first_seed(study) | made | gradient_data(study) | known_base(study)
 
 
 OPTIONAL = (

@@ -115,14 +115,14 @@ def _openings(study: Study) -> dict[str, Any]:
     }
 
 
-def _base(study: Study) -> dict[str, Any]:
+def known_base(study: Study) -> dict[str, Any]:
     """The model from before the alignment, where it is known: groups of its change are made then."""
     return {} if study.base is None else {"base": study.base}
 
 
 def base_of_scores(study: Study) -> dict[str, Any]:
     """The same, where scores are of that change."""
-    return _base(study) if study.scores_change else {}
+    return known_base(study) if study.scores_change else {}
 
 
 def gradient_data(study: Study) -> dict[str, Any]:
@@ -158,7 +158,7 @@ STAGES = (
         section="groups",
         run=grouping.groups,
         outputs=grouping.outputs,
-        extra_inputs=lambda study: first_seed(study) | _units(study) | _base(study),
+        extra_inputs=lambda study: first_seed(study) | _units(study) | known_base(study),
     ),
     Stage(
         name="finetune",
