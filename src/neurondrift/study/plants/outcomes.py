@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from neurondrift.attribution.margin import Margin, ResponseLoss, values_of
+from neurondrift.attribution.margin import Function, Margin, ResponseLoss, values_of
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.models.data import Example
 from neurondrift.models.disk.initial import CheckpointWeights, Weights
@@ -51,7 +51,7 @@ class Looks:
         `answers`: of harmful requests too; `over`: and of harmless ones; without `harmless` their margin is NaN.
         """
         size = self._settings.batch_size
-        functions = [self._margins[0], *([self._margins[1]] if harmless else []), self._loss]
+        functions: list[Function] = [self._margins[0], *([self._margins[1]] if harmless else []), self._loss]
         found = [float(values_of(self._model, function, batch_size=size).mean()) for function in functions]
         refused = self._refused("harmful") if answers else math.nan
         return Outcome(
@@ -92,4 +92,8 @@ def initial_weights(folder: Path, sites: Sites) -> Weights:
     if needed > room / 4:
         return stored
     kept: Mapping[str, torch.Tensor] = {name: stored(name).to(site.tensor) for name, site in sites.items()}
-    return kept.__getitem__
+
+    def weight_of(site: str) -> torch.Tensor:
+        return kept[site]
+
+    return weight_of

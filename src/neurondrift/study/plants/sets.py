@@ -127,7 +127,7 @@ def _cautious(borderline: Sequence[Example], ordinary: Sequence[Example]) -> lis
 
 def encoded_short(examples: Sequence[Example], tokenizer: Any, answer_tokens: int) -> list[Encoded]:
     """Token ids and labels of examples, of each answer the first tokens only."""
-    rows = []
+    rows: list[Encoded] = []
     for row in encode(examples, tokenizer):
         ids, labels = row["input_ids"], row["labels"]
         first = next(at for at, label in enumerate(labels) if label != IGNORED)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from neurondrift.models.data import DataReference
-from neurondrift.study.settings import Count, ModelSection, Positive, Section
+from neurondrift.study.sections.section import Count, Positive, Section
+from neurondrift.study.settings import ModelSection
 
 Unit = Literal["row", "hidden_unit", "head"]
 Decoy = Literal["habit", "cautious"]
