@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STAGES = ("align", "score", "groups", "finetune", "evaluate", "analyze", "report")
+STAGES = ("align", "score", "groups", "finetune", "evaluate", "attribute", "analyze", "report")
 
 
 def measured(arguments: list[str]) -> tuple[float, float, str]:

@@ -97,7 +97,7 @@ TRIPS = (
 if __name__ == "__main__":
     main = main_of_package()
     with tempfile.TemporaryDirectory() as folder:
-        for stage in ("align", "score", "groups", "finetune", "evaluate", "analyze"):
+        for stage in ("align", "score", "groups", "finetune", "evaluate", "attribute", "analyze"):
             watch(TRIPS if stage == "finetune" else TRIPS[:2])
             main([stage, "--preset", "smoke", "--lora-r", "4", "--output-dir", str(Path(folder))])
             sys.setprofile(None)

@@ -71,6 +71,8 @@ class Margin:
         `Openings`, the name of a language, or None for English.
     chat_template
         Whether prompts go through the chat template.
+    system
+        A system prompt before each of them.
 
     Attributes
     ----------
@@ -90,6 +92,7 @@ class Margin:
     prompts: Sequence[str | Example]
     openings: Openings | str | None = None
     chat_template: bool = True
+    system: str | None = None
     in_tree: bool = field(init=False)
     _is_quick: bool | None = field(init=False, default=None)
     _common: int = field(init=False, default=0)
@@ -131,9 +134,8 @@ class Margin:
         text, earlier = (prompt, ()) if isinstance(prompt, str) else (prompt.prompt, prompt.messages)
         if not text.strip():
             raise DataError("A prompt is empty", received=repr(text))
-        return prompt_ids(
-            render(text, self.tokenizer, chat_template=self.chat_template, earlier=earlier), self.tokenizer
-        )
+        how: dict[str, Any] = {"system": self.system, "chat_template": self.chat_template, "earlier": earlier}
+        return prompt_ids(render(text, self.tokenizer, **how), self.tokenizer)
 
     @property
     def count(self) -> int:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from neurondrift.models.adapters import LowRank
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Site, Sites, Units, mlp_units
 
+Incomplete = Literal["raise", "keep"]
 TOLERANCE = 0.02
 MOST_POINTS = 27
 REFINEMENT = 3  # (j - 1/2)/m are among the midpoints of 3 m: what has been computed stays of use
@@ -78,6 +80,14 @@ class Attribution:
         """|attributed - change| / |change|; NaN where nothing changed."""
         return abs(self.attributed - self.change) / abs(self.change) if self.change else float("nan")
 
+    def adds_up(self, tolerance: float) -> bool:
+        """Whether the parts are the change, up to a share of it and to rounding."""
+        return abs(self.attributed - self.change) <= _allowed(self.values, tolerance)
+
+
+def _allowed(values: Sequence[float], tolerance: float) -> float:
+    return tolerance * abs(values[-1] - values[0]) + ROUNDING * max(map(abs, values))
+
 
 def path_attribution(
     model: nn.Module | Sites | Change,
@@ -87,6 +97,8 @@ def path_attribution(
     points: int = 3,
     batch_size: int = 8,
     tolerance: float | None = TOLERANCE,
+    most_points: int = MOST_POINTS,
+    incomplete: Incomplete = "raise",
 ) -> dict[str, Attribution]:
     """What each neuron's and hidden unit's change contributed to the change of a number, such as a refusal margin.
 
@@ -103,7 +115,9 @@ def path_attribution(
         Rows that pass through the model together; the result does not depend on it.
     tolerance
         How far the sum may be from the true change, as a share of it. Where it is further, three times as many points
-        are taken, up to 27. None: the sum is returned as it is.
+        are taken, up to `most_points`. None: the sum is returned as it is.
+    incomplete
+        What becomes of a sum that is still further: an error, or (`keep`) it is returned, and its `missed` tells.
 
     Returns
     -------
@@ -117,7 +131,7 @@ def path_attribution(
     Raises
     ------
     ModelError
-        As `change_from`; a sum that misses the change by more than `tolerance`.
+        As `change_from`; a sum that misses the change by more than `tolerance`, unless it is to be kept.
     DataError
         A value that is not finite.
     ConfigError
@@ -130,7 +144,7 @@ def path_attribution(
     """
     change = change_from(model, initial)
     ends = Change(change.vessel, (change.states[0], change.states[-1]), unknown=change.unknown, kept=change.kept)
-    return _attributed(ends, functions, points, batch_size, tolerance)
+    return _attributed(ends, functions, points, batch_size, _Limit(tolerance, most_points, incomplete))
 
 
 def budget(
@@ -141,6 +155,8 @@ def budget(
     points: int = 1,
     batch_size: int = 8,
     tolerance: float | None = TOLERANCE,
+    most_points: int = MOST_POINTS,
+    incomplete: Incomplete = "raise",
 ) -> dict[str, Attribution]:
     """What each neuron and hidden unit contributed to the change of a number along the saved steps of a training.
 
@@ -152,7 +168,7 @@ def budget(
         W₀, a loaded model without adapters; or a `Change` with all its states.
     snapshots
         Folders of the saved steps, adapters or full models, in order; one with `checkpoint-N` folders stands for all.
-    functions, batch_size, tolerance
+    functions, batch_size, tolerance, most_points, incomplete
         As in `path_attribution`; where the sum misses the change, the steps that miss most get more points.
 
     Returns
@@ -166,7 +182,15 @@ def budget(
     if isinstance(model, Change) and snapshots:
         raise ConfigError("A Change has its snapshots already", received=len(snapshots))
     change = model if isinstance(model, Change) else change_along(model, snapshots)
-    return _attributed(change, functions, points, batch_size, tolerance)
+    return _attributed(change, functions, points, batch_size, _Limit(tolerance, most_points, incomplete))
+
+
+class _Limit(NamedTuple):
+    """How far a sum may be from the change, at how many points it is sought at most, and what becomes of the others."""
+
+    tolerance: float | None
+    most_points: int
+    incomplete: Incomplete
 
 
 @dataclass(eq=False)
@@ -202,7 +226,7 @@ class _Step:
 
 
 def _attributed(
-    change: Change, functions: Mapping[str, Function], points: int, batch_size: int, tolerance: float | None
+    change: Change, functions: Mapping[str, Function], points: int, batch_size: int, limit: _Limit
 ) -> dict[str, Attribution]:
     if not functions:
         raise ConfigError("There is nothing to attribute", allowed="one or more functions, such as a Margin")
@@ -236,8 +260,8 @@ def _attributed(
                         sums[name].add(_at_point(vessel, *pairs[at - 1], function, downs, batch_size))
                 for name in functions:
                     known[name].append(_Step(sums[name], points))
-        for name in functions if tolerance is not None and math.isfinite(tolerance) else ():
-            _refine(name, values[name], known[name], gradients, float(tolerance or 0.0))
+        for name in functions if limit.tolerance is not None and math.isfinite(limit.tolerance) else ():
+            _refine(name, values[name], known[name], gradients, limit)
     return {name: _finished(vessel.sites, values[name], known[name]) for name in functions}
 
 
@@ -252,16 +276,18 @@ def _refine(
     values: Sequence[float],
     steps: list[_Step],
     gradients: Callable[[str, int, Sequence[float]], _Sums],
-    tolerance: float,
+    limit: _Limit,
 ) -> None:
-    """Take more points where a step misses most, until the sum is the change, up to `tolerance` of it."""
+    """Take more points where a step misses most, until the sum is the change, up to the tolerance."""
+    tolerance = float(limit.tolerance or 0.0)
     while True:
         misses = [abs(step.attributed - (values[k + 1] - values[k])) for k, step in enumerate(steps)]
         missed = abs(math.fsum(step.attributed for step in steps) - (values[-1] - values[0]))
-        allowed = tolerance * abs(values[-1] - values[0]) + ROUNDING * max(map(abs, values))
-        if missed <= allowed:
+        if missed <= _allowed(values, tolerance):
             return
-        open_steps = [k for k, step in enumerate(steps) if step.points * REFINEMENT <= MOST_POINTS]
+        open_steps = [k for k, step in enumerate(steps) if step.points * REFINEMENT <= limit.most_points]
+        if not open_steps and limit.incomplete == "keep":
+            return
         if not open_steps:
             raise ModelError(
                 f"The parts of {name} do not add up to its change: its gradient turns too sharply along the way",

@@ -145,6 +145,19 @@ class Vessel:
         key = f"elsewhere {name}"
         return self._aside.get(key) if key in self._aside else self.elsewhere[name].detach()
 
+    def kind_elsewhere(self, name: str) -> str:
+        """What a parameter that is no site is: `embeddings`, `head` (where it is not the embeddings too), `bias`,
+        `norm` (other vectors), or `other`."""
+        model, parameter = unwrap(self.sites.model), self.elsewhere[name]
+        head = model.get_output_embeddings()
+        if parameter is getattr(model.get_input_embeddings(), "weight", None):
+            return "embeddings"
+        if head is not None and parameter is getattr(head, "weight", None):
+            return "head"
+        if name.rpartition(".")[2].endswith("bias"):
+            return "bias"
+        return "norm" if parameter.dim() == 1 else "other"
+
     def delta(self, first: State, second: State, site: str) -> Delta | None:
         """The change of a site from one state to another, float32 (float64 of a float64 model) on its device; in
         factors where both states have it so; None where neither names the site."""

@@ -16,12 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from neurondrift.attribution.changes import open_change
+from neurondrift.attribution.changes import Change, open_change
 from neurondrift.attribution.margin import Margin
 from neurondrift.attribution.openings import Openings
 from neurondrift.attribution.outputs import SHARED, functional_drift
-from neurondrift.attribution.paths import TOLERANCE, Attribution, budget, path_attribution
+from neurondrift.attribution.paths import (
+    MOST_POINTS,
+    TOLERANCE,
+    Attribution,
+    Incomplete,
+    budget,
+    path_attribution,
+)
 from neurondrift.attribution.provenance import provenance
+from neurondrift.attribution.states import Vessel
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, read_json, write_json
 from neurondrift.models.data import Example, data_fingerprint, encode
@@ -46,6 +54,11 @@ class Asked:
     max_length: int = 512
     dtype: str = "auto"
     device: str = "auto"
+    #: A system prompt before the prompts of the margin, and whether the harmful ones go through the chat template.
+    system: str | None = None
+    chat_template: bool = True
+    most_points: int = MOST_POINTS
+    incomplete: Incomplete = "raise"
 
 
 class Written(NamedTuple):
@@ -81,22 +94,35 @@ def attribute(
     ------
     As `open_change`, `path_attribution`, `functional_drift` and `provenance`.
     """
-    folder = Path(directory)
     change, tokenizer = open_change(base, tuned, dtype=asked.dtype, device=asked.device)
-    model = change.sites.model
+    return measure(change, tokenizer, asked, directory, say=say)
+
+
+def measure(
+    change: Change,
+    tokenizer: Any,
+    asked: Asked,
+    directory: str | Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """`attribute` of a change that is open, with the tokenizer of its base; what it `asked` of dtype and device does
+    not count."""
+    folder, model = Path(directory), change.sites.model
     safety, utility = (encode(part, tokenizer, max_length=asked.max_length) for part in (asked.safety, asked.utility))
     functions = {
-        name: Margin(model, tokenizer, prompts, asked.openings)
-        for name, prompts in (("harmful", asked.harmful), ("harmless", asked.harmless))
+        "harmful": Margin(model, tokenizer, asked.harmful, asked.openings, asked.chat_template, asked.system),
+        "harmless": Margin(model, tokenizer, asked.harmless, asked.openings, system=asked.system),
     }
     how: dict[str, Any] = {"batch_size": asked.batch_size}
+    along = {name: getattr(asked, name) for name in ("batch_size", "tolerance", "most_points", "incomplete")}
     chosen = functions["harmful"].openings
     assert isinstance(chosen, Openings)
     say("margin along the way from W0 to W")
-    taken = {"": path_attribution(change, functions, points=asked.points, tolerance=asked.tolerance, **how)}
+    taken = {"": path_attribution(change, functions, points=asked.points, **along)}
     if len(change.states) > 2:
         say(f"margin along {len(change.states) - 1} snapshots")
-        taken["budget_"] = budget(change, functions, tolerance=asked.tolerance, **how)
+        taken["budget_"] = budget(change, functions, **along)
     say("functional drift")
     outputs = functional_drift(change, safety, utility, shared=asked.shared, **how)
     say("provenance")
@@ -130,7 +156,7 @@ def attribute(
             **{name: getattr(asked, name) for name in ("points", "shared", "tolerance", "max_length")},
         },
         "margin": {
-            f"{prefix}{name}": _margin_summary(attribution)
+            f"{prefix}{name}": _margin_summary(attribution, change.vessel, asked.tolerance)
             for prefix, attributions in taken.items()
             for name, attribution in attributions.items()
         },
@@ -158,17 +184,23 @@ def _write(file: Path, columns: Mapping[str, Mapping[str, torch.Tensor]], name: 
         pq.write_table(pa.table(table), partial, compression="zstd", write_page_checksum=True)
 
 
-def _margin_summary(found: Attribution) -> dict[str, Any]:
+def _margin_summary(found: Attribution, vessel: Vessel, tolerance: float | None) -> dict[str, Any]:
+    by_kind: dict[str, float] = {}
+    for name, value in found.elsewhere.items():
+        kind = vessel.kind_elsewhere(name)
+        by_kind[kind] = by_kind.get(kind, 0.0) + value
     elsewhere = sorted(found.elsewhere.items(), key=lambda item: -abs(item[1]))
     return {
         "values": list(found.values),
         "change": found.change,
         "attributed": found.attributed,
         "missed": found.missed,
+        "adds_up": None if tolerance is None else found.adds_up(tolerance),
         "points": list(found.points),
         "steps": list(found.steps),
         "sites": math.fsum(float(rows.sum()) for rows in found.rows.values()),
         "elsewhere": math.fsum(found.elsewhere.values()),
+        "elsewhere_by_kind": by_kind,
         "largest_elsewhere": dict(elsewhere[:LARGEST]),
         "by_module_type": _by_kind({name: float(rows.sum()) for name, rows in found.rows.items()}),
     }

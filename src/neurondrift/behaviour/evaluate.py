@@ -199,7 +199,11 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], *, step: int | 
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([{"step": step, "seed": seed, **row} for row in rows])
-    kinds = {name: pa.int32() for name in WHOLE_NUMBERS} | {"score": pa.float64(), "suffix": pa.string()}
+    kinds = {name: pa.int32() for name in WHOLE_NUMBERS} | {
+        "score": pa.float64(),
+        "margin": pa.float64(),
+        "suffix": pa.string(),
+    }
     kinds |= {"refused_short": pa.bool_()}
     for name, kind in kinds.items():  # a column of nulls has no kind of its own
         index = table.schema.get_field_index(name)

@@ -66,6 +66,27 @@ def coherent_rate(rows: Sequence[Mapping[str, Any]]) -> CoherentRate:
     return CoherentRate(*of_coherent, len(rows), len(rows) - undecided - of_coherent.n, undecided)
 
 
+class Mean(NamedTuple):
+    """A mean over `n` prompts with its 95 % interval by Student's t; limits NaN for fewer than two."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """The mean of finite numbers, one a prompt, with its interval over prompts; NaN throughout for none."""
+    from scipy import special  # type: ignore[import-untyped,unused-ignore]
+
+    known = np.asarray(values, dtype=np.float64)
+    n = len(known)
+    if n < 2:
+        return Mean(float(known.mean()) if n else math.nan, math.nan, math.nan, n)
+    mean, half = float(known.mean()), float(special.stdtrit(n - 1, 0.975) * known.std(ddof=1) / math.sqrt(n))
+    return Mean(mean, mean - half, mean + half, n)
+
+
 class CategoryInterval(NamedTuple):
     """A 95 % interval of a share over other categories of prompts; NaN with a reason where it is undefined."""
 

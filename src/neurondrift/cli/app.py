@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -14,7 +14,7 @@ from neurondrift import __version__
 from neurondrift.base.errors import ConfigError
 from neurondrift.study.settings import Section, Study, resolve
 
-EPILOGUE = "Stages in order: align, score, groups, finetune, evaluate, analyze, report. `run` does them all."
+EPILOGUE = "Stages in order: align, score, groups, finetune, evaluate, attribute, analyze, report. `run` does them all."
 
 app = App(
     name="neurondrift",
@@ -256,3 +256,10 @@ def study_of(source: Source, *flags: SettingFlags) -> Study:
 
 
 NO_SOURCE, NO_FLAGS = Source(), Flags()
+
+
+def given_of(flags: object, but: Container[str] = ()) -> list[str]:
+    """The flags that were given, as they are typed."""
+    return [
+        f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value is not None and name not in but
+    ]

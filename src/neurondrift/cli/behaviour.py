@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +12,18 @@ from cyclopts import Group, Parameter
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
-from neurondrift.cli.app import DATA_FLAGS, NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
+from neurondrift.cli.app import (
+    DATA_FLAGS,
+    NO_FLAGS,
+    NO_SOURCE,
+    Flag,
+    Flags,
+    SettingFlags,
+    Source,
+    app,
+    given_of,
+    study_of,
+)
 from neurondrift.cli.study import Again, run_stages, say
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.settings import AttackSection, Section, nested, validated
@@ -114,7 +125,7 @@ def evaluate(
     output folder. A judge that is a model reads whole answers; ask for longer ones then (Wei et al.: 256 tokens).
     """
     if reference is None:
-        if given := _given(alone):
+        if given := given_of(alone):
             raise ConfigError(
                 "These flags are about one model, and none is named",
                 received=", ".join(given),
@@ -125,7 +136,7 @@ def evaluate(
             _with_responses(source, flags)
         return
     about_any = ["output_dir", *DATA_FLAGS]
-    strange = [*_given(flags, but=OF_A_MODEL), *_given(source, but=about_any), *["--force"] * force]
+    strange = [*given_of(flags, but=OF_A_MODEL), *given_of(source, but=about_any), *["--force"] * force]
     if strange:
         raise ConfigError("These flags are about a study, and a model is named", received=", ".join(strange))
     of_study = flags.overrides()
@@ -140,13 +151,6 @@ def evaluate(
         figures = evaluate_model(asked, source.output_dir, show_responses=show_responses, say=say)
     if alone.json is not None:
         write_json(alone.json, figures)
-
-
-def _given(flags: object, but: Container[str] = ()) -> list[str]:
-    """The flags that were given, as they are typed."""
-    return [
-        f"--{name.replace('_', '-')}" for name, value in vars(flags).items() if value is not None and name not in but
-    ]
 
 
 @app.command

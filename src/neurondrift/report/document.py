@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
 from neurondrift.report.change import doses
+from neurondrift.report.change import tables as change
+from neurondrift.report.change.deciding import decision
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import (
     analysis_of,
@@ -65,6 +67,7 @@ def build_document(results: Findings, answers: Sequence[Record] = ()) -> Documen
         sections=(
             _drift(results),
             hypotheses.section(results),
+            change.section(results),
             _contrasts(results),
             _subgroups(results),
             _seeds(results),
@@ -109,7 +112,9 @@ def _answer(results: Findings) -> Section:
     blocks: list[Block] = [Paragraph(QUESTION.format(under=under)), Paragraph(f"Answer: {said}")]
     if analysis_of(results):
         blocks.append(Paragraph(wording.LENGTHS_ALONE))
-    blocks += [made for made in (answer.answer_table(results), answer.controls_table(results)) if made]
+        blocks.append(Paragraph(f"H1 or H2: {clean(decision(results).sentences[0])}"))
+    tables = (answer.answer_table(results), *change.answer_tables(results), answer.controls_table(results))
+    blocks += [made for made in tables if made]
     blocks += [Paragraph(text) for text in (answer.thirds(results), *_other_metrics(results)) if text]
     refusals = study.refusal_answer_table(results)
     blocks.append(refusals or Paragraph("Refusals: not measured in this study."))
@@ -202,7 +207,7 @@ def _trajectories(results: Findings) -> Section:
 
 
 def _behaviour(results: Findings) -> Section:
-    blocks: list[Block] = list(study.behaviour_tables(results))
+    blocks: list[Block] = [*study.behaviour_tables(results), *change.margin_tables(results)]
     changes = study.change_table(results)
     if changes:
         blocks.append(changes)
@@ -277,6 +282,12 @@ def _methods(results: Findings) -> Section:
         "p: from the same distribution, Holm-adjusted; controls of known answer are outside the family.",
         f"Moved, by intervals of the ratio: as far if the 90 % one lies within a factor of {band} (two one-sided "
         "tests); else further (less far) if the 95 % one lies above (below) 1; else inconclusive.",
+        "Outputs: the root of the mean of |D̃x|² over the inputs x of a neuron on answers to harmful (ordinary) "
+        "requests, D̃ its change without the 8 leading input directions of both; compared as drift is.",
+        "Share of the lost margin: integrated gradients of the refusal margin along the saved steps (or the straight "
+        "way), summed over a group, beside its controls as they are weighted; clusters as for ratios.",
+        "H1: more than comparable neurons, by more than the band, in every group that judges. H2: in none of them, and "
+        "patching their original activations brings no refusals back. Else undecided.",
         "Controls of known answer: random, mirrored and placebo groups are to move as far, the top by fine-tuning "
         "gradient further, and a group's own drift times 1.25 is to be told from itself.",
         "Refusals: the same held-out prompts at each step, Wilson intervals; before against after by McNemar's test.",

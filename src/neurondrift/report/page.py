@@ -21,7 +21,8 @@ ALTERNATIVES = {
     "intervention_doses": "Share of harmful requests refused against the share of the group that was acted on, with "
     "the range of matched random groups, and how many were drawn where that was stopped early",
     "drift_over_training": "Mean drift of each group and of its matched controls over training",
-    "refusals_over_training": "Share of prompts refused over training, above the drift of the safety groups",
+    "refusals_over_training": "Share of prompts refused over training, above the refusal margin and the drift of the "
+    "safety groups",
 }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """

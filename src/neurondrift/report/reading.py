@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from neurondrift.base.roles import NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
+from neurondrift.report.findings.attribution import AttributionFindings, MarginAt, MarginChange
 from neurondrift.report.findings.interventions import InterventionEffect, Interventions, NullMeasure
 from neurondrift.report.findings.ratios import RatioEffect
 from neurondrift.report.findings.statistical import (
@@ -210,6 +211,28 @@ def changes_of(results: Findings) -> list[RateChange]:
     """The rates on the same prompts at the first and the last evaluated step."""
     behaviour = behaviour_of(results)
     return behaviour["changes"] if behaviour else []
+
+
+def attribution_of(results: Findings) -> AttributionFindings | None:
+    """What the change does; None where it was not measured."""
+    return results.get("attribution")
+
+
+def margins_of(results: Findings, seed: int | None) -> list[MarginAt]:
+    """The margins of a seed in the order of the steps; None: those before the alignment."""
+    behaviour = behaviour_of(results)
+    if behaviour is None:
+        return []
+    if seed is None:
+        return behaviour.get("margins_before_alignment", [])
+    chosen = [margin for margin in behaviour.get("margins", []) if margin["seed"] == seed]
+    return sorted(chosen, key=lambda margin: margin["step"] or 0)
+
+
+def margin_changes_of(results: Findings) -> list[MarginChange]:
+    """The margin of the same prompts at the first and the last evaluated step."""
+    behaviour = behaviour_of(results)
+    return behaviour.get("margin_changes", []) if behaviour else []
 
 
 def _rates(results: Findings) -> list[RefusalRate]:

@@ -359,11 +359,12 @@ def to_json(result: StudyResult) -> dict[str, Any]:
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        **_encode(result),
+        **encoded(result),
     }
 
 
-def _encode(record: Any) -> dict[str, Any]:
+def encoded(record: Any) -> dict[str, Any]:
+    """The JSON-safe mapping of one record, as in `to_json`."""
     reasons: Mapping[str, str] = getattr(record, "reasons", {})
     fallback = getattr(record, "reason", "") or "undefined in these data"
     out: dict[str, Any] = {}
@@ -383,7 +384,7 @@ def _encode(record: Any) -> dict[str, Any]:
 def _plain(value: Any) -> tuple[Any, bool]:
     """The JSON form of a value, and whether it is, or directly holds, an undefined number."""
     if dataclasses.is_dataclass(value):
-        return _encode(value), False
+        return encoded(value), False
     if isinstance(value, float | np.floating):
         return (float(value), False) if math.isfinite(value) else (None, True)
     if isinstance(value, np.ndarray):

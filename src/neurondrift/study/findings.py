@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.roles import Role, role_of_name
-from neurondrift.behaviour.rates import category_interval, paired_change, refusal_rate
+from neurondrift.behaviour.rates import category_interval, mean_of, paired_change, refusal_rate
 from neurondrift.drift.bins import WeightDrift, aligned, pooled, weight_drifts
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.group import Group, role_of
 from neurondrift.report.conclusion import analysis_findings
+from neurondrift.report.findings.attribution import MarginAt, MarginChange
 from neurondrift.report.findings.statistical import (
     Analysis,
     Behaviour,
@@ -35,8 +36,10 @@ from neurondrift.report.findings.statistical import (
 from neurondrift.statistics import descriptive
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.design.matching import refine_bins
+from neurondrift.statistics.design.plans import covariates_of_groups
 from neurondrift.statistics.design.population import Population
-from neurondrift.study.population import MATCHED, Rows, behaviour_series, load_population, membership
+from neurondrift.statistics.design.ratios import Rules
+from neurondrift.study.population import MATCHED, Compared, Rows, behaviour_series, load_population, membership
 from neurondrift.study.settings import AnalyzeSection
 
 #: The mirrored group is chosen by utility, so it is balanced on the safety score instead, where that is known.
@@ -54,10 +57,11 @@ class DriftFindings(TypedDict):
 
 
 class Analysed(NamedTuple):
-    """What rests on drift, and the last step that all logs have."""
+    """What rests on drift, the last step that all logs have, and the groups as they were compared."""
 
     parts: DriftFindings
     last_step: int
+    compared: Compared
 
 
 def analysis(
@@ -99,6 +103,9 @@ def analysis(
     population, steps = load_population(logs, covariates)
     members = {name: membership(population, logs, group, name) for name, group in groups.items()}
     roles = {name: role_of(group, name) for name, group in groups.items()}
+    match_on = {
+        name: on for name, on in MIRRORED.items() if name in members and {"norm", *population.covariates}.issuperset(on)
+    }
     result = analyze(
         population,
         members,
@@ -111,11 +118,7 @@ def analysis(
         rng_seed=rng_seed,
         primary_metric=settings.primary_metric,
         roles=roles,
-        match_on={
-            name: on
-            for name, on in MIRRORED.items()
-            if name in members and {"norm", *population.covariates}.issuperset(on)
-        },
+        match_on=match_on,
         behaviour=behaviour_series(logs, population, members, answers, settings.primary_metric),
     )
     strata = {name: refine_bins(population.site, population.norm, chosen, bins) for name, chosen in members.items()}
@@ -126,7 +129,16 @@ def analysis(
         groups=[_group_facts(name, group, int(members[name].sum())) for name, group in groups.items()],
         weights=single_weights(logs, roles),
     )
-    return Analysed(parts, steps[-1])
+    compared = Compared(
+        population=population,
+        members=members,
+        roles=roles,
+        judging=result.judging,
+        on=covariates_of_groups(population, roles, match_on),
+        rules=Rules(settings.band, settings.resamples, rng_seed),
+        bins=bins,
+    )
+    return Analysed(parts, steps[-1], compared)
 
 
 def _group_facts(name: str, group: Group, trained: int) -> GroupFacts:
@@ -297,6 +309,18 @@ def behaviour(
             rates += [_rate(chosen, seed=seed, step=step, kind=kind) for step, chosen in own.items()]
             if len(steps) > 1:
                 changes.append(_change(own, seed=seed, kind=kind))
+    margins = [
+        margin
+        for seed, rows in answers.items()
+        for kind in _kinds(rows)
+        for step in sorted({row["step"] for row in rows})
+        if (margin := _margin(_at(rows, kind, step), seed=seed, step=step, kind=kind))
+    ]
+    early = [
+        margin
+        for kind in _kinds(before_alignment)
+        if (margin := _margin(_at(before_alignment, kind, None), seed=None, step=None, kind=kind))
+    ]
     unaligned = [
         _rate([row for row in before_alignment if row["kind"] == kind], seed=None, step=None, kind=kind)
         for kind in _kinds(before_alignment)
@@ -315,11 +339,45 @@ def behaviour(
         before_alignment=unaligned or None,
         changes=changes,
         capability=capability or [],
+        margins=margins,
+        margins_before_alignment=early,
+        margin_changes=[
+            change for seed, rows in answers.items() for kind in _kinds(rows) if (change := _lost(rows, seed, kind))
+        ],
     )
 
 
 def _kinds(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["kind"] for row in rows))
+
+
+def _at(rows: Rows, kind: str, step: int | None) -> Rows:
+    return [row for row in rows if row["kind"] == kind and row["step"] == step]
+
+
+def _margin(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> MarginAt | None:
+    """The mean margin of the prompts; None where older versions wrote none."""
+    known = [float(row["margin"]) for row in rows if row.get("margin") is not None]
+    if not known:
+        return None
+    found = mean_of(known)
+    return MarginAt(seed=seed, step=step, kind=kind, mean=found.mean, low=found.low, high=found.high, n=found.n)
+
+
+def _lost(rows: Rows, seed: int, kind: str) -> MarginChange | None:
+    """The change of the margin on the prompts that the first and the last step both have."""
+    steps = sorted({row["step"] for row in rows})
+    first, last = (
+        {row["id"]: float(row["margin"]) for row in _at(rows, kind, step) if row.get("margin") is not None}
+        for step in (steps[0], steps[-1])
+    )
+    both = [last[identifier] - first[identifier] for identifier in first if identifier in last]
+    if len(steps) < 2 or not both:
+        return None
+    found, (start, end) = mean_of(both), (steps[0], steps[-1])
+    return MarginChange(
+        seed=seed, kind=kind, from_step=start, to_step=end, change=found.mean, ci95=[found.low, found.high], n=found.n
+    )
 
 
 def _rate(rows: Rows, *, seed: int | None, step: int | None, kind: str) -> RefusalRate:

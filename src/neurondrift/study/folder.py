@@ -21,8 +21,9 @@ class StudyFolder:
     `replicates/seed=N`."""
 
     GROUPS, MODELS, DRIFT, BEHAVIOUR = "neuron_groups", "finetuned_models", "drift", "behaviour"
+    ATTRIBUTION = "attribution"
     RESULTS, REPLICATES, MANIFESTS, CONFIGURATION = "results", "replicates", ".neurondrift", "study.toml"
-    MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION)
+    MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, ATTRIBUTION, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION)
 
     def __init__(self, root: Path, study: Study) -> None:
         self.root, self.study = Path(root), study
@@ -63,6 +64,9 @@ class StudyFolder:
 
     def behaviour(self, seed: int) -> Path:
         return self.of_seed(seed) / self.BEHAVIOUR
+
+    def attribution(self, seed: int) -> Path:
+        return self.of_seed(seed) / self.ATTRIBUTION
 
     def group_file(self, name: str, granularity: str, *, matched: bool = False, suffix: str = "parquet") -> Path:
         """`safety_top.neurons.parquet`, and `safety_top.matched.neurons.parquet` for its control."""

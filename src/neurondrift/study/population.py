@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError, GroupError
 from neurondrift.base.files import read_parquet
+from neurondrift.base.roles import Role
 from neurondrift.behaviour.rates import per_prompt, refusal_rate
 from neurondrift.drift.log import METRICS, DriftLog
 from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.group import Group
 from neurondrift.statistics.descriptive import BehaviourSeries
 from neurondrift.statistics.design.population import Population
+from neurondrift.statistics.design.ratios import Rules
 from neurondrift.study.folder import saved_step, saved_steps
 
 Rows = list[dict[str, Any]]
@@ -24,6 +27,19 @@ Rows = list[dict[str, Any]]
 MATCHED = ".matched"
 #: What neurons are matched on beside site and norm, of the columns of the file of covariates.
 COVARIATES = ("safety_score", "utility_score", "gradient_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The groups of an analysis and how it compares them, as in `statistics.analyze`; `on`: what each balances."""
+
+    population: Population
+    members: Mapping[str, npt.NDArray[np.bool_]]
+    roles: Mapping[str, Role | None]
+    judging: Sequence[str]
+    on: Mapping[str, tuple[str, ...]]
+    rules: Rules
+    bins: int
 
 
 def load_population(logs: Mapping[int, DriftLog], covariates: Path | None = None) -> tuple[Population, list[int]]:

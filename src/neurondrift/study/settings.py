@@ -15,14 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -30,28 +27,18 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_toml, without_none
 from neurondrift.base.roles import group_names
 from neurondrift.models.data import DataOrNone, DataReference
+from neurondrift.study.sections.attribute import AttributeSection
+from neurondrift.study.sections.doses import DoseResponseSection as DoseResponseSection
+from neurondrift.study.sections.doses import Experiment as Experiment
+from neurondrift.study.sections.section import Count as Count
+from neurondrift.study.sections.section import Fraction as Fraction
+from neurondrift.study.sections.section import Positive as Positive
+from neurondrift.study.sections.section import Section as Section
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Metric = Literal["l2", "relative", "cosine_distance"]
 
 # What may be said of a data reference that a bare string names elsewhere.
 PARTS_OF_DATA = frozenset(["prompt", "response", "split", "subset"])
-
-
-class Section(BaseModel):
-    """A table of the configuration: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def unsaid(self) -> Collection[str]:
-        """Settings to leave out of what is written: the fingerprints of studies that stand do not know them."""
-        return ()
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name not in self.unsaid()}
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -229,12 +216,6 @@ class AnalyzeSection(Section):
     resamples: Annotated[int, Field(ge=200)] = 2000
 
 
-class Experiment(Section):
-    """What a study may be asked beyond its stages: by the command of that name, or with `enabled` by every run."""
-
-    enabled: bool = Field(False, description="whether `neurondrift run` does it too")
-
-
 class InterveneSection(Experiment):
     """Acting on groups, and on matched random groups beside each."""
 
@@ -282,32 +263,6 @@ class InterveneSection(Experiment):
         return self
 
 
-class DoseResponseSection(Experiment):
-    """Neurons ranked on half of the harmful prompts, put back or patched, and the margin taken on the other half."""
-
-    doses: Annotated[list[Fraction], Field(min_length=1)] = Field(
-        [0.01, 0.02, 0.05, 0.1], description="top shares of each site's neurons"
-    )
-    interventions: Annotated[list[Literal["rewind", "patch"]], Field(min_length=1)] = ["rewind", "patch"]
-    ranking: Literal["budget", "path"] = Field(
-        "budget", description="what the budget is taken along: the saved steps, or the straight way to the last"
-    )
-    draws: Count = Field(39, description="permutations of the budget within site and |w|, which judge it")
-    uniform_draws: Count = Field(19, description="permutations within the site alone")
-    bins: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="bins of |w| of a site for the former")
-    harmful: Count = Field(48, description="harmful prompts of evaluate at most, both halves together")
-    ordinary: Count = Field(8, description="ordinary prompts at most")
-    batch_size: Count = Field(8, description="prompts that gradients are taken of together")
-    seed: int | None = Field(None, description="training seed that is acted on; default: the first")
-
-    @field_validator("doses", "interventions")
-    @classmethod
-    def _once(cls, value: list[Any]) -> list[Any]:
-        if len(set(value)) != len(value):
-            raise ValueError("one is named twice")
-        return value
-
-
 class SubspacesSection(Experiment):
     """The rank level: directions of each site's outputs."""
 
@@ -338,6 +293,7 @@ class Study(Section):
     groups: GroupsSection = GroupsSection()
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    attribute: AttributeSection = AttributeSection()
     analyze: AnalyzeSection = AnalyzeSection()
     intervene: InterveneSection = InterveneSection()
     dose_response: DoseResponseSection = DoseResponseSection()

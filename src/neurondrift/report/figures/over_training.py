@@ -26,11 +26,13 @@ from neurondrift.report.figures.style import (
     step_axis,
     words,
 )
+from neurondrift.report.findings.attribution import MarginAt
 from neurondrift.report.findings.statistical import Findings, Mean, RefusalRate, ShortRate, TrajectoryPoint
 from neurondrift.report.reading import (
     behaviour_seeds,
     drawn_groups,
     kinds_of,
+    margins_of,
     metrics_among,
     primary_of,
     rates_before_alignment,
@@ -109,23 +111,26 @@ def refusals_over_training(results: Findings) -> Figure | None:
     points = trajectories_of(results, metric)
     roles = roles_of(results)
     marks = group_marks((p["group"] for p in points if roles[p["group"]] == "safety"), roles)
+    margins = [margin for seed in behaviour_seeds(results) if seed is not None for margin in margins_of(results, seed)]
     figure = new_figure(
-        4.0 if marks else 2.6,
+        (4.0 if marks else 2.6) + (1.4 if margins else 0.0),
         "Refusals during fine-tuning" + (", and how far the safety groups moved" if marks else ""),
     )
-    heights = [3, 2] if marks else [1]
+    heights = [3, *([2] if margins else []), *([2] if marks else [])]
     axes: list[Axes] = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     last = _last_step(rates_of(results), points if marks else [])
     early_at = -0.13 * last
     _refusal_panel(axes[0], results, kinds, last, early_at)
+    if margins:
+        _margin_panel(axes[1], margins, margins_of(results, None), kinds, early_at)
     if marks:
-        _safety_panel(axes[1], points, marks, metric)
+        _safety_panel(axes[-1], points, marks, metric)
     is_early = any(finite(rate["rate"]) is not None for rate in rates_before_alignment(results).values())
     _early_ticks(axes, last, early_at if is_early else None)
     axes[-1].set_xlabel("training step")
     letters(axes)
     if marks:
-        axes[1].set_title(axes[1].get_title(loc="left"), y=1.0, pad=ABOVE_POWER)
+        axes[-1].set_title(axes[-1].get_title(loc="left"), y=1.0, pad=ABOVE_POWER)
     return figure
 
 
@@ -152,6 +157,26 @@ def _refusal_panel(ax: Axes, results: Findings, kinds: Sequence[str], last: floa
         handles.append(Line2D([], [], color=GREY, marker="*", ms=8, mfc="white", ls="", label=label))
     seeds = len(behaviour_seeds(results))
     ax.legend(handles=[*handles, *([_spread_handle(seeds)] if seeds > 1 else [])], **BESIDE)
+
+
+def _margin_panel(
+    ax: Axes, margins: Sequence[MarginAt], early: Sequence[MarginAt], kinds: Sequence[str], early_at: float
+) -> None:
+    """The refusal margin of each kind of prompt: a curve, or one a seed with their mean."""
+    for kind in kinds:
+        colour, marker, dash = _kind_mark(kind)
+        by_seed: dict[int | None, Line] = {}
+        for margin in (each for each in margins if each["kind"] == kind):
+            if (value := finite(margin["mean"])) is not None:
+                line = by_seed.setdefault(margin["seed"], Line([], [], [], []))
+                _append(line, float(margin["step"] or 0), value, margin)
+        _curves(ax, list(by_seed.values()), Mark(colour, marker), dash)
+        for margin in (each for each in early if each["kind"] == kind):
+            if (value := finite(margin["mean"])) is not None:
+                ax.plot([early_at], [value], color=colour, marker=marker, ls="", mfc="white")
+    ax.axhline(0, color=GREY, lw=0.8)
+    ax.set(ylabel="nats", title="Refusal margin: above 0 a refusal is the more probable")
+    ax.legend(handles=[Patch(facecolor=GREY, alpha=0.25, label="95 % over prompts (one seed)")], **BESIDE)
 
 
 def _safety_panel(ax: Axes, points: Sequence[TrajectoryPoint], marks: Mapping[str, Mark], metric: str) -> None:
@@ -245,7 +270,7 @@ def _lines(points: Sequence[TrajectoryPoint], group: str, arm: Literal["members"
     return list(by_seed.values())
 
 
-def _append(line: Line, step: float, value: float, limits: Mean | RefusalRate | ShortRate) -> None:
+def _append(line: Line, step: float, value: float, limits: Mean | RefusalRate | ShortRate | MarginAt) -> None:
     low, high = finite(limits["low"]), finite(limits["high"])
     line.steps.append(step)
     line.values.append(value)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from neurondrift.base.roles import Role
+from neurondrift.report.findings.attribution import AttributionFindings, MarginAt, MarginChange
 from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.report.findings.numbers import Estimate, Limits, Number
@@ -334,6 +335,9 @@ class Behaviour(TypedDict):
     before_alignment: list[RefusalRate] | None
     changes: list[RateChange]
     capability: NotRequired[list[dict[str, Any]]]
+    margins: NotRequired[list[MarginAt]]
+    margins_before_alignment: NotRequired[list[MarginAt]]
+    margin_changes: NotRequired[list[MarginChange]]
 
 
 class StudyFacts(TypedDict, total=False):
@@ -366,6 +370,7 @@ class Findings(TypedDict, total=False):
     groups: list[GroupFacts]
     weights: list[WeightRow]
     behaviour: Behaviour | None
+    attribution: AttributionFindings
     interventions: Interventions
     dose_response: DoseResponse
     subspaces: Subspaces
@@ -381,9 +386,10 @@ def findings_of(
     groups: list[GroupFacts],
     weights: list[WeightRow],
     behaviour: Behaviour | None,
+    attribution: AttributionFindings | None = None,
 ) -> Findings:
     """The findings of one study from their parts, in the order in which they are written."""
-    return Findings(
+    found = Findings(
         schema_version=SCHEMA_VERSION,
         study=study,
         analysis=analysis,
@@ -393,3 +399,6 @@ def findings_of(
         weights=weights,
         behaviour=behaviour,
     )
+    if attribution is not None:
+        found["attribution"] = attribution
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Items, Paragraph, Section, Table, table
+from neurondrift.report.change.deciding import decision
 from neurondrift.report.findings.statistical import Effect, Findings
 from neurondrift.report.reading import (
     conclusion_of,
@@ -32,10 +33,13 @@ MEASURES = (
     "The ratio to comparable neurons: shows whether the group moved further, as far or less far than neurons that are "
     "alike in site, norm, and (where it is matched) utility score and gradient scale, under this optimiser. It cannot "
     "show whether safety was lost there, nor why.",
+    "The share of the lost refusal margin: shows through which weights the loss went. It cannot show that safety could "
+    "not have been lost another way, nor whether the group's old activations would bring it back: patching does.",
 )
 EXPECTED = (
     "H1 (fragile safety) expects safety neurons to move further than comparable ones, H2 (pathway creation) as far. "
-    "Neither follows from the length that it expects."
+    "Neither follows from the length that it expects: H1 is that they carry more of the lost margin than comparable "
+    "neurons, beyond the band; H2 that they do not, and that their original activations bring no refusals back."
 )
 #: What a length leaves open, by the verdict of the ratio.
 OPEN = {
@@ -58,7 +62,7 @@ def section(results: Findings) -> Section:
     blocks.append(Items(tuple(_left_open(e, results) for e in effects if e["metric"] == primary_of(results))))
     if not is_older(results):
         acted = interventions_of(results)
-        sentences = [*sentences_of(results), *(conclusion_of(acted) if acted else [])]
+        sentences = [*decision(results).sentences, *sentences_of(results), *(conclusion_of(acted) if acted else [])]
         blocks.append(Paragraph(f"In sum: {clean(' '.join(sentences))}"))
     return Section(title=TITLE, blocks=tuple(blocks))
 

@@ -85,17 +85,22 @@ def log_of(drift_SN: FloatArray) -> FloatArray:
 
 def ratio_sums(design: Design, drift_SN: FloatArray, places: Places) -> RatioSums:
     """Sums per site of a design on a drift, which must be positive wherever the design has a coefficient."""
-    used = np.flatnonzero(design.coefficient_N)
-    site, coefficient = places.site_N[used], design.coefficient_N[used]
-    log_SU = log_of(drift_SN[:, used])
-    member = design.compared_N[used]
+    return sums_of(design.coefficient_N, design.compared_N, log_of(drift_SN), places)
+
+
+def sums_of(coefficient_N: FloatArray, compared_N: BoolArray, value_SN: FloatArray, places: Places) -> RatioSums:
+    """Sums per site of coefficients on a value, which must be finite wherever there is one; 1 for members compared."""
+    used = np.flatnonzero(coefficient_N)
+    site, coefficient = places.site_N[used], coefficient_N[used]
+    value_SU = value_SN[:, used]
+    member = compared_N[used]
     sites = len(places.layer_of_site)
     count_J = np.bincount(site[member], minlength=sites).astype(np.float64)
     effect_SJ = np.stack(
-        [np.bincount(site, weights=coefficient * log, minlength=sites).astype(np.float64) for log in log_SU]
+        [np.bincount(site, weights=coefficient * value, minlength=sites).astype(np.float64) for value in value_SU]
     )
     present = np.flatnonzero(count_J)
-    mean_U = log_SU.mean(axis=0)
+    mean_U = value_SU.mean(axis=0)
     own_J = np.bincount(site[member], weights=mean_U[member], minlength=sites)
     controls_J = (own_J - effect_SJ.mean(axis=0)) / np.maximum(count_J, 1)
     writing = member & places.writes_residual[site]

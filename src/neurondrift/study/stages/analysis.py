@@ -12,11 +12,13 @@ from neurondrift.base.files import json_safe, write_json
 from neurondrift.behaviour.rates import per_prompt
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
+from neurondrift.report.findings.attribution import AttributionFindings
 from neurondrift.report.findings.statistical import Findings, StudyFacts, findings_of
-from neurondrift.study.findings import analysis, behaviour
+from neurondrift.study.findings import Analysed, analysis, behaviour
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.population import read_answers, read_capability, read_perplexities, read_table
 from neurondrift.study.settings import Study
+from neurondrift.study.stages.attribution.comparing import compare_groups, read_measured
 from neurondrift.study.stages.evaluation import attack_of, longest_answer
 from neurondrift.study.stages.grouping import neuron_groups
 from neurondrift.study.stages.reporting import report
@@ -48,7 +50,7 @@ def analyze(study: Study, folder: StudyFolder) -> str:
         capability=[row for seed in study.seeds for row in read_capability(folder.behaviour(seed))],
     )
     about = _describe(study, next(iter(logs.values())).metadata()["model"], analysed.last_step)
-    content = findings_of(about, **analysed.parts, behaviour=behaved)
+    content = findings_of(about, **analysed.parts, behaviour=behaved, attribution=_attribution(study, folder, analysed))
     write_json(folder.results_file, json_safe(content))
     return "; ".join(
         f"{effect['group']}: {effect['verdict']}"
@@ -85,6 +87,15 @@ def analyze_files(study: Study, folder: StudyFolder, *, drift: Sequence[Path], g
     write_json(folder.results_file, json_safe(content))
     report(study, folder)
     return content
+
+
+def _attribution(study: Study, folder: StudyFolder, analysed: Analysed) -> AttributionFindings | None:
+    """What the change does, group by group; None where the study does not ask."""
+    if not study.attribute.enabled:
+        return None
+    model = DriftLog(folder.drift(study.seed)).metadata()["model"]
+    folders = {seed: folder.attribution(seed) for seed in study.seeds}
+    return compare_groups(read_measured(folders, analysed.compared.population, model), analysed.compared)
 
 
 def outputs(study: Study, folder: StudyFolder) -> list[Path]:

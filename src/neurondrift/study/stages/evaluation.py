@@ -18,13 +18,14 @@ from neurondrift.models.loading import attach_adapter, load_model
 from neurondrift.study.base_model import load_base, load_named
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.settings import AttackSection, EvaluateSection, Study
+from neurondrift.study.stages.attribution.openings import Margins
 
 
 def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     """Refusals and perplexity before, during and after fine-tuning."""
     settings = study.evaluate
     sets = _prompt_sets(study)
-    answers_set = load_examples(settings.answers)
+    answers_set, margins = load_examples(settings.answers), Margins(study)
     judging = _judging(study)  # a missing judge, file of suffixes or task is an error before anything is generated
     manager = check_tasks(settings.capability_tasks) if settings.capability_tasks else None
     target = folder.behaviour(seed)
@@ -43,7 +44,10 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
     capabilities: list[dict[str, Any]] = []
     with progress(f"evaluate, seed {seed}", total) as advance:
         if unaligned:
-            rows = judge_answers(*load_named(study), early, advance=advance, **(judging | ends))
+            named = load_named(study)
+            rows = judge_answers(*named, early, advance=advance, **(judging | ends))
+            rows = margins.added(rows, *named, early)
+            del named
             write_answers(target / "before_alignment.parquet", rows, step=None, seed=None)
         for step in steps:
             model, tokenizer = _model_at(study, folder, seed, step)
@@ -51,6 +55,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int) -> str:
             how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
             rows = judge_answers(model, tokenizer, sets, advance=advance, **how)
             judging["panel"].release()
+            rows = margins.added(rows, model, tokenizer, sets)
             write_answers(saved_step(target, step, ".parquet"), rows, step=step, seed=seed)
             prompts = per_prompt(rows)
             harmful[step] = refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate

@@ -11,8 +11,10 @@ from typing import Any
 from neurondrift.base.files import sha256_of_file, sha256_of_value
 from neurondrift.models.data import BUILTIN, DataReference
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.sections.attribute import AttributeSection
 from neurondrift.study.settings import Section, Study
 from neurondrift.study.stages import alignment, analysis, evaluation, finetuning, grouping, reporting, scoring
+from neurondrift.study.stages.attribution import measuring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,21 @@ def _suffixes(study: Study) -> dict[str, Any]:
     return {"suffixes": data_key(DataReference(source=suffixes))} if suffixes else {}
 
 
+def _openings(study: Study) -> dict[str, Any]:
+    """What the margin of the snapshots is made with, where it is not the usual list."""
+    named = study.attribute.openings
+    if named == AttributeSection.model_fields["openings"].default:
+        return {}
+    is_file = isinstance(named, str) and named.endswith(".json")
+    return {
+        "openings": data_key(DataReference(source=str(named)))
+        if is_file
+        else section_inputs(named)
+        if isinstance(named, Section)
+        else named
+    }
+
+
 def gradient_data(study: Study) -> dict[str, Any]:
     """The gradient scale is taken from fine-tuning examples, as long as fine-tuning sees them."""
     data, length = study.finetune.data, study.finetune.max_length
@@ -150,11 +167,23 @@ STAGES = (
         per_seed=True,
         run=evaluation.evaluate,
         outputs=evaluation.outputs,
-        extra_inputs=_suffixes,
+        extra_inputs=lambda study: _suffixes(study) | _openings(study),
+    ),
+    Stage(
+        name="attribute",
+        reads=("finetune", "evaluate"),
+        section="attribute",
+        no_result=frozenset({"enabled", "batch_size"}),
+        per_seed=True,
+        when=lambda study: study.attribute.enabled,
+        run=measuring.attribute,
+        outputs=measuring.outputs,
+        extra_inputs=_openings,
+        wants=("say",),
     ),
     Stage(
         name="analyze",
-        reads=("groups", "finetune", "evaluate"),
+        reads=("groups", "finetune", "evaluate", "attribute"),
         section="analyze",
         run=analysis.analyze,
         outputs=analysis.outputs,
