@@ -88,6 +88,8 @@ class Scale(NamedTuple):
         return (self.before, self.after) if intervention in FROM_BEFORE else (self.after, self.before)
 
 
+#: Interventions that do not act on a change of weights.
+OF_NO_CHANGE = ("prune", "patch", "patch_back")
 #: Interventions on the model from before, whose change is a loss.
 FROM_BEFORE = ("transplant", "patch_back")
 
@@ -400,15 +402,16 @@ class Cause(NamedTuple):
 
 
 def causes(effects: Sequence[Mapping[str, Any]], scale: Scale) -> list[Cause]:
-    """The verdict on each whole group whose change was undone, transplanted or held, or whose outputs were patched.
+    """The verdict on each whole group whose change was undone, transplanted or held.
 
+    Pruning says nothing of the change, and patching nothing of the weights: outputs may differ for what feeds them.
     Empty where fine-tuning lost nothing of the outcome: there is nothing to be a cause of.
     """
     if not scale.lost > 0:
         return []
     tried: dict[str, dict[str, Mapping[str, Any]]] = {}
     for effect in effects:
-        if effect["dose"] == 1 and effect["intervention"] != "prune":
+        if effect["dose"] == 1 and effect["intervention"] not in OF_NO_CHANGE:
             tried.setdefault(effect["group"], {})[effect["intervention"]] = effect
     return [_cause(group, own) for group, own in tried.items()]
 

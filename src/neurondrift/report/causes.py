@@ -192,7 +192,14 @@ def _intervention_sentence(effect: InterventionEffect, outcome: Words, *, lost: 
     text = f"{acts} {does} ({_beside(effect, measure, _share(found['null']), tests)})"
     if intervention == "prune":
         return text + _what_else_broke(effect) + _standing_of_pruned(effect, outcome) + "."
-    return f"{text}{_specific(effect, outcome)}{_other_outcome(effect, outcome)}."
+    return f"{text}{_specific(effect, outcome)}{_other_outcome(effect, outcome)}{_passes_on(effect)}."
+
+
+def _passes_on(effect: InterventionEffect) -> str:
+    """What patching shows where a group stands out: outputs, whatever has changed them."""
+    if effect["intervention"] not in ("patch", "patch_back") or effect.get("standing") != "stands_out":
+        return ""
+    return "; so the loss passes through its outputs, more than through those of as many comparable neurons"
 
 
 def _mean(measure: NullMeasure, is_margin: bool) -> str:

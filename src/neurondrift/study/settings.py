@@ -28,6 +28,8 @@ from neurondrift.base.files import read_toml, without_none
 from neurondrift.base.roles import ALIGNMENT_GROUPS, group_names
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.attribute import AttributeSection
+from neurondrift.study.sections.doses import DoseResponseSection as DoseResponseSection
+from neurondrift.study.sections.doses import Experiment as Experiment
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
 from neurondrift.study.sections.scoring import OfChange, OfWeights
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
@@ -211,12 +213,6 @@ class AnalyzeSection(Section):
     resamples: Annotated[int, Field(ge=200)] = 2000
 
 
-class Experiment(Section):
-    """What a study may be asked beyond its stages: by the command of that name, or with `enabled` by every run."""
-
-    enabled: bool = Field(False, description="whether `neurondrift run` does it too")
-
-
 class InterveneSection(Experiment):
     """Acting on groups, and on matched random groups beside each."""
 
@@ -262,32 +258,6 @@ class InterveneSection(Experiment):
         if self.enabled and self.adapter is not None:
             raise ValueError("an adapter made elsewhere is of no study: neurondrift intervene --adapter, not enabled")
         return self
-
-
-class DoseResponseSection(Experiment):
-    """Neurons ranked on half of the harmful prompts, put back or patched, and the margin taken on the other half."""
-
-    doses: Annotated[list[Fraction], Field(min_length=1)] = Field(
-        [0.01, 0.02, 0.05, 0.1], description="top shares of each site's neurons"
-    )
-    interventions: Annotated[list[Literal["rewind", "patch"]], Field(min_length=1)] = Field(["rewind", "patch"])
-    ranking: Literal["budget", "path"] = Field(
-        "budget", description="what the budget is taken along: the saved steps, or the straight way to the last"
-    )
-    draws: Count = Field(39, description="permutations of the budget within site and |w|, which judge it")
-    uniform_draws: Count = Field(19, description="permutations within the site alone")
-    bins: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="bins of |w| of a site for the former")
-    harmful: Count = Field(48, description="harmful prompts of evaluate at most, both halves together")
-    ordinary: Count = Field(8, description="ordinary prompts at most")
-    batch_size: Count = Field(8, description="prompts that gradients are taken of together")
-    seed: int | None = Field(None, description="training seed that is acted on; default: the first")
-
-    @field_validator("doses", "interventions")
-    @classmethod
-    def _once(cls, value: list[Any]) -> list[Any]:
-        if len(set(value)) != len(value):
-            raise ValueError("one is named twice")
-        return value
 
 
 class SubspacesSection(Experiment):

@@ -17,6 +17,7 @@ import torch
 
 from neurondrift.attribution.changes import Change, change_along
 from neurondrift.attribution.margin import Margin
+from neurondrift.attribution.openings import Openings
 from neurondrift.attribution.paths import Attribution, budget, path_attribution
 from neurondrift.base.errors import DataError, ModelError
 from neurondrift.base.files import atomic_path, json_safe, read_json, write_json
@@ -37,6 +38,7 @@ from neurondrift.study.base_model import load_base
 from neurondrift.study.experiments.intervene import last_step, subject_of
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.settings import DoseResponseSection, InterveneSection, Study
+from neurondrift.study.stages.attribution.measuring import openings_of_seed
 from neurondrift.study.stages.scoring import purposes
 
 SCHEMA_VERSION = 1
@@ -130,7 +132,7 @@ def dose_response(study: Study, folder: StudyFolder, options: DoseResponseSectio
     magnitudes = magnitudes_of(subject.sites_before, "neuron")
     runs = list(planned(rankings, magnitudes, options, study.seed))
     say(f"{len(runs)} runs by the margin: {', '.join(ARMS)}, and permuted rankings ({', '.join(NULLS)})")
-    rows, margins = measured(subject, runs, prompts)
+    rows, margins = measured(subject, runs, prompts, openings_of_seed(study, folder, seed))
     found: DoseResponse = json_safe(
         {
             "schema_version": SCHEMA_VERSION,
@@ -191,7 +193,7 @@ def ranked(
     model, tokenizer = load_base(study, folder)
     steps = saved_steps(folder.adapters(seed))
     change = change_along(model, [saved_step(folder.adapters(seed), step) for step in steps])
-    function = {"harmful": Margin(model, tokenizer, prompts)}
+    function = {"harmful": Margin(model, tokenizer, prompts, openings_of_seed(study, folder, seed))}
     if options.ranking == "budget":
         parts = budget(change, function, points=1, batch_size=options.batch_size, tolerance=None)["harmful"]
     else:
@@ -272,11 +274,13 @@ def key_of(run: Run) -> Key:
     return run.arm, run.null, run.draw, run.dose, run.intervention
 
 
-def measured(subject: Subject, runs: Sequence[Run], prompts: Halves) -> tuple[list[dict[str, Any]], Margins]:
+def measured(
+    subject: Subject, runs: Sequence[Run], prompts: Halves, openings: Openings | None
+) -> tuple[list[dict[str, Any]], Margins]:
     """The margins of both references and of every run: as rows of the table, and by run. Ordinary prompts are asked
     of the references and of the arms."""
     sets = {"harmful": prompts.outcome, "ordinary": prompts.ordinary}
-    functions = {kind: Margin(subject.after, subject.tokenizer, examples) for kind, examples in sets.items()}
+    functions = {kind: Margin(subject.after, subject.tokenizer, own, openings) for kind, own in sets.items()}
     rows: list[dict[str, Any]] = []
     found: Margins = {}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from neurondrift.attribution.openings import Openings, openings_for
 from neurondrift.base.errors import ArtifactError, ConfigError, UserError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.progress import progress
@@ -48,6 +49,7 @@ from neurondrift.statistics.null import draws_needed, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
 from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
 from neurondrift.study.settings import InterveneSection, Study
+from neurondrift.study.stages.attribution.measuring import openings_of_seed
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee, trainee_of
 from neurondrift.study.stages.grouping import bins_of
 from neurondrift.study.stages.reporting import weights_digest
@@ -125,7 +127,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
         importance=importance,
         apart=_unlike(folder, groups),
     )
-    bench = _bench(study, options)
+    bench = _bench(study, options, None if options.adapter else openings_of_seed(study, folder, seed))
     log = RunLog(runs_file(folder))
     say(_announce(trials, bench, draws))
     results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
@@ -188,6 +190,7 @@ def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> s
         + [[(e.id, e.prompt, e.response, *e.messages) for e in bench.answers]]
         + [study.finetune.model_dump(mode="json"), seed]
         + ([study.model.template] if study.model.template else [])
+        + ([asdict(bench.openings)] if bench.openings not in (None, openings_for()) else [])
     )
 
 
@@ -374,7 +377,7 @@ def _importances(
     return doses, importances
 
 
-def _bench(study: Study, options: InterveneSection) -> Bench:
+def _bench(study: Study, options: InterveneSection, openings: Openings | None = None) -> Bench:
     settings = study.evaluate
 
     def first(reference: Any, count: int, kind: PromptKind | None = None) -> list[Any]:
@@ -395,6 +398,7 @@ def _bench(study: Study, options: InterveneSection) -> Bench:
         },
         max_length=settings.max_length,
         outcome=options.outcome,
+        openings=openings,
     )
 
 

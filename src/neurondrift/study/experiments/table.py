@@ -28,6 +28,7 @@ def _acted_on(study: Study) -> dict[str, Any]:
         "evaluate": section_inputs(study.evaluate),
         "resamples": study.analyze.resamples,
         "layout": SCHEMA_VERSION,
+        "openings": study.attribute.model_dump(mode="json")["openings"],
         "files": [data_key(DataReference(source=file)) for file in files],
     }
 
@@ -39,6 +40,7 @@ def _dosed(study: Study) -> dict[str, Any]:
         "score": section_inputs(study.score),
         "resamples": study.analyze.resamples,
         "layout": dose_response.SCHEMA_VERSION,
+        "openings": study.attribute.model_dump(mode="json")["openings"],
     }
 
 

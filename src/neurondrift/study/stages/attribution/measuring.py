@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift.attribution.changes import change_along
+from neurondrift.attribution.openings import Openings
 from neurondrift.attribution.tables import Asked, measure
 from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.data import DataReference, Example, load_examples
@@ -37,7 +38,7 @@ def attribute(study: Study, folder: StudyFolder, seed: int, say: Callable[[str],
         utility=load_examples(study.score.utility)[: settings.examples],
         harmful=_prompts(evaluated.harmful, settings.prompts, kind="harmful"),
         harmless=_prompts(evaluated.ordinary, settings.prompts, kind="ordinary"),
-        openings=openings_of(study, _first_answers(folder, seed) if settings.openings == OWN else []),
+        openings=openings_of_seed(study, folder, seed),
         points=settings.points,
         tolerance=TOLERANCE,
         batch_size=settings.batch_size,
@@ -72,6 +73,11 @@ def _within(root: Path, path: Path) -> str:
     """A path of the study's folder as it is called in it."""
     resolved = path.resolve()
     return resolved.relative_to(root).as_posix() if resolved.is_relative_to(root) else str(path)
+
+
+def openings_of_seed(study: Study, folder: StudyFolder, seed: int) -> Openings | None:
+    """The openings that a study names; the model's own are those of what it answered before fine-tuning."""
+    return openings_of(study, _first_answers(folder, seed) if study.attribute.openings == OWN else [])
 
 
 def _first_answers(folder: StudyFolder, seed: int) -> list[dict[str, Any]]:
