@@ -217,6 +217,9 @@ def folder_of(reference: str | Path) -> Iterator[Path]:
     Raises `ModelError` where there is no such thing, or no network to get it.
     """
     text = str(reference)
+    if is_gguf(text) and ((made := kept_folder(text, gguf_file(text))) / "config.json").exists():
+        yield made
+        return
     if is_gguf(text) or text.startswith("tiny:"):
         model, _ = load_model(text, dtype="float32", device="cpu")
         kept = Path(str(model.config._name_or_path))
