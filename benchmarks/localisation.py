@@ -27,7 +27,7 @@ import neurondrift as nd
 from neurondrift.attribution.measures.registry import MEASURES
 from neurondrift.base.files import json_safe, read_json, write_json, write_text
 from neurondrift.report.plants.tables import QUESTIONS, STATES, known, markdown_rows, needs, plain, share, signed
-from neurondrift.study.plants.locating import locate_all
+from neurondrift.study.localisation.locating import locate_all
 from neurondrift.study.plants.planting import CausalityError
 
 KINDS = {
