@@ -27,7 +27,7 @@ import neurondrift as nd
 from neurondrift.attribution.measures.registry import MEASURES
 from neurondrift.base.files import json_safe, read_json, write_json, write_text
 from neurondrift.report.plants.tables import QUESTIONS, STATES, known, markdown_rows, needs, plain, share, signed
-from neurondrift.study.plants.locating import locate_all
+from neurondrift.study.localisation.locating import locate_all
 from neurondrift.study.plants.planting import CausalityError
 
 KINDS = {
@@ -276,6 +276,7 @@ def aims(kind, boards):
         best = []
         for one in boards.values():
             own = [r for r in one["board"] if bool(r.get("base")) == base and known(r["auroc"]) is not None]
+            own = [r for r in own if r.get("question") != "nothing"]
             if base:  # a score that takes the decoy for planted found what moved, not what was trained on refusals
                 own = [r for r in own if DECOY[0] <= (known(r["decoy"]) or 0) <= DECOY[1]]
             if own:

@@ -51,7 +51,7 @@ _HOMES = {
     "budget": "attribution.paths",
     "provenance": "attribution.provenance",
     "plant": "study.plants.planting",
-    "locate": "study.plants.locating",
+    "locate": "study.localisation.locating",
     "measure": "attribution.measures.registry",
     "UserError": "base.errors",
 }
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from neurondrift.models.loading import load_model
     from neurondrift.models.parts import weights_of_units
     from neurondrift.models.sites import Site, linear_sites
-    from neurondrift.study.plants.locating import locate
+    from neurondrift.study.localisation.locating import locate
     from neurondrift.study.plants.planting import plant
 
 

@@ -102,7 +102,7 @@ def locate(
     and what the model does with the units that rank first put back or held.
     """
     from neurondrift.attribution.measures.registry import get_measure
-    from neurondrift.study.plants.locating import locate_all
+    from neurondrift.study.localisation.locating import locate_all
     from neurondrift.study.plants.plant import Plant
 
     methods = None if not method else [name for name in method if name != "none"]

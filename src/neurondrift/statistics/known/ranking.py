@@ -95,7 +95,8 @@ class Within(NamedTuple):
 
 
 def within(score_N: FloatArray, stratum_N: IntArray, positive_N: BoolArray, eligible_N: BoolArray) -> Within:
-    """The mean over strata of the AUROC of the positive against the other eligible members of the same stratum."""
+    """The mean over strata of the AUROC of the positive against the other eligible members of the same stratum; its
+    interval ends at 0 and 1."""
     order = np.argsort(stratum_N, kind="stable")
     edges = np.flatnonzero(np.diff(stratum_N[order])) + 1
     values = [
@@ -103,7 +104,8 @@ def within(score_N: FloatArray, stratum_N: IntArray, positive_N: BoolArray, elig
         for part, keep in ((part, eligible_N[part]) for part in np.split(order, edges))
     ]
     value_S = np.array(values, dtype=np.float64)
-    return Within(cluster_mean(value_S, np.arange(len(value_S))), int(np.isfinite(value_S).sum()))
+    mean, low, high = cluster_mean(value_S, np.arange(len(value_S)))
+    return Within(Mean(mean, max(low, 0.0), min(high, 1.0)), int(np.isfinite(value_S).sum()))
 
 
 def auroc_of(score_N: FloatArray, positive_N: BoolArray) -> float:

@@ -1,1 +1,1 @@
-"""Models with a known answer: how they are made, and which scores find it."""
+"""Models with a known answer: how they are made, and how they are read."""

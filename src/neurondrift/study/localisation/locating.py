@@ -25,8 +25,8 @@ from neurondrift.report.plants.section import localisation_section
 from neurondrift.report.plants.tables import board_text
 from neurondrift.report.text import render_section
 from neurondrift.study.folder import record
-from neurondrift.study.plants.board import Answer, Values, read_scores, row_of, values_of
-from neurondrift.study.plants.curves import Curves
+from neurondrift.study.localisation.board import Answer, Values, read_scores, row_of, values_of
+from neurondrift.study.localisation.curves import Curves
 from neurondrift.study.plants.outcomes import Looks, initial_weights
 from neurondrift.study.plants.plant import Plant
 from neurondrift.study.plants.planting import checked

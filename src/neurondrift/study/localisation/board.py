@@ -27,6 +27,7 @@ from neurondrift.study.plants.settings import Unit
 
 Values = dict[str, npt.NDArray[np.float64]]
 UNDEFINED = "undefined for every member"
+INDEX = "__index_level_"  # what pandas calls its row numbers in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,8 @@ def read_scores(path: str | Path, sites: Sites) -> dict[str, Mapping[str, Any]]:
 def _of_table(table: Any, path: Path) -> dict[str, Mapping[str, Any]]:
     place = next((name for name in ("site", "mlp") if name in table.column_names), None)
     member = next((name for name in ("row", "unit", "head") if name in table.column_names), None)
-    columns = [name for name in table.column_names if name not in (place, member) and _is_number(table, name)]
+    others = [name for name in table.column_names if name not in (place, member) and not name.startswith(INDEX)]
+    columns = [name for name in others if _is_number(table, name)]
     if place is None or member is None or not columns:
         raise ArtifactError(
             f"{path} holds no scores",
