@@ -1,5 +1,4 @@
-"""The process that runs: which one of a launch it is, how such processes join, how it keeps and gives back memory, and
-how many cores others leave it.
+"""The process that runs: which of a launch it is, how such join, its memory, and the cores that others leave it.
 
 Several processes are started by torchrun or `accelerate launch`. What is about memory has no effect where the C library
 is not glibc.
