@@ -15,6 +15,7 @@ from neurondrift.study.cost import work
 from neurondrift.study.cost.pace import Pace, measured
 from neurondrift.study.settings import resolve
 from neurondrift.study.stages.alignment import alignment_examples
+from neurondrift.study.stages.finetuning import _threads_as_begun
 from neurondrift.study.stages.scoring import purposes
 from neurondrift.study.training import align, finetune
 from neurondrift.study.verify import _skeleton, estimate
@@ -127,6 +128,21 @@ def test_threads_are_left_to_others(monkeypatch):
             assert len(said) == (expected < usual)
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         with processes.leaving_busy_cores(said.append):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_resumed_training_takes_the_threads_that_it_began_with(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for now, expected in ((3, 3), (1, 3), (2, 3)):
+            torch.set_num_threads(now)
+            with _threads_as_begun(tmp_path):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == now
+        (tmp_path / "threads.json").write_text("-1")
+        with _threads_as_begun(tmp_path):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
