@@ -16,9 +16,10 @@ RECURRENT = {
         t.FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True)
     ),
 }
+# Windows longer than the rows that a model is asked with: the mask is right, or nothing tells.
 WINDOWED = {
-    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**COMMON, sliding_window=5)),
-    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**COMMON, head_dim=4, sliding_window=5)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**COMMON, sliding_window=9)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**COMMON, head_dim=4, sliding_window=9)),
 }
 
 

@@ -131,6 +131,7 @@ def verify(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS) -> None:
     study = study_of(source, flags)
     from neurondrift.study.verify import verify as check
 
+    tune_allocator()
     check(study, source.output_dir, say=say)
 
 

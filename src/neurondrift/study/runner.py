@@ -30,7 +30,7 @@ from neurondrift.base.files import (
     write_text,
 )
 from neurondrift.base.locks import only_one
-from neurondrift.base.processes import is_first_process, process_count, release_memory
+from neurondrift.base.processes import is_first_process, leaving_busy_cores, process_count, release_memory
 from neurondrift.base.progress import duration, progress
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
@@ -99,6 +99,7 @@ class StudyRun:
             study = _with_what_was_asked(study, standing)
         self.study = study
         self.folder, self.say = StudyFolder(Path(output_dir), study), say
+        self._said: set[str] = set()
 
     def run(self, stages: Sequence[str] | None = None, *, force: Sequence[str] = (), keep_scores: bool = False) -> None:
         """Do the stages, in order, as far as they are not done.
@@ -139,6 +140,13 @@ class StudyRun:
             if not keep_scores and any(stage.scratch_until == name for stage in TABLE.values()):
                 remove_scratch(self.folder.root)
 
+    def _say_once(self, line: str) -> None:
+        """What holds for one stage after the other is said once."""
+        choice = line.partition(",")[0]
+        if choice not in self._said and is_first_process():
+            self.say(line)
+        self._said.add(choice)
+
     def _is_asked(self, name: str) -> bool:
         stage = TABLE[name]
         return not stage.optional or (stage.section is not None and getattr(self.study, stage.section).enabled)
@@ -156,7 +164,7 @@ class StudyRun:
         of: tuple[Any, ...] = (self.study, self.folder, *([] if step.seed is None else [step.seed]))
         given = {"key": step.inputs, "shared_key": self.shared_key(stage.name), "say": self.say}
         began = time.perf_counter()
-        with progress(step.title):
+        with leaving_busy_cores(self._say_once), progress(step.title):
             summary = stage.run(*of, **{name: given[name] for name in stage.wants})
         seconds = time.perf_counter() - began
         if not is_first_process():

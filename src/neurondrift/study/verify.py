@@ -5,6 +5,7 @@ Prints what it finds and raises one `UserError` at the end if something is missi
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import psutil
 
 from neurondrift import __version__
-from neurondrift.base.errors import ResourceError, UserError
+from neurondrift.base.errors import ModelError, ResourceError, UserError
 from neurondrift.base.files import SHARED_MEMORY, free_bytes
+from neurondrift.base.processes import leaving_busy_cores
 from neurondrift.base.progress import duration
 from neurondrift.models.data import DataReference, Example, PromptKind
 from neurondrift.study.settings import Study
@@ -77,10 +79,14 @@ def verify(study: Study, output_dir: Path, *, say: Say) -> None:
     parameters, positions = _model(study, say, problems)
     _data(study, positions, say, problems)
     if parameters and device:
-        cost = estimate(study, parameters, device=device, dtype=dtype, tokenizer=_tokenizer(study))
+        with leaving_busy_cores(lambda line: say(f"threads       {line}")):
+            cost = estimate(study, parameters, device=device, dtype=dtype, tokenizer=_tokenizer(study))
         size = f"{cost.memory / 1e9:.1f} GB of memory, {cost.disk / 1e9:.1f} GB of disk"
-        say(f"estimate      {duration(sum(cost.stages.values()))}, {size}")
-        say("              " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in cost.stages.items()))
+        stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in cost.stages.items())
+        whole = duration(sum(cost.stages.values())) if stages else "no time, as no block of this model runs by itself"
+        say(f"estimate      {whole}, {size}")
+        if stages:
+            say(f"              {stages}")
         _compare(cost, device, output_dir, problems)
     if problems:
         raise ResourceError(
@@ -251,8 +257,12 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str, tokenize
     from neurondrift.study.training import evaluated_steps, total_steps
 
     tune = study.finetune
-    pace = measured(_skeleton(study), device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
-    stages = seconds_of_stages(study, pace, tokenizer, parameters=parameters)
+    stages: dict[str, float] = {}
+    with contextlib.suppress(
+        ModelError
+    ):  # its files have been looked at: it is only its blocks that are of another kind
+        pace = measured(_skeleton(study), device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
+        stages = seconds_of_stages(study, pace, tokenizer, parameters=parameters)
     total = total_steps(tune.data.limit or 500, tune)
     points = len(evaluated_steps(total, tune.drift_interval, tune.evaluated_steps))
     full = tune.method == "full" or (study.align.enabled and study.align.method == "full")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from neurondrift.base.errors import ModelError
+from neurondrift.behaviour.requests import context_length
 from neurondrift.importance.scores import score
 from neurondrift.models.architecture.blocks import decoder_blocks
 from neurondrift.models.batches import batches_without_padding, token_losses
@@ -108,7 +109,7 @@ def _first_block_alone(model: Any, blocks: Any, device: torch.device, dtype: tor
 def _timed(model: Any, blocks: float, rank: int) -> Pace:
     head, device = model.get_output_embeddings(), model.get_input_embeddings().weight.device
     rows = ROWS if _size(decoder_blocks(model)[0].modules[0]) < LARGE else ROWS // 4
-    encoded = [_row(model, TOKENS) for _ in range(rows)]
+    encoded = [_row(model, min(TOKENS, context_length(model))) for _ in range(rows)]
     (batch,) = (each.to(device) for each in batches_without_padding(model, encoded, batch_size=rows, pad_token_id=0))
     tokens, positions = batch.input_ids.numel(), int((batch.labels[:, 1:] != -100).sum())
     hidden_PI = torch.randn(PREDICTED, head.weight.shape[1], device=device, dtype=head.weight.dtype)
@@ -139,8 +140,9 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
     scored = _seconds(lambda: score(model, encoded, batch_size=rows), device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name.startswith(site.rpartition(".")[0]) for site in Sites(model)))
+    model.requires_grad_(False)
+    for parameter in decoder_blocks(model)[0].modules[0].parameters():
+        parameter.requires_grad_(True)
     model.enable_input_require_grads()
     trained = _seconds(back, device)
     update = _updating(model, device)
@@ -195,7 +197,8 @@ def _wait(device: torch.device) -> None:
 @torch.no_grad()
 def _decoding(model: Any, rows: int, device: torch.device) -> float:
     """Seconds of a token of each of some rows, with a cache."""
-    ids = torch.tensor([_row(model, CACHED)["input_ids"]] * rows, device=device)
+    cached = min(CACHED, context_length(model) - 8)
+    ids = torch.tensor([_row(model, cached)["input_ids"]] * rows, device=device)
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return _seconds(lambda: model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True), device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import TrainerCallback
 
 from neurondrift.base.errors import ArtifactError, ConfigError
@@ -134,7 +135,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
     )
     target = folder.adapters(seed)
     _start_over_if_changed(target, folder.drift(seed), key)
-    with progress(f"finetune, seed {seed}", total) as advance:
+    with _threads_as_begun(target), progress(f"finetune, seed {seed}", total) as advance:
         _, log, frozen = finetune_study(
             study,
             trainee,
@@ -180,6 +181,21 @@ def _start_over_if_changed(target: Path, drift: Path, key: str) -> None:
         if path.is_dir():
             shutil.rmtree(path)
     write_json(marker, key)
+
+
+@contextmanager
+def _threads_as_begun(target: Path) -> Iterator[None]:
+    """As many threads as the training began with: sums are rounded in an order that depends on it, and a resumed run
+    gives the bits of one that was never stopped."""
+    file, now = target / "threads.json", torch.get_num_threads()
+    begun = _read_or_none(file) if file.exists() else None
+    if not isinstance(begun, int) or begun < 1:
+        write_json(file, begun := now)
+    torch.set_num_threads(begun)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
 
 
 def _read_or_none(path: Path) -> Any:
