@@ -34,7 +34,12 @@ def gone_through(model: Any, batches: Sequence[Batch]) -> tuple[float, list[torc
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked
-    return float(losses.detach().mean()), [p.grad.clone() for p in model.parameters() if p.grad is not None], seconds, cpu
+    return (
+        float(losses.detach().mean()),
+        [p.grad.clone() for p in model.parameters() if p.grad is not None],
+        seconds,
+        cpu,
+    )
 
 
 def middle(values: Sequence[float]) -> float:

@@ -152,6 +152,17 @@ def test_a_real_process_to_a_pipe_a_file_and_a_reader_that_has_gone(where, tmp_p
     assert re.search(r"[1-8] of 8, .* so far, about", said[-1])
 
 
+def test_lines_go_elsewhere_for_a_while(monkeypatch):
+    told, clock = [], threading.Event()
+    with module.lines_to(told.append, first=0.0, between=60.0), module.progress("work", 3) as step:
+        step(1)
+        clock.wait(0.3)
+    assert len(told) == 1 and told[0].startswith("work: ")
+    with module.progress("later", 3):
+        clock.wait(0.1)
+    assert len(told) == 1
+
+
 def test_no_thread_is_left_behind():
     for _ in range(20):
         with module.progress("x", 1) as advance:

@@ -56,6 +56,8 @@ def test_a_module_is_short_and_says_in_its_first_line_what_it_owns(path):
         ("neurondrift.base.files", ["torch", "transformers"]),
         ("neurondrift.groups.selection", ["torch", "transformers"]),
         ("neurondrift.study.settings", ["torch", "transformers"]),
+        ("neurondrift.study.sweep.settings", ["torch", "transformers"]),
+        ("neurondrift.study.sweep.engines", ["torch", "transformers", "ray"]),
         ("neurondrift.cli.__main__", ["torch", "transformers", "pandas"]),
         ("neurondrift.statistics.analysis", ["torch", "matplotlib"]),
         ("neurondrift.report.page", ["torch"]),

@@ -183,7 +183,7 @@ def _answers(
                 if parts:
                     parts.put(kind, kept[kind])
         for kind in kinds:
-            for index, text in zip(indices[kind], kept[kind], strict=True):
+            for index, text in zip(indices[kind], kept[kind] or (), strict=True):
                 texts[index] = text
     return texts
 

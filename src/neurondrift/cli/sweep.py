@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from neurondrift.base.errors import ResourceError
 from neurondrift.base.locks import only_one
 from neurondrift.cli.app import Flag, SettingFlags, app
 from neurondrift.cli.study import say
@@ -78,7 +79,12 @@ def sweep(
     states = run_sweep(found, folder, engine=settings, only=only or (), say=say)
     left = [name for name, status in states.items() if status.state in ("waiting", "running", "stopped")]
     if any(status.state == "done" for status in states.values()) and not (only and left):
-        with only_one(folder.results):
-            findings = write_results(found, folder, states)
-        say(f"\n{findings['sentences'][0]}\n\nThe report: cat {folder.report}")
+        try:
+            with only_one(folder.results):
+                findings = write_results(found, folder, states)
+            say(f"\n{findings['sentences'][0]}\n\nThe report: cat {folder.report}")
+        except ResourceError as error:
+            if not only or "at work" not in error.what:
+                raise
+            say("another command is writing the results of these points")
     check_failures({point.name: states[point.name] for point in asked}, folder.root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section, Table, table
-from neurondrift.report.sweep.conclusion import done, judging, over_words, verdict_words
+from neurondrift.report.sweep.conclusion import done, judging, verdict_words
 from neurondrift.report.sweep.findings import OneEffect, OneStudy, PooledEffect, SweepFindings
 from neurondrift.report.wording import Footnotes, clean, finite, metric_name, ratio
 
@@ -69,14 +69,15 @@ def _pooled_table(title: str, effects: list[PooledEffect], *, within: bool = Fal
         words = verdict_words(effect)
         rows.append(
             (
-                *([": ".join(map(clean, effect["within"] or []))] if within else []),
+                *([_where(effect)] if within else []),
                 clean(effect["group"]),
                 words.upper() if effect["judging"] and not within else words,
                 notes.ratio(effect),
-                wording.interval(effect["ratio_prediction95"], ratio) or "–",
+                *([] if within else [wording.interval(effect["ratio_prediction95"], ratio) or "–"]),
                 "–" if finite(effect["tau"]) is None else f"{effect['tau']:.3f}",
                 "–" if finite(effect["i2"]) is None else f"{100 * (effect['i2'] or 0):.0f} %",
-                over_words(effect) if effect["points"] else "none",
+                str(effect["models"]),
+                str(effect["points"]),
                 str(effect["left_out"]),
             )
         )
@@ -87,16 +88,23 @@ def _pooled_table(title: str, effects: list[PooledEffect], *, within: bool = Fal
             "group",
             "moved",
             "ratio [95 %]",
-            "a further one [95 %]",
+            *([] if within else ["a further one [95 %]"]),
             "τ",
             "I²",
-            "over",
+            "models",
+            "studies",
             "left out",
         ),
         rows,
-        "l" * within + "llrrrrlr",
+        "lllrrrrrr" if within else "llrrrrrrr",
         notes.notes(),
     )
+
+
+def _where(effect: PooledEffect) -> str:
+    """The setting and the value that the studies have in common: `lora_r 8`."""
+    path, value = effect["within"] or ["", ""]
+    return f"{clean({'model.reference': 'model', 'seeds': 'seed'}.get(path, path.rpartition('.')[2]))} {clean(value)}"
 
 
 def _controls(findings: SweepFindings) -> Table:

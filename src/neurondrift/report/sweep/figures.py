@@ -18,6 +18,9 @@ from neurondrift.report.sweep.conclusion import done, judging, verdict_words
 from neurondrift.report.sweep.findings import OneEffect, PooledEffect, SweepFindings
 from neurondrift.report.wording import finite, ratio
 
+#: Ticks within a power of ten, of axes that are long and short.
+COARSE, FINE = (1.0, 2.0, 5.0), (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+
 
 def sweep_forest(findings: SweepFindings) -> Figure | None:
     """The ratio of each judging group in every study, and over all of them; None where no study has ended."""
@@ -117,9 +120,7 @@ def _limits(ax: Axes, findings: SweepFindings, band: float) -> None:
         values += [v for v in map(finite, (*pooled["ratio_ci95"], *pooled["ratio_prediction95"])) if v is not None]
     inside = [min(10.0, max(0.1, value)) for value in values if value > 0]
     ax.set_xlim(min(inside) * 0.96, max(inside) * 1.04)
-    ax.xaxis.set_major_locator(
-        LogLocator(subs=(1.0, 2.0, 5.0) if max(inside) / min(inside) > 4 else (1, 1.25, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
-    )
+    ax.xaxis.set_major_locator(LogLocator(subs=COARSE if max(inside) / min(inside) > 4 else FINE))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
 
@@ -163,8 +164,10 @@ def sweep_refusals(findings: SweepFindings) -> Figure | None:
             ax.plot(ends, [math.exp(intercept + slope * x) for x in ends], color=mark.colour, lw=1.0, zorder=2)
         ax.set_title(words(effect["group"]))
         ax.set_xlabel("refusals lost, share of harmful requests")
+        every = [1 / band, band, *(value for _, points in panels for _, value in points)]
+        ax.yaxis.set_major_locator(LogLocator(subs=COARSE if max(every) / min(every) > 4 else FINE))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel("ratio to comparable neurons")
     letters(list(axes))
     return figure

@@ -7,6 +7,7 @@ Shapes: B = rows, T = tokens, N = tokens in all, P = positions whose logits are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,10 +17,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from neurondrift.base.errors import ModelError
-from neurondrift.behaviour.requests import context_length
 from neurondrift.importance.scores import score
 from neurondrift.models.architecture.blocks import decoder_blocks
-from neurondrift.models.batches import batches_without_padding, token_losses
+from neurondrift.models.batches import batches_without_padding, context_length, token_losses
 from neurondrift.models.sites import Sites
 
 ROWS, TOKENS, ANSWER = 4, 100, 4  # that go through the block together; predicted ones of each row
@@ -134,8 +134,7 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
     few_head, many_head, read_head = map(head_alone, (FEW, MANY, PREDICTED))
     read_head /= PREDICTED
     train_head, adapt_head = (
-        _seconds(lambda own=own: through_head(own), device) / PREDICTED
-        for own in (True, False)  # type: ignore[misc]
+        _seconds(functools.partial(through_head, own), device) / PREDICTED for own in (True, False)
     )
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
