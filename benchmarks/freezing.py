@@ -15,7 +15,7 @@ import torch
 
 import neurondrift as nd
 from neurondrift.groups.selection import random_group
-from neurondrift.interventions.freezing import Freeze
+from neurondrift.interventions.acting.freezing import Freeze
 from neurondrift.study.settings import FinetuneSection
 from neurondrift.study.training import _with_lora, detach_adapter
 

@@ -33,14 +33,14 @@ _HOMES = {
     "DriftCallback": "drift.callback",
     "is_refusal": "behaviour.judges",
     "weights_of_units": "models.parts",
-    "patch": "interventions.patching",
-    "patch_back": "interventions.patching",
-    "prune": "interventions.contexts",
-    "rewind": "interventions.contexts",
-    "transplant": "interventions.contexts",
-    "save_model": "interventions.contexts",
-    "freeze": "interventions.freezing",
-    "FreezeCallback": "interventions.freezing",
+    "patch": "interventions.acting.patching",
+    "patch_back": "interventions.acting.patching",
+    "prune": "interventions.acting.contexts",
+    "rewind": "interventions.acting.contexts",
+    "transplant": "interventions.acting.contexts",
+    "save_model": "interventions.acting.contexts",
+    "freeze": "interventions.acting.freezing",
+    "FreezeCallback": "interventions.acting.freezing",
     "refusal_margin": "attribution.margin",
     "Margin": "attribution.margin",
     "ResponseLoss": "attribution.margin",
@@ -82,9 +82,9 @@ if TYPE_CHECKING:
         set_difference_like,
     )
     from neurondrift.importance.scores import score
-    from neurondrift.interventions.contexts import prune, rewind, save_model, transplant
-    from neurondrift.interventions.freezing import FreezeCallback, freeze
-    from neurondrift.interventions.patching import patch, patch_back
+    from neurondrift.interventions.acting.contexts import prune, rewind, save_model, transplant
+    from neurondrift.interventions.acting.freezing import FreezeCallback, freeze
+    from neurondrift.interventions.acting.patching import patch, patch_back
     from neurondrift.models.data import Example, encode, load_examples
     from neurondrift.models.loading import load_model
     from neurondrift.models.parts import weights_of_units

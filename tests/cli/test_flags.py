@@ -9,9 +9,9 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.cli.__main__ import app
 from neurondrift.cli.app import DATA_FLAGS, EPILOGUE, STUDY_SETS, Flags, SettingFlags, Source, study_of
 from neurondrift.cli.behaviour import ModelFlags
-from neurondrift.cli.groups import StabilityFlags
-from neurondrift.cli.interventions import InterveneFlags
-from neurondrift.cli.subspaces import SubspacesFlags
+from neurondrift.cli.questions.groups import StabilityFlags
+from neurondrift.cli.questions.interventions import InterveneFlags
+from neurondrift.cli.questions.subspaces import SubspacesFlags
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.settings import Study, nested, validated
 

@@ -3,7 +3,7 @@
 import torch
 
 from helpers.families import examples
-from neurondrift.interventions.freezing import freeze
+from neurondrift.interventions.acting.freezing import freeze
 from neurondrift.models.batches import make_batches, token_losses
 from neurondrift.models.masked_lora import lora_factors
 from neurondrift.models.parts import weights_of_units

@@ -19,7 +19,7 @@ from neurondrift.importance.directions import (
     safety_only_directions,
     share_of_change,
 )
-from neurondrift.interventions.removal import remove_rank
+from neurondrift.interventions.acting.removal import remove_rank
 from neurondrift.models.sites import is_router, linear_sites
 
 RANK = 3

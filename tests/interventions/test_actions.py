@@ -13,8 +13,8 @@ from helpers.attribution import TOKENIZER, with_bytes
 from helpers.families import build
 from neurondrift.base.errors import ConfigError
 from neurondrift.behaviour.generate import generate
-from neurondrift.interventions.contexts import Applied
-from neurondrift.interventions.removal import remove_rank
+from neurondrift.interventions.acting.contexts import Applied
+from neurondrift.interventions.acting.removal import remove_rank
 from neurondrift.interventions.trials import ACTIONS, INTERVENTIONS, REFERENCES, Subject, Trial, acted
 from neurondrift.models.sites import linear_sites
 

@@ -10,7 +10,7 @@ from helpers.families import build
 from helpers.groups import everything, shapes_of, some
 from neurondrift.base.errors import GroupError, ModelError
 from neurondrift.groups.group import Group
-from neurondrift.interventions.contexts import adapter_delta, save_model
+from neurondrift.interventions.acting.contexts import adapter_delta, save_model
 from neurondrift.models.sites import fingerprint, linear_sites, mlp_units
 
 FAMILIES = ("llama", "gpt2")

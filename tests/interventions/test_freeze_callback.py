@@ -10,7 +10,7 @@ from helpers.frozen import check_frozen, weights
 from helpers.groups import group_of
 from helpers.training import KillAt, Killed, sft_trainer
 from neurondrift.base.errors import FreezeError
-from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.interventions.acting.freezing import FreezeCallback
 
 # What leaks where only the gradient is held: weight decay, momentum, clipping by a norm of all.
 LEAKY = {

@@ -14,7 +14,7 @@ from helpers.groups import group_of
 from neurondrift.base.errors import FreezeError, GroupError
 from neurondrift.drift.meter import measure_drift
 from neurondrift.groups.group import Group
-from neurondrift.interventions.freezing import freeze
+from neurondrift.interventions.acting.freezing import freeze
 from neurondrift.models.masked_lora import lora_factors
 from neurondrift.models.sites import linear_sites
 

@@ -11,7 +11,7 @@ from helpers.frozen import check_frozen, effective, loss_of, mask_of, train, wei
 from helpers.groups import group_of
 from neurondrift.base.errors import FreezeError
 from neurondrift.drift.meter import measure_drift
-from neurondrift.interventions.freezing import freeze
+from neurondrift.interventions.acting.freezing import freeze
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.masked_lora import FILE, lora_factors
 from neurondrift.models.sites import linear_sites

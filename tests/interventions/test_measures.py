@@ -11,7 +11,7 @@ from helpers.adapters import random_lora
 from helpers.attribution import TOKENIZER, with_bytes
 from helpers.groups import some
 from neurondrift.interventions import trials
-from neurondrift.interventions.contexts import Applied
+from neurondrift.interventions.acting.contexts import Applied
 from neurondrift.interventions.measures import Bench, joined, lacking, margins_of, measure, primary_value
 from neurondrift.interventions.outcomes import scale_of, summarise
 from neurondrift.interventions.runs import RunLog

@@ -5,7 +5,7 @@ import torch
 
 from helpers.families import build, examples
 from neurondrift.importance.directions import bases, overlap, projection
-from neurondrift.interventions.removal import remove_rank
+from neurondrift.interventions.acting.removal import remove_rank
 from neurondrift.models.sites import linear_sites
 
 

@@ -41,7 +41,7 @@ def test_a_null_stops_goes_on_and_is_reported(tmp_path, monkeypatch):
 
     from neurondrift.base.files import json_safe
     from neurondrift.interventions import trials
-    from neurondrift.interventions.contexts import Applied
+    from neurondrift.interventions.acting.contexts import Applied
     from neurondrift.interventions.outcomes import summarise
     from neurondrift.interventions.runs import RunLog
     from neurondrift.models.sites import magnitudes_of

@@ -12,8 +12,8 @@ from helpers.families import FAMILIES, build
 from neurondrift.base.errors import GroupError
 from neurondrift.groups.selection import random_group
 from neurondrift.importance.directions import projection
-from neurondrift.interventions.contexts import adapter_delta
-from neurondrift.interventions.removal import remove_rank
+from neurondrift.interventions.acting.contexts import adapter_delta
+from neurondrift.interventions.acting.removal import remove_rank
 from neurondrift.models.adapters import is_trained
 from neurondrift.models.parts import parts
 from neurondrift.models.sites import Sites, fingerprint, linear_sites, magnitudes_of, mlp_units

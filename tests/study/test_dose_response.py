@@ -161,7 +161,7 @@ def test_the_whole_is_made_written_and_reported(study):
 
 
 def delta(site):
-    from neurondrift.interventions.contexts import adapter_delta
+    from neurondrift.interventions.acting.contexts import adapter_delta
 
     return adapter_delta(site)
 

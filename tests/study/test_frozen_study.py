@@ -7,7 +7,7 @@ from helpers.families import build
 from helpers.frozen import check_frozen, weights
 from helpers.groups import group_of
 from neurondrift.groups.group import load_group
-from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.interventions.acting.freezing import FreezeCallback
 from neurondrift.models.loading import attach_adapter
 
 

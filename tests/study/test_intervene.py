@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import neurondrift as nd
-from neurondrift.interventions.contexts import adapter_delta
+from neurondrift.interventions.acting.contexts import adapter_delta
 from neurondrift.models.sites import fingerprint, linear_sites
 
 

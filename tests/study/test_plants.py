@@ -11,7 +11,7 @@ import torch
 import neurondrift as nd
 from helpers.families import build, examples
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError, GroupError, ModelError
-from neurondrift.interventions.holding import hold, mean_inputs
+from neurondrift.interventions.acting.holding import hold, mean_inputs
 from neurondrift.models.data import Example, load_examples
 from neurondrift.models.sites import Sites
 from neurondrift.study.plants.plant import Plant

@@ -7,7 +7,7 @@ from helpers.families import build, examples
 from helpers.groups import group_of
 from helpers.training import Killed
 from neurondrift.base.errors import ModelError
-from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.interventions.acting.freezing import FreezeCallback
 from neurondrift.models.batches import make_batches, response_losses, token_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites

@@ -23,9 +23,9 @@ from neurondrift.base.roles import Role
 from neurondrift.groups.controls import Support, comparable_part, matched
 from neurondrift.groups.doses import Importance, digest, dose_of
 from neurondrift.groups.group import Group
-from neurondrift.interventions.contexts import Applied, PruneMode, prune, rewind, transplant
+from neurondrift.interventions.acting.contexts import Applied, PruneMode, prune, rewind, transplant
+from neurondrift.interventions.acting.patching import patch, patch_back
 from neurondrift.interventions.measures import Bench, joined, lacking, margins_of, measure, primary_value
-from neurondrift.interventions.patching import patch, patch_back
 from neurondrift.interventions.runs import Rows, RunLog
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites

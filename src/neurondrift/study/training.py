@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.groups.group import Group
-from neurondrift.interventions.freezing import FreezeCallback
+from neurondrift.interventions.acting.freezing import FreezeCallback
 from neurondrift.models.architecture.packing import draws
 from neurondrift.models.batches import Batch, batches_without_padding, check_lengths, token_losses
 from neurondrift.models.data import IGNORED

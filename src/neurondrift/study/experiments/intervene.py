@@ -23,10 +23,10 @@ from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.doses import Importance, importance_of, read_importance
 from neurondrift.groups.group import Group, load_group
 from neurondrift.importance.scores import ScoreFile
-from neurondrift.interventions.contexts import Applied, reach
+from neurondrift.interventions.acting.contexts import Applied, reach
+from neurondrift.interventions.acting.patching import places_of, writes_answers
 from neurondrift.interventions.measures import Bench
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
-from neurondrift.interventions.patching import places_of, writes_answers
 from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import (
     INTERVENTIONS,

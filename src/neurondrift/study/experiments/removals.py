@@ -18,7 +18,7 @@ from neurondrift.behaviour.capability import perplexity
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.behaviour.rates import coherent_rate
 from neurondrift.importance.directions import Projection, projection, random_directions, safety_only
-from neurondrift.interventions.removal import remove_rank
+from neurondrift.interventions.acting.removal import remove_rank
 from neurondrift.models.data import load_examples
 from neurondrift.models.sites import Sites
 from neurondrift.study.settings import Study

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from neurondrift.groups.group import Group, without_empty
-from neurondrift.interventions.contexts import Applied, rewind
-from neurondrift.interventions.holding import hold
+from neurondrift.interventions.acting.contexts import Applied, rewind
+from neurondrift.interventions.acting.holding import hold
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
 from neurondrift.study.localisation.board import Answer, Values, counts_of, top

@@ -17,7 +17,7 @@ from neurondrift.attribution.measures.registry import MEASURES, measures
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, write_json, write_text
 from neurondrift.base.processes import tune_allocator
-from neurondrift.interventions.holding import mean_inputs
+from neurondrift.interventions.acting.holding import mean_inputs
 from neurondrift.models.loading import load_model
 from neurondrift.models.sites import Sites
 from neurondrift.report.plants.figure import draw_localisation

@@ -24,7 +24,7 @@ from neurondrift.base.files import (
 )
 from neurondrift.base.processes import tune_allocator
 from neurondrift.groups.group import Group, without_empty
-from neurondrift.interventions.contexts import rewind, save_model
+from neurondrift.interventions.acting.contexts import rewind, save_model
 from neurondrift.models.loading import load_model
 from neurondrift.models.sites import Sites
 from neurondrift.models.text.templates import set_template_arguments

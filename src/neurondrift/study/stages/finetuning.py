@@ -18,7 +18,7 @@ from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.groups.group import Group, load_group
-from neurondrift.interventions.freezing import FreezeCallback, FreezeReport
+from neurondrift.interventions.acting.freezing import FreezeCallback, FreezeReport
 from neurondrift.models.data import encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites

@@ -18,7 +18,7 @@ from neurondrift.groups.group import Group
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import pad_token_id_of
-from neurondrift.interventions.contexts import Applied
+from neurondrift.interventions.acting.contexts import Applied
 from neurondrift.models.batches import make_batches
 from neurondrift.models.parts import Part, parts
 from neurondrift.models.sites import Site, Sites, sites_of

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from neurondrift.base.errors import GroupError, ModelError
 from neurondrift.behaviour.decoding.cache import is_filled
 from neurondrift.groups.group import Group
-from neurondrift.interventions.contexts import Applied, check_base
+from neurondrift.interventions.acting.contexts import Applied, check_base
 from neurondrift.models.architecture.conventions import close, some_tokens
 from neurondrift.models.parts import parts
 from neurondrift.models.sites import Site, Sites, sites_of, unwrap
