@@ -143,6 +143,18 @@ def clean(output_dir: Path, *, everything: bool = False) -> list[Path]:
     return removed
 
 
+def last_step(folder: StudyFolder, seed: int) -> int:
+    """The last step whose adapter (or model) is kept."""
+    steps = saved_steps(folder.adapters(seed))
+    if not steps:
+        raise ArtifactError(
+            f"The study has no fine-tuned model of seed {seed}",
+            received=str(folder.adapters(seed)),
+            fix="neurondrift run --output-dir " + str(folder.root),
+        )
+    return steps[-1]
+
+
 def record() -> dict[str, Any]:
     """What a study ran on: versions, machine, commit of the package's source where it is a checkout."""
     names = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "statsmodels", "pyarrow")

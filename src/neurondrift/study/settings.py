@@ -28,8 +28,10 @@ from neurondrift.base.files import read_toml, without_none
 from neurondrift.base.roles import ALIGNMENT_GROUPS, group_names
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.attribute import AttributeSection
-from neurondrift.study.sections.doses import DoseResponseSection as DoseResponseSection
-from neurondrift.study.sections.doses import Experiment as Experiment
+from neurondrift.study.sections.experiments import DoseResponseSection as DoseResponseSection
+from neurondrift.study.sections.experiments import Experiment as Experiment
+from neurondrift.study.sections.experiments import StabilitySection as StabilitySection
+from neurondrift.study.sections.experiments import SubspacesSection as SubspacesSection
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
 from neurondrift.study.sections.scoring import OfChange, OfWeights
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
@@ -258,23 +260,6 @@ class InterveneSection(Experiment):
         if self.enabled and self.adapter is not None:
             raise ValueError("an adapter made elsewhere is of no study: neurondrift intervene --adapter, not enabled")
         return self
-
-
-class SubspacesSection(Experiment):
-    """The rank level: directions of each site's outputs."""
-
-    rank: int = Field(32, description="safety directions of each site")
-    utility_rank: int = Field(32, description="utility directions of each site")
-    limit: int | None = Field(None, description="examples of each set at most; default: as the study scores")
-    draws: Annotated[int, Field(ge=0)] = Field(
-        5, description="random removals that refusals are compared with; 0: no refusals are measured"
-    )
-
-
-class StabilitySection(Experiment):
-    """The noise floor of the groups."""
-
-    draws: int = Field(4, description="how often the calibration examples are re-drawn")
 
 
 class Study(Section):

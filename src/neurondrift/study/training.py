@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
@@ -379,9 +388,7 @@ def _free_again(wrapped: Any) -> None:
 
 
 def _optimiser(settings: FinetuneSection) -> dict[str, Any]:
-    if settings.optimiser == "adamw":
-        return {}
-    return {"optim": "sgd", "optim_args": f"momentum={settings.momentum}"}
+    return {} if settings.optimiser == "adamw" else {"optim": "sgd", "optim_args": f"momentum={settings.momentum}"}
 
 
 def _trackers(names: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -433,7 +440,7 @@ def _train(
                 data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
-            for kind in _printing_callbacks():
+            for kind in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(kind)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except Exception as error:
@@ -450,9 +457,3 @@ def _train(
                 callback.release()
     model.eval()
     return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _printing_callbacks() -> list[type[TrainerCallback]]:
-    from transformers import PrinterCallback, ProgressCallback
-
-    return [PrinterCallback, ProgressCallback]

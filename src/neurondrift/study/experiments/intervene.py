@@ -47,7 +47,7 @@ from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.design.levels import ALPHA
 from neurondrift.statistics.null import draws_needed, smallest_p
 from neurondrift.study.base_model import dtype_of, load_base, load_named
-from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
+from neurondrift.study.folder import StudyFolder, last_step, record, saved_step
 from neurondrift.study.settings import InterveneSection, Study
 from neurondrift.study.stages.attribution.measuring import openings_of_seed
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee, trainee_of
@@ -220,18 +220,6 @@ def planned(options: InterveneSection) -> Draws:
     return Draws(
         whole=options.draws, dose=options.dose_draws, freeze=options.freeze_draws, stop_early=options.stop_early
     )
-
-
-def last_step(folder: StudyFolder, seed: int) -> int:
-    """The last step whose adapter (or model) is kept."""
-    steps = saved_steps(folder.adapters(seed))
-    if not steps:
-        raise ArtifactError(
-            f"The study has no fine-tuned model of seed {seed}",
-            received=str(folder.adapters(seed)),
-            fix="neurondrift run --output-dir " + str(folder.root),
-        )
-    return steps[-1]
 
 
 def subject_of(study: Study, folder: StudyFolder, options: InterveneSection, seed: int) -> tuple[Subject, str]:

@@ -1,4 +1,4 @@
-"""The table `[dose_response]`: what is asked out of sample; and what every experiment's table is."""
+"""Tables of what a study may be asked beyond its stages: out of sample, ranks, stability; and what each such table is."""
 
 from __future__ import annotations
 
@@ -41,3 +41,20 @@ class DoseResponseSection(Experiment):
         if len(set(value)) != len(value):
             raise ValueError("one is named twice")
         return value
+
+
+class SubspacesSection(Experiment):
+    """The rank level: directions of each site's outputs."""
+
+    rank: int = Field(32, description="safety directions of each site")
+    utility_rank: int = Field(32, description="utility directions of each site")
+    limit: int | None = Field(None, description="examples of each set at most; default: as the study scores")
+    draws: Annotated[int, Field(ge=0)] = Field(
+        5, description="random removals that refusals are compared with; 0: no refusals are measured"
+    )
+
+
+class StabilitySection(Experiment):
+    """The noise floor of the groups."""
+
+    draws: int = Field(4, description="how often the calibration examples are re-drawn")
