@@ -13,9 +13,10 @@ from neurondrift.models.sites import fingerprint, linear_sites
 def study(tmp_path_factory):
     """What interventions need of a study that is fine-tuned: the tiny model's groups, importances and an adapter."""
     from neurondrift.groups.doses import importance_of, write_importance
+    from neurondrift.study.cost.steps import total_steps
     from neurondrift.study.folder import StudyFolder
     from neurondrift.study.settings import resolve
-    from neurondrift.study.training import finetune, total_steps
+    from neurondrift.study.training import finetune
 
     root = tmp_path_factory.mktemp("study")
     settings = resolve(

@@ -11,16 +11,10 @@ from neurondrift.interventions.acting.freezing import FreezeCallback
 from neurondrift.models.batches import make_batches, response_losses, token_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites
+from neurondrift.study.cost.steps import evaluated_steps, snapshot_steps, total_steps
 from neurondrift.study.folder import saved_step
 from neurondrift.study.settings import AlignSection, FinetuneSection
-from neurondrift.study.training import (
-    align,
-    detach_adapter,
-    evaluated_steps,
-    finetune,
-    snapshot_steps,
-    total_steps,
-)
+from neurondrift.study.training import align, detach_adapter, finetune
 
 SMALL = FinetuneSection(max_steps=3, batch_size=2, lora_r=2, lora_alpha=4, learning_rate=0.02, weight_decay=0.1)
 

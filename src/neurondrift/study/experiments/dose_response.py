@@ -35,8 +35,8 @@ from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.statistics.inference import holm
 from neurondrift.statistics.null import compare_with_null, draws_needed, empirical_p, smallest_p
 from neurondrift.study.base_model import load_base
-from neurondrift.study.experiments.intervene import last_step, subject_of
-from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
+from neurondrift.study.experiments.intervene import subject_of
+from neurondrift.study.folder import StudyFolder, last_step, record, saved_step, saved_steps
 from neurondrift.study.settings import DoseResponseSection, InterveneSection, Study
 from neurondrift.study.stages.attribution.measuring import openings_of_seed
 from neurondrift.study.stages.scoring import purposes

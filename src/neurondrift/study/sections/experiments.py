@@ -1,4 +1,4 @@
-"""Tables of what a study may be asked beyond its stages: out of sample, ranks, stability; and what each such table is."""
+"""Tables of what a study may be asked beyond its stages: out of sample, ranks, stability; what each such table is."""
 
 from __future__ import annotations
 
