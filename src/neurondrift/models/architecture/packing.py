@@ -44,7 +44,9 @@ class Layout(NamedTuple):
     owners_N: torch.Tensor
 
     def to(self, device: torch.device) -> Layout:
-        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in self._asdict().items() if isinstance(value, torch.Tensor)
+        }
         return self._replace(**moved)
 
 
@@ -136,11 +138,13 @@ def _attend(
 
 def _own_attention(module: nn.Module, kind: str) -> Callable[..., Any]:
     if kind == "eager":
-        function: Callable[..., Any] = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        if function is None:
-            raise _Unfit("this attention is the module's own")
-        return function
-    return ALL_ATTENTION_FUNCTIONS[kind]
+        try:
+            own: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        except AttributeError:
+            raise _Unfit("this attention is the module's own") from None
+        return own
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[kind]
+    return function
 
 
 def _mask(**given: Any) -> torch.Tensor | None:

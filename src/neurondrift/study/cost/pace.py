@@ -133,10 +133,8 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
 
     few_head, many_head, read_head = map(head_alone, (FEW, MANY, PREDICTED))
     read_head /= PREDICTED
-    train_head, adapt_head = (
-        _seconds(lambda own=own: through_head(own), device) / PREDICTED
-        for own in (True, False)  # type: ignore[misc]
-    )
+    train_head = _seconds(lambda: through_head(True), device) / PREDICTED
+    adapt_head = _seconds(lambda: through_head(False), device) / PREDICTED
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
     scored = _seconds(lambda: score(model, encoded, batch_size=rows), device)
