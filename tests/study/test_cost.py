@@ -110,7 +110,7 @@ def test_the_estimate_names_every_stage():
     cost = estimate(study, 74_000, device="cpu", dtype="float32", tokenizer=byte_tokenizer())
     assert all(seconds >= 0 for seconds in cost.stages.values()) and sum(cost.stages.values()) > 1
     rows = work.rows_of(study.finetune.data, byte_tokenizer(), study.finetune.max_length)
-    assert rows.number == 24 and rows.beginning == 1  # the mark of the user's turn
+    assert rows.size == 24 and rows.beginning == 1  # the mark of the user's turn
 
 
 def test_threads_are_left_to_others(monkeypatch):

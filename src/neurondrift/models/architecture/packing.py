@@ -138,13 +138,13 @@ def _attend(
 
 def _own_attention(module: nn.Module, kind: str) -> Callable[..., Any]:
     if kind == "eager":
-        function: Callable[..., Any] | None = getattr(
-            sys.modules[type(module).__module__], "eager_attention_forward", None
-        )
-        if function is None:
-            raise _Unfit("this attention is the module's own")
-        return function
-    return ALL_ATTENTION_FUNCTIONS[kind]
+        try:
+            own: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        except AttributeError:
+            raise _Unfit("this attention is the module's own") from None
+        return own
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[kind]
+    return function
 
 
 def _mask(**given: Any) -> torch.Tensor | None:

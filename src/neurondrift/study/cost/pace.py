@@ -7,7 +7,6 @@ Shapes: B = rows, T = tokens, N = tokens in all, P = positions whose logits are 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -133,9 +132,8 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
 
     few_head, many_head, read_head = map(head_alone, (FEW, MANY, PREDICTED))
     read_head /= PREDICTED
-    train_head, adapt_head = (
-        _seconds(functools.partial(through_head, own), device) / PREDICTED for own in (True, False)
-    )
+    train_head = _seconds(lambda: through_head(True), device) / PREDICTED
+    adapt_head = _seconds(lambda: through_head(False), device) / PREDICTED
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
     scored = _seconds(lambda: score(model, encoded, batch_size=rows), device)

@@ -17,7 +17,7 @@ from neurondrift.study.settings import Study
 class Rows(NamedTuple):
     """A set of examples: how many, their mean length in tokens, answers among it, and what all of them begin with."""
 
-    number: int
+    size: int
     tokens: float
     answer: float
     beginning: int
@@ -82,7 +82,7 @@ def _finetuning(study: Study, pace: Pace, tokenizer: Any, parameters: int) -> fl
 
     settings = study.finetune
     rows = rows_of(settings.data, tokenizer, settings.max_length)
-    steps = total_steps(rows.number, settings)
+    steps = total_steps(rows.size, settings)
     full = settings.method == "full"
     batches = steps * settings.gradient_accumulation
     snapshots = len(snapshot_steps(steps, settings.drift_interval))
@@ -92,7 +92,7 @@ def _finetuning(study: Study, pace: Pace, tokenizer: Any, parameters: int) -> fl
 
 def _training(pace: Pace, rows: Rows, steps: int, size: int, full: bool, updated: int) -> float:
     """Forward and back of so many batches, what all rows begin with once, and the steps of the optimizer."""
-    size = min(size, rows.number)
+    size = min(size, rows.size)
     tokens = steps * (size * rows.tokens - (size - 1) * rows.beginning)
     positions = steps * size * rows.answer
     layers, head = (pace.train, pace.train_head) if full else (pace.adapt, pace.adapt_head)
@@ -104,8 +104,8 @@ def _scoring(study: Study, pace: Pace, tokenizer: Any) -> float:
     sets = [rows_of(source, tokenizer, settings.max_length) for source in (settings.safety, settings.utility)]
     sets += [rows_of(settings.style, tokenizer, settings.max_length)] if settings.style else []
     gradient = rows_of(tune.data, tokenizer, tune.max_length)
-    sets.append(gradient._replace(number=min(gradient.number, settings.gradient_examples)))
-    seconds = sum(rows.number * (rows.tokens * pace.score + rows.answer * pace.adapt_head) for rows in sets)
+    sets.append(gradient._replace(size=min(gradient.size, settings.gradient_examples)))
+    seconds = sum(rows.size * (rows.tokens * pace.score + rows.answer * pace.adapt_head) for rows in sets)
     return seconds * (4 / 3 if settings.checkpoint_activations else 1)
 
 
@@ -121,19 +121,19 @@ def _evaluation(study: Study, pace: Pace, tokenizer: Any) -> float:
         if getattr(asked, kind) is not None
     }
     samples = asked.attack.samples if asked.attack.kind == "decoding" else 1
-    sets["harmful"] = sets["harmful"]._replace(number=samples * sets["harmful"].number)
-    total = total_steps(rows_of(tune.data, None, tune.max_length).number, tune)
+    sets["harmful"] = sets["harmful"]._replace(size=samples * sets["harmful"].size)
+    total = total_steps(rows_of(tune.data, None, tune.max_length).size, tune)
     points = len(evaluated_steps(total, tune.drift_interval, tune.evaluated_steps))
     longest, short = longest_answer(asked), asked.max_new_tokens
     every = list(sets.values())
     answers = rows_of(asked.answers, tokenizer, asked.max_length)
-    read = answers.number * (answers.tokens * pace.read + answers.answer * pace.read_head)
+    read = answers.size * (answers.tokens * pace.read + answers.answer * pace.read_head)
     ends, between = min(points, 2), max(points - 2, 0)
 
     def said(rows: Sequence[Rows], tokens: int, share: float) -> float:
-        prompts = sum(each.number for each in rows)
+        prompts = sum(each.size for each in rows)
         batches = -(-prompts // asked.batch_size)
-        lengths = sum(each.number * (each.tokens - each.beginning) for each in rows)
+        lengths = sum(each.size * (each.tokens - each.beginning) for each in rows)
         return lengths * pace.read + batches * tokens * pace.step + prompts * tokens * share * pace.row
 
     seconds = len(study.seeds) * (
@@ -146,16 +146,16 @@ def _attribution(study: Study, settings: Any, pace: Pace, tokenizer: Any) -> flo
     """The margin's parts: a pass as for scores at each point of each stretch of the way; outputs and updates."""
     asked, tune = study.evaluate, study.finetune
     prompts = [rows_of(getattr(asked, kind), tokenizer, 512, prompts=True) for kind in ("harmful", "ordinary")]
-    tokens = sum(min(settings.prompts, rows.number) * (rows.tokens + 2 * SHARED_OPENINGS) for rows in prompts)
+    tokens = sum(min(settings.prompts, rows.size) * (rows.tokens + 2 * SHARED_OPENINGS) for rows in prompts)
     stretches = (tune.evaluated_steps - 1 if settings.along_steps else 0) + 1
     examples = 2 * settings.examples * USUAL.tokens
     return stretches * settings.points * tokens * pace.score + 4 * examples * pace.score
 
 
 def _together(sets: Sequence[Rows]) -> Rows:
-    count = sum(rows.number for rows in sets)
-    tokens = sum(rows.number * rows.tokens for rows in sets) / count
-    answer = sum(rows.number * rows.answer for rows in sets) / count
+    count = sum(rows.size for rows in sets)
+    tokens = sum(rows.size * rows.tokens for rows in sets) / count
+    answer = sum(rows.size * rows.answer for rows in sets) / count
     return Rows(count, tokens, answer, min(rows.beginning for rows in sets))
 
 
@@ -170,13 +170,13 @@ def rows_of(
     """What a set holds, read where it can be read here."""
     try:
         if not is_local(reference):
-            return USUAL._replace(number=reference.limit or USUAL.number)
+            return USUAL._replace(size=reference.limit or USUAL.size)
         examples = load_examples(reference, require_response=not prompts, kind=kind)
         if tokenizer is None or not examples:
-            return USUAL._replace(number=len(examples) or 1)
+            return USUAL._replace(size=len(examples) or 1)
         return _asked(examples, tokenizer) if prompts else _answered(examples, tokenizer, max_length)
     except UserError:  # its own message has been given
-        return USUAL._replace(number=reference.limit or USUAL.number)
+        return USUAL._replace(size=reference.limit or USUAL.size)
 
 
 def _answered(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Rows:
