@@ -10,7 +10,6 @@ from neurondrift.report.blocks import Block, Paragraph, Section, Table, table
 from neurondrift.report.change.deciding import (
     NOT_MEASURED,
     decision,
-    decision_of_published,
     percent,
     share_of,
     share_verdict,
@@ -62,8 +61,6 @@ def section(results: Findings) -> Section:
     groups = _ordered(results, found)
     ways = sorted({way for group in groups for way in group["shares"]}, key=lambda way: way != found["way"])
     blocks: list[Block] = [Paragraph(clean(" ".join(decision(results).sentences)))]
-    if published := decision_of_published(results):
-        blocks.append(Paragraph(f"By {wording.published_words()}: {clean(' '.join(published.sentences))}"))
     blocks += [_outputs(results, groups), *(_shares(found, groups, way) for way in ways)]
     blocks += [_totals(found), _directions(found, groups), Paragraph(WHAT_A_SHARE_IS)]
     return Section(title=TITLE, blocks=tuple(blocks))
@@ -130,7 +127,7 @@ def _shares(found: AttributionFindings, groups: Sequence[GroupAttribution], way:
         "lrrrrl",
         (
             f"* judges. Band: {band} % of what comparable neurons carry, or of the group's share of the neurons where "
-            "that is more. More: 95 % interval of the difference beyond it; no more: 90 % interval below its top",
+            "that is more. More: 95 % interval of the difference beyond it; no more: 90 % interval below its end",
             *not_shown,
             *notes.notes(),
         ),
