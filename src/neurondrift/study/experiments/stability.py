@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from neurondrift.attribution.measures.registry import get_measure
 from neurondrift.base.errors import DataError
 from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.base.progress import progress
@@ -47,7 +46,6 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     """
     if draws < 2:
         raise DataError("The noise floor needs at least two draws", received=draws)
-    settings = study.score
     sizes = {name: len(purpose.examples) for name, purpose in purposes(study).items()}
     pools = {name: len(load_examples(_pool(study, name))) for name in sizes}
     for name in ("safety", "utility"):
@@ -60,7 +58,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     norms = magnitudes_of(sites, "neuron")
-    change = change_of_alignment(study, folder, sites, tokenizer) if get_measure(settings.method).base else None
+    change = change_of_alignment(study, folder, sites, tokenizer) if study.scores_change else None
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:

@@ -53,10 +53,10 @@ class GroupsSection(Section):
     )
     weight_bins: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="the same for single weights")
     drift_examples: Annotated[int, Field(ge=2)] = Field(
-        32, description="refusals, and as many ordinary answers, that safety_acquired is taken from; needs a base"
+        24, description="refusals, and as many ordinary answers, that safety_acquired is taken from; needs a base"
     )
-    margin_prompts: Count = Field(16, description="harmful prompts that safety_paying is taken from; needs a base")
+    margin_prompts: Count = Field(12, description="harmful prompts that safety_paying is taken from; needs a base")
 
     def unsaid(self) -> Collection[str]:
-        usual = {"drift_examples": 32, "margin_prompts": 16}
+        usual = {"drift_examples": 24, "margin_prompts": 12}
         return [name for name, value in usual.items() if getattr(self, name) == value]

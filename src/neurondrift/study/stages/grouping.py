@@ -297,7 +297,7 @@ def _ranks(values: Any) -> npt.NDArray[np.float32]:
 
 def _in_scored_sites(scores: Mapping[str, Scores], norms: Mapping[str, Any]) -> tuple[Mapping[str, Scores], Any]:
     """Scores and norms without the sites in which nothing has a score."""
-    kept = [site for site in norms if not any(np.isnan(own[site]).all() for own in scores.values())]
+    kept = [site for site in norms if not any(np.isnan(np.asarray(own[site])).all() for own in scores.values())]
     if len(kept) == len(norms):
         return scores, norms
     return {purpose: {site: own[site] for site in kept} for purpose, own in scores.items()}, {s: norms[s] for s in kept}

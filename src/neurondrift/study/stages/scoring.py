@@ -79,7 +79,9 @@ def score(study: Study, folder: StudyFolder) -> str:
     wanted = purposes(study)
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
-    change = change_of_alignment(study, folder, sites, tokenizer) if get_measure(settings.method).base else None
+    change = None
+    if study.scores_change or study.model.base is not None:  # a base that does not fit is told before scores are taken
+        change = change_of_alignment(study, folder, sites, tokenizer)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
         needed = 4 * (2 * weights + 2 * sum(site.shape[0] for site in sites.values()))
