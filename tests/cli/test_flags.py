@@ -9,13 +9,15 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.cli.__main__ import app
 from neurondrift.cli.app import DATA_FLAGS, EPILOGUE, STUDY_SETS, Flags, SettingFlags, Source, study_of
 from neurondrift.cli.behaviour import ModelFlags
-from neurondrift.cli.questions.groups import StabilityFlags
+from neurondrift.cli.questions.groups import StabilityFlags, SubspacesFlags
 from neurondrift.cli.questions.interventions import InterveneFlags
-from neurondrift.cli.questions.subspaces import SubspacesFlags
+from neurondrift.cli.questions.plants import PlantFlags
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
+from neurondrift.study.plants.settings import Planting
 from neurondrift.study.settings import Study, nested, validated
 
-KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags)
+KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags, PlantFlags)
+IN_FILES = (Study, Planting)  # configurations that a file can hold
 FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]
 
 
@@ -39,7 +41,7 @@ def test_these_are_all_the_flags_that_name_settings():
 def test_the_setting_of_a_flag_exists_and_its_help_is_made_from_it(kind, name, flag):
     assert setting(kind.configures, flag.path) is not None
     (text,) = flag.help if isinstance(flag.help, tuple) else (flag.help,)
-    assert text.endswith(f"[{flag.path}]") == (kind.configures is Study)
+    assert text.endswith(f"[{flag.path}]") == (kind.configures in IN_FILES)
     with pytest.raises(KeyError):
         setting(kind.configures, flag.path + "x")
 

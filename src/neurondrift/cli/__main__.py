@@ -21,7 +21,7 @@ from neurondrift.base.terminal import PlainFormatter, give_up_output, open_strea
 from neurondrift.cli.app import app
 
 from neurondrift.cli import study, sweep, behaviour, drift  # noqa: F401  # isort: skip
-from neurondrift.cli.questions import groups, interventions, subspaces, plants  # noqa: F401  # isort: skip
+from neurondrift.cli.questions import groups, interventions, plants  # noqa: F401  # isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

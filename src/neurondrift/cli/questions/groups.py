@@ -1,4 +1,4 @@
-"""Commands about groups: how stable they are, and how far two of them overlap."""
+"""Commands about groups and ranks: how stable groups are, how far two overlap, which directions carry safety."""
 
 from __future__ import annotations
 
@@ -50,3 +50,34 @@ def overlap(
     result = compare_groups(first, second, floor=floor, say=say)
     if json is not None:
         write_json(json, result)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SubspacesFlags(SettingFlags):
+    """What the rank level is asked for."""
+
+    rank: Annotated[int | None, asked("subspaces.rank", "safety directions of each site")] = None
+    utility_rank: Annotated[int | None, asked("subspaces.utility_rank", "utility directions of each site")] = None
+    limit: Annotated[
+        int | None, asked("subspaces.limit", "examples of each set at most; default: as many as scores use")
+    ] = None
+    draws: Annotated[
+        int | None, asked("subspaces.draws", "random removals to compare refusals with; 0: measure no refusals")
+    ] = None
+
+
+NO_RANKS_ASKED = SubspacesFlags()
+
+
+@app.command
+def subspaces(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS, asks: SubspacesFlags = NO_RANKS_ASKED) -> None:
+    """The rank level (ActSVD) of a fine-tuned study: how much of the change lies in the safety and utility subspaces,
+    and what removing them does to refusals.
+    """
+    study = study_of(source, flags, asks)
+    from neurondrift.study.experiments.subspaces import show
+    from neurondrift.study.folder import StudyFolder
+
+    folder = StudyFolder(source.output_dir, study)
+    run_experiment("subspaces", study, source.output_dir, lambda: show(folder, say=say))

@@ -1,5 +1,7 @@
-"""The causal curve of a score: what the model does without the change of the units that rank first, or while they give
-their mean, beside as many units drawn at random in the same places."""
+"""The causal curve of a score: what the model does with the units that rank first put back, or held at their mean.
+
+Beside as many units drawn at random in the same places.
+"""
 
 from __future__ import annotations
 
