@@ -12,10 +12,11 @@ from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.groups import StabilityFlags
 from neurondrift.cli.interventions import InterveneFlags
 from neurondrift.cli.subspaces import SubspacesFlags
+from neurondrift.cli.sweep import EngineFlags
 from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
 from neurondrift.study.settings import Study, nested, validated
 
-KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags)
+KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags, EngineFlags)
 FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]
 
 
