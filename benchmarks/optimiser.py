@@ -55,10 +55,10 @@ from neurondrift.models.sites import Sites
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.results import RatioEffect, StudyResult
-from neurondrift.study.cost.steps import snapshot_steps, total_steps
 from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.population import load_population, membership
 from neurondrift.study.runner import StudyRun
+from neurondrift.study.sections.finetuning import snapshot_steps, total_steps
 from neurondrift.study.settings import Study, resolve
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee
 from neurondrift.study.stages.table import section_inputs

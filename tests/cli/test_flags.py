@@ -12,11 +12,12 @@ from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.questions.groups import StabilityFlags, SubspacesFlags
 from neurondrift.cli.questions.interventions import InterveneFlags
 from neurondrift.cli.questions.plants import PlantFlags
+from neurondrift.cli.sweep import EngineFlags
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.plants.settings import Planting
 from neurondrift.study.settings import Study, nested, validated
 
-KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags, PlantFlags)
+KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags, PlantFlags, EngineFlags)
 IN_FILES = (Study, Planting)  # configurations that a file can hold
 FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]
 

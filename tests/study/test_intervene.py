@@ -13,8 +13,8 @@ from neurondrift.models.sites import fingerprint, linear_sites
 def study(tmp_path_factory):
     """What interventions need of a study that is fine-tuned: the tiny model's groups, importances and an adapter."""
     from neurondrift.groups.doses import importance_of, write_importance
-    from neurondrift.study.cost.steps import total_steps
     from neurondrift.study.folder import StudyFolder
+    from neurondrift.study.sections.finetuning import total_steps
     from neurondrift.study.settings import resolve
     from neurondrift.study.training import finetune
 

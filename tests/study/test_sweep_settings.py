@@ -1,10 +1,13 @@
 """The sweep file: its points, their names, and one message for each mistake."""
 
 import re
+import socket
+import threading
 
 import pytest
 
 from neurondrift.base.errors import ArtifactError, ConfigError, ResourceError
+from neurondrift.study.sweep import engines
 from neurondrift.study.sweep.engines import require_answer
 from neurondrift.study.sweep.folder import SweepFolder, locate, write_configuration
 from neurondrift.study.sweep.naming import label
@@ -161,3 +164,23 @@ def test_a_folder_that_is_no_sweep(tmp_path):
 def test_an_address_that_does_not_answer(address, kind):
     with pytest.raises(kind, match="Ray cluster"):
         require_answer(address)
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_listens_and_is_no_ray_is_told_at_once(says, monkeypatch):
+    """Ray itself would wait for minutes."""
+    monkeypatch.setattr(engines, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(says)
+                connection.recv(1000)
+                threading.Event().wait(1 if not says else 0)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(ResourceError, match="No Ray cluster answers"):
+            require_answer(f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()

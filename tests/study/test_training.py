@@ -11,8 +11,8 @@ from neurondrift.interventions.acting.freezing import FreezeCallback
 from neurondrift.models.batches import make_batches, response_losses, token_losses
 from neurondrift.models.loading import attach_adapter
 from neurondrift.models.sites import linear_sites
-from neurondrift.study.cost.steps import evaluated_steps, snapshot_steps, total_steps
 from neurondrift.study.folder import saved_step
+from neurondrift.study.sections.finetuning import evaluated_steps, snapshot_steps, total_steps
 from neurondrift.study.settings import AlignSection, FinetuneSection
 from neurondrift.study.training import align, detach_adapter, finetune
 

@@ -86,18 +86,19 @@ class Step:
 
 
 class Lines:
-    """Lines about the innermost of the steps that are being done: the first after `first` seconds, then one every
-    `between`, also while nothing is counted."""
+    """Lines about the innermost of the steps that are being done: the first after `first` seconds (`FIRST`), then one
+    every `between` (`BETWEEN`), also while nothing is counted."""
 
     def __init__(
         self,
         write: Callable[[str], None],
         *,
         clock: Clock = time.monotonic,
-        first: float = FIRST,
-        between: float = BETWEEN,
+        first: float | None = None,
+        between: float | None = None,
     ) -> None:
-        self.write, self.clock, self.first, self.between = write, clock, first, between
+        self.write, self.clock = write, clock
+        self._first, self._between = first, between
         self._due: list[tuple[Step, float]] = []
         self._lock, self._changed = threading.Lock(), threading.Event()
         self._speaker: threading.Thread | None = None
@@ -107,7 +108,7 @@ class Lines:
         """Within the block this is the step that is spoken of. `speaks`: at the right times, by a thread; otherwise
         when `tick` is called."""
         with self._lock:
-            self._due.append((step, self.clock() + self.first))
+            self._due.append((step, self.clock() + (FIRST if self._first is None else self._first)))
             if speaks and self._speaker is None:
                 self._speaker = threading.Thread(target=self._speak, name="neurondrift progress", daemon=True)
                 self._speaker.start()
@@ -121,6 +122,7 @@ class Lines:
 
     def tick(self) -> float | None:
         """Say what is due. Seconds until there is something to say again, None where nothing is being done."""
+        between = BETWEEN if self._between is None else self._between
         with self._lock:
             if not self._due:
                 self._speaker = None
@@ -129,9 +131,9 @@ class Lines:
             if now < due:
                 return due - now
             # The steps around it have been spoken for.
-            self._due = [(each, max(at, now + self.between)) for each, at in self._due]
+            self._due = [(each, max(at, now + between)) for each, at in self._due]
         self.write(step.line())
-        return self.between
+        return between
 
     def _speak(self) -> None:
         while (seconds := self.tick()) is not None:
@@ -148,7 +150,7 @@ _LINES = Lines(_write)
 
 
 @contextlib.contextmanager
-def lines_to(write: Callable[[str], None], *, first: float = FIRST, between: float = BETWEEN) -> Iterator[None]:
+def lines_to(write: Callable[[str], None], *, first: float, between: float) -> Iterator[None]:
     """Within the block the lines of `progress` go to `write`, the first of a step and the next after so many seconds.
 
     A bar is drawn all the same where standard error is a terminal.

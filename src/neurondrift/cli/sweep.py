@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from cyclopts import Parameter
 
@@ -12,14 +12,14 @@ from neurondrift.base.errors import ResourceError
 from neurondrift.base.locks import only_one
 from neurondrift.cli.app import Flag, SettingFlags, app
 from neurondrift.cli.study import say
-from neurondrift.study.settings import validated
+from neurondrift.study.settings import Section, merge, nested, validated
 from neurondrift.study.sweep.engines import require_answer
 from neurondrift.study.sweep.settings import EngineSection, SweepSection
 
 
 def _engine(path: str, text: str) -> Flag:
     default = EngineSection.model_fields[path.partition(".")[2]].default
-    return Flag(path, text, default=default)
+    return Flag(path, text, shows_path=False, default=default)
 
 
 @Parameter(name="*")
@@ -27,7 +27,7 @@ def _engine(path: str, text: str) -> Flag:
 class EngineFlags(SettingFlags):
     """Where the points run; they override the sweep file's table `engine`."""
 
-    configures = EngineSection
+    configures: ClassVar[type[Section]] = SweepSection
 
     engine: Annotated[str | None, _engine("engine.kind", "local (one after the other) or ray")] = None
     address: Annotated[str | None, _engine("engine.address", "Ray cluster: host:port or auto; default: here")] = None
@@ -67,9 +67,7 @@ def sweep(
     if show:
         say("\n".join(f"{point.index:>4}  {point.name}" for point in found.points))
         return
-    over = {path.partition(".")[2]: value for path, value in engine.overrides().items()}
-    section = found.section.model_dump()
-    settings = validated(SweepSection, section | {"engine": section["engine"] | over}).engine
+    settings = validated(SweepSection, merge(found.section.model_dump(), nested(engine.overrides()))).engine
     asked = [found.point(name) for name in only] if only else found.points
     if settings.kind == "ray" and settings.address is not None:
         require_answer(settings.address)  # before anything that takes its time

@@ -32,6 +32,7 @@ from neurondrift.study.sections.experiments import DoseResponseSection as DoseRe
 from neurondrift.study.sections.experiments import Experiment as Experiment
 from neurondrift.study.sections.experiments import StabilitySection as StabilitySection
 from neurondrift.study.sections.experiments import SubspacesSection as SubspacesSection
+from neurondrift.study.sections.finetuning import FinetuneSection as FinetuneSection
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
 from neurondrift.study.sections.scoring import OfChange, OfWeights
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
@@ -100,63 +101,6 @@ class AlignSection(Section):
 
     def unsaid(self) -> Collection[str]:
         return ["method", "lora_r", "lora_alpha", "lora_dropout", "target_modules"] if self.method == "full" else ()
-
-
-class FinetuneSection(Section):
-    data: DataReference = DataReference(source="builtin:ordinary")
-    method: Literal["lora", "full"] = "lora"
-    lora_r: Count = 8
-    lora_alpha: Positive = 16
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    epochs: Positive = 1
-    max_steps: int = Field(-1, description="stop after this many steps; -1: after the epochs")
-    batch_size: Count = 4
-    gradient_accumulation: Count = 1
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
-    learning_rate: Positive = 1e-4
-    scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_length: Annotated[int, Field(ge=8)] = 512
-    drift_interval: Count = Field(100, description="DRIFT_LOG_INTERVAL: steps between drift snapshots")
-    evaluated_steps: Annotated[int, Field(ge=2)] = Field(4, description="snapshots at which behaviour is measured")
-    checkpoint_interval: Count | None = Field(
-        None, description="steps between resumable checkpoints; default: drift_interval"
-    )
-    freeze_granularity: Literal["neuron", "weight", "unit"] = Field(
-        "neuron", description="which of the study's groups of that name; a file has its own"
-    )
-    freeze: str | None = Field(
-        None,
-        description="hold a group still while training: a group of the study, matched:NAME for its control, or a file",
-    )
-
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="trackers that follow the training, as the Trainer does; needs their packages"
-    )
-
-    @field_validator("freeze")
-    @classmethod
-    def _freeze(cls, value: str | None, others: ValidationInfo) -> str | None:
-        if value is None or value.endswith((".parquet", ".json")):
-            return value
-        names = group_names(others.data.get("freeze_granularity", "neuron"))
-        if value.removeprefix("matched:") not in names:
-            raise ValueError(f"must be {', '.join(names)}, matched: and one of these, or a .parquet or .json file")
-        return value
-
-    def unsaid(self) -> Collection[str]:
-        plain = ["optimiser", "momentum"] if self.optimiser == "adamw" else []
-        return plain if self.report_to else [*plain, "report_to"]
-
-    @field_validator("max_steps")
-    @classmethod
-    def _steps(cls, value: int) -> int:
-        if value != -1 and value < 1:
-            raise ValueError("must be -1 (all epochs) or at least 1")
-        return value
 
 
 class AttackSection(Section):

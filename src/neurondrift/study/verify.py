@@ -253,8 +253,8 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str, tokenize
     import torch
 
     from neurondrift.study.cost.pace import measured
-    from neurondrift.study.cost.steps import evaluated_steps, total_steps
     from neurondrift.study.cost.work import seconds_of_stages
+    from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 
     tune = study.finetune
     stages: dict[str, float] = {}

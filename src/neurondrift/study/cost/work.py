@@ -78,7 +78,7 @@ def _alignment_sets(study: Study) -> Mapping[PromptKind, DataReference | None]:
 
 
 def _finetuning(study: Study, pace: Pace, tokenizer: Any, parameters: int) -> float:
-    from neurondrift.study.cost.steps import snapshot_steps, total_steps
+    from neurondrift.study.sections.finetuning import snapshot_steps, total_steps
 
     settings = study.finetune
     rows = rows_of(settings.data, tokenizer, settings.max_length)
@@ -111,7 +111,7 @@ def _scoring(study: Study, pace: Pace, tokenizer: Any) -> float:
 
 def _evaluation(study: Study, pace: Pace, tokenizer: Any) -> float:
     """Answers of all points: before alignment harmful prompts alone; at both ends in full; between them shortly."""
-    from neurondrift.study.cost.steps import evaluated_steps, total_steps
+    from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
     from neurondrift.study.stages.evaluation import longest_answer
 
     asked, tune = study.evaluate, study.finetune

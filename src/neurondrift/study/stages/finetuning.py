@@ -23,8 +23,8 @@ from neurondrift.models.data import encode, load_examples
 from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
-from neurondrift.study.cost.steps import evaluated_steps, total_steps
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
 from neurondrift.study.training import finetune as finetune_model

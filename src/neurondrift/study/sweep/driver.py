@@ -156,7 +156,7 @@ class _Course:
                 return
             message = f"its process died {self.deaths[ended.name]} times ({ended.how})"
             self.folder.set_status(ended.name, status, state="failed", progress="", message=message, code=1)
-        elif status.state not in ("done", "failed"):  # it ended before it could say so
+        elif status.state not in ("done", "failed"):  # it ended without saying so
             message = ended.how or f"its process ended with the code {ended.code}"
             self.folder.set_status(ended.name, status, state="failed", progress="", message=message, code=ended.code)
         status = self.folder.status(ended.name)

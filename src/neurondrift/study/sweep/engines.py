@@ -25,6 +25,7 @@ from neurondrift.study.sweep.settings import EngineSection
 
 #: Seconds that an address has to answer.
 PATIENCE = 5.0
+SETTINGS_FRAME = 4
 #: Seconds that a stopped point has to end by itself.
 GRACE = 30.0
 
@@ -205,9 +206,22 @@ def require_answer(address: str) -> None:
             "This is no address of a Ray cluster", received=address, allowed="host:port, ray://host:port, auto"
         )
     try:
-        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            is_ray = os.environ.get("RAY_USE_TLS", "0") == "1" or _speaks_grpc(connection)
     except OSError as error:
         raise _unanswered(address, str(error)) from error
+    if not is_ray:
+        raise _unanswered(address, "what listens there does not speak Ray's protocol")
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether a server greets as HTTP/2 asks (RFC 9113, 3.4): Ray itself waits for minutes for one that does not."""
+    connection.settimeout(PATIENCE)
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0]))
+    head = b""
+    while len(head) < 4 and (more := connection.recv(9)):
+        head += more
+    return head[3:4] == bytes([SETTINGS_FRAME])
 
 
 def _unanswered(address: str, why: str) -> ResourceError:

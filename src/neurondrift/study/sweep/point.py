@@ -27,11 +27,12 @@ BETWEEN = 2.0
 
 
 class Progress:
-    """Keeps a point's status up to date while it is done."""
+    """Keeps a point's status up to date while it is done: how it ended is its last word, whoever speaks later."""
 
     def __init__(self, folder: SweepFolder, name: str) -> None:
         before = folder.status(name)
         self.folder, self.name, self.began = folder, name, time.time()
+        self._lock, self._over = threading.Lock(), False
         self.status = folder.set_status(
             name,
             Status(tries=before.tries + 1),
@@ -50,7 +51,10 @@ class Progress:
     def set(self, **changes: object) -> None:
         """Write what has changed."""
         changes = {"seconds": round(time.time() - self.began, 1)} | changes
-        self.status = self.folder.set_status(self.name, self.status, **changes)
+        with self._lock:  # lines come from a thread
+            if not self._over:
+                self.status = self.folder.set_status(self.name, self.status, **changes)
+                self._over = self.status.state != "running"
 
 
 def do_point(root: Path, name: str) -> int:
