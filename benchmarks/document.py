@@ -29,13 +29,17 @@ def write_between(document: Path, script: str, lines: Sequence[str]) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether anything tracked differs from it."""
+    """The commit that is checked out, and whether anything tracked differs from it; of an archive (`git archive`) the
+    one that it is of."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False
         ).stdout.strip()
 
+    archived = (REPOSITORY / "benchmarks" / ".commit").read_text("utf-8").strip()
+    if not archived.startswith("$"):
+        return archived
     head = git("rev-parse", "--short=7", "HEAD") or "no checkout"
     return head + (", with changes" if git("status", "--porcelain", "-uno") else "")
 
