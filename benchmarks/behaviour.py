@@ -19,6 +19,7 @@ that differ from ours are counted: in 16 bits a batched product rounds different
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
@@ -59,9 +60,12 @@ def plainly(model, tokenizer, requests: list[Request], *, tokens: int, batch_siz
 
 
 def timed(make: Callable[[], list[str]]) -> tuple[float, float, list[str]]:
+    """Seconds, CPU seconds, answers."""
     began, cpu = time.perf_counter(), time.process_time()
     texts = make()
-    return time.perf_counter() - began, time.process_time() - cpu, texts
+    spent = time.perf_counter() - began, time.process_time() - cpu
+    print(f"{len(texts)} answers: {spent[0]:.1f} s, {spent[1]:.1f} CPU s", file=sys.stderr, flush=True)
+    return *spent, texts
 
 
 def main() -> None:

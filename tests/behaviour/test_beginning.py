@@ -62,6 +62,7 @@ def test_all_batches_and_all_calls_share_one_reading_of_the_head(passes):
     prompts = [[*HEAD, *range(40, 40 + length)] for length in (1, 2, 3, 4)]
     requests = [Request(prompt="", text=" ".join(map(str, ids))) for ids in prompts]
     whole = Beginning(tuple(HEAD))
+    answer(model, Numbers(), requests[:1], decoding=Decoding(max_new_tokens=1))  # its kind has been asked
     passes.clear()
     apart = [
         answer(model, Numbers(), part, decoding=Decoding(max_new_tokens=2), batch_size=1, beginning=whole)
@@ -79,6 +80,8 @@ def test_sets_share_it_too_and_fill_a_batch_together(tiny, passes):
         for kind in ("harmful", "ordinary", "borderline")
     }
     generated = dict(system="Be kind and brief.", batch_size=6, whole=True)
+    judge_answers(model, tokenizer, {"harmful": sets["harmful"][:1]}, max_new_tokens=1)  # its kind has been asked
+    passes.clear()
     judge_answers(model, tokenizer, sets, max_new_tokens=1, **generated)
     assert sum(rows == 1 and tokens > 1 for rows, tokens in passes) == 1
     passes.clear()

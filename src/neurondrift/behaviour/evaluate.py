@@ -170,7 +170,7 @@ def _answers(
         indices = {kind: [index for index, each in enumerate(asked) if each.kind == kind] for kind in kinds}
         stood = [parts.get(kind) for kind in kinds] if parts else []
         if [len(each) if isinstance(each, list) else None for each in stood] == list(map(len, indices.values())):
-            kept = dict(zip(kinds, stood, strict=True))
+            kept = {kind: list(each or ()) for kind, each in zip(kinds, stood, strict=True)}
             getattr(how["advance"], "already", how["advance"])(sum(map(len, indices.values())))
         else:
             requests = [asked[index].request for of_kind in indices.values() for index in of_kind]
