@@ -13,8 +13,6 @@ Aims: functional drift (both sets of --examples / 2) at most 0.5 x SNIP of --exa
 """
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import threading
@@ -23,15 +21,13 @@ from pathlib import Path
 
 import psutil
 import torch
+from document import surroundings, write_between
 from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
 from neurondrift.attribution.changes import change_along, change_from
-from neurondrift.base.files import write_text
 from neurondrift.base.processes import release_memory, tune_allocator
-from neurondrift.study.folder import record
 
-MARKERS = ("<!-- made by benchmarks/attribution.py -->", "<!-- end of benchmarks/attribution.py -->")
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ASKED = ("examples", "prompts", "snapshots", "batch-size")
 SIZE = 0.02  # of the change, relative to the weights
@@ -67,29 +63,6 @@ def adapted(base, scale, seed):
         b.data = torch.randn(b.shape, generator=generator)
         b.data *= scale * site.weight.norm() / (b.data @ a.data).norm()
     return model.eval()
-
-
-def surroundings() -> str:
-    """Commit and machine."""
-    made = record()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    return (
-        f"commit {str(made.get('commit', 'no checkout'))[:7]}; {cpu}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads; torch {made['versions']['torch']}; {made['created'][:10]}"
-    )
-
-
-def write_between(document: Path, lines: list[str]) -> None:
-    """Put the lines between the markers of a document."""
-    text = document.read_text(encoding="utf-8")
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{document} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    write_text(document, "\n\n".join([f"{before}{MARKERS[0]}", "\n".join(lines), f"{MARKERS[1]}{after}"]))
 
 
 def main() -> None:
@@ -179,7 +152,7 @@ def main() -> None:
     size = sum(p.numel() for p in base.parameters()) * 4 / 1e9
     asked = " ".join(f"--{name} {getattr(options, name.replace('-', '_'))}" for name in ASKED)
     lines = [
-        f"`python benchmarks/attribution.py {asked}{' --full' * options.full}` ({surroundings()}). "
+        f"`python benchmarks/attribution.py {asked}{' --full' * options.full}` ({surroundings('torch')}; {torch.get_num_threads()} threads). "
         f"SmolLM2-135M-Instruct, float32, {size:.2f} GB; CPU seconds of the process; memory beyond the model.",
         "",
         "| | CPU seconds | x SNIP | aim | grew by, GB |",
@@ -193,7 +166,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if options.write:
-        write_between(options.write, lines)
+        write_between(options.write, Path(__file__).name, lines)
 
 
 if __name__ == "__main__":

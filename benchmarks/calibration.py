@@ -1,6 +1,7 @@
 """Does the inference hold its error rates? Simulated studies with known truth, through the pipeline's own functions.
 
 Run:  python benchmarks/calibration.py [--studies 2000] [--workers 2] [--out FILE] [--row NAME] [--list]
+          [--write benchmarks/README.md]
 
 With ``--out`` every study's outcome is appended to FILE, and what is there already is not done again: the run can be
 stopped and taken up. Each row of the table is a process that draws drifts, and one of the two comparisons:
@@ -44,6 +45,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from document import commit, write_between
 from numpy.typing import NDArray
 
 from neurondrift.statistics.design.designs import Design
@@ -63,6 +65,9 @@ SPREAD = np.array([0.2, 0.6, 0.5, 0.6])
 PERSISTENT = 0.8
 SLOPES = {"norm": np.array([-0.4, 0.0, 0.0]), "matched": np.array([-0.4, 0.1, 0.15])}
 BAND, RESAMPLES = 1.25, 1000
+#: Rows of the tables of the document, as they are made.
+TABLE: list[str] = []
+GATE: list[str] = []
 LOG_BAND = float(np.log(BAND))
 
 
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file of outcomes, one JSON object a line; taken up where it stops")
     parser.add_argument("--row", action="append", help="only rows whose name begins so; may be given again")
+    parser.add_argument("--write", type=Path, help="document whose tables are replaced")
     parser.add_argument("--shares", type=int, default=0, help="shares of a sum instead, so many studies a row")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     options = parser.parse_args()
@@ -260,6 +266,28 @@ def main() -> None:
     print(f"\n{'all judged rows within their aims' if good else 'SOME ROWS MISS THEIR AIMS'}")
     gate()
     print(f"{time.perf_counter() - began:.0f} s")
+    if options.write:
+        write_between(options.write, "calibration.py", document(options.studies))
+
+
+def document(studies: int) -> list[str]:
+    """The tables of the document."""
+    return [
+        f"{studies:,} studies a row, so that the standard error of a rate of 5 is {100 * (0.05 * 0.95 / studies) ** 0.5:.1f} "
+        f"(at commit {commit()}; the random numbers are the same on every machine).",
+        "",
+        "| comparison | seeds | layers | SD of site, layer, row, seed | false positives | coverage | wrong similar | power "
+        "| by layer | within the aims |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        *TABLE,
+        "",
+        "The gate, 12 layers, 10 draws each: share of draws that are comparable, |SMD| after adjustment, members without "
+        "a control.",
+        "",
+        "| group of 1 % | norm | matched |",
+        "| --- | ---: | ---: |",
+        *GATE,
+    ]
 
 
 def read(file: Path | None) -> dict[str, list[dict[str, Any]]]:
@@ -295,6 +323,11 @@ def show(row: Row, outcomes: list[dict[str, Any]]) -> bool:
     wrong = [share(label, "similar") for label in ("up", "down")]
     power, layer = share("smallest", "more"), float(np.mean([o["cluster"] == "layer" for o in outcomes]))
     good = 0.035 <= rate <= 0.065 and cover >= 0.93 and max(wrong) <= 0.06
+    TABLE.append(
+        f"| {row.comparison} | {row.seeds} | {row.layers} | {row.site:.2f}, {row.layer:.2f}, {row.row:.1f}, {row.seed:.2f} "
+        f"| {100 * rate:.1f} | {100 * cover:.1f} | {100 * wrong[0]:.1f}, {100 * wrong[1]:.1f} | {power:.0%} "
+        f"| {layer:.0%} | {('yes' if good else 'no') if row.judged else 'not judged'} |"
+    )
     print(
         f"{row.comparison:<11}{row.layers:>6}{row.seeds:>6}{row.site:>6.2f}{row.layer:>6.2f}{row.row:>5.1f}"
         f"{row.seed:>6.2f}{bias:>8.3f}{rate:>7.1%}{cover:>8.1%}{wrong[0]:>9.1%} |{wrong[1]:>5.1%}{power:>7.0%}"
@@ -371,11 +404,13 @@ def gate() -> None:
             for label, design in plan_of(12, number, member, values).designs.items():
                 worst = max((abs(b.after) for b in design.balance if b.gated), default=np.nan)
                 shares[label].append((not design.because, worst, design.without_control / design.members))
-        cells = []
+        cells, columns = [], []
         for found in shares.values():
             smd = np.nanmean([s for _, s, _ in found]) if np.isfinite([s for _, s, _ in found]).any() else np.nan
             passes, alone = (np.mean([part[i] for part in found]) for i in (0, 2))
             cells.append(f"{passes:>16.0%}{smd:>9.2f}{alone:>9.0%}")
+            columns.append(f"{passes:.0%}, {smd:.2f}, {alone:.0%}".replace("nan", "–"))
+        GATE.append(f"| {name} | {columns[0]} | {columns[1]} |")
         print(f"{name:<34}{cells[0]}{cells[1]}")
 
 

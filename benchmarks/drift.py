@@ -153,6 +153,8 @@ def _finetuning():
             token_losses(wrapped, batches[index % len(batches)]).losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     return wrapped, step
 

@@ -26,10 +26,7 @@ markers, with the commit and the machine.
 import argparse
 import dataclasses
 import math
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -39,11 +36,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from document import surroundings, write_between
 from safetensors.numpy import load_file
 from scipy.stats import rankdata
 from transformers import TrainerCallback
 
-from neurondrift.base.files import json_safe, read_json, read_parquet, sha256_of_value, write_json, write_text
+from neurondrift.base.files import json_safe, read_json, read_parquet, sha256_of_value, write_json
 from neurondrift.base.processes import tune_allocator
 from neurondrift.base.roles import ROLES
 from neurondrift.behaviour.capability import perplexity
@@ -57,7 +55,7 @@ from neurondrift.models.sites import Sites
 from neurondrift.statistics.analysis import analyze
 from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.results import RatioEffect, StudyResult
-from neurondrift.study.folder import StudyFolder, record, saved_step, saved_steps
+from neurondrift.study.folder import StudyFolder, saved_step, saved_steps
 from neurondrift.study.population import load_population, membership
 from neurondrift.study.runner import StudyRun
 from neurondrift.study.settings import Study, resolve
@@ -66,7 +64,6 @@ from neurondrift.study.stages.table import section_inputs
 from neurondrift.study.training import detach_adapter, snapshot_steps, total_steps
 
 OPTIMISERS = {"adamw": "AdamW", "sgd": "SGD with momentum"}
-MARKERS = ("<!-- made by benchmarks/optimiser.py -->", "<!-- end of benchmarks/optimiser.py -->")
 ON = ("safety", "utility")
 VERDICTS = {"more": "further", "similar": "as far", "protected": "less far", "inconclusive": "inconclusive"}
 SNAPSHOTS, LOSSES = 15, 4  # of a run: steps with drift and adapter, and of these with held-out loss at first
@@ -484,35 +481,8 @@ def _shares(population: Population, chosen: np.ndarray, does: Collection[Mapping
     return [float(np.nansum(part)) / found["change"] for part, found in zip(values, does, strict=True)]
 
 
-def surroundings() -> str:
-    """Commit and machine."""
-    made = record()
-    source = Path(__file__).parent
-    changed = subprocess.run(
-        ["git", "-C", str(source), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    commit = str(made.get("commit", "no checkout"))[:7] + (", with changes" if changed else "")
-    versions = made["versions"]
-    return (
-        f"commit {commit}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; {made['created'][:10]}"
-    )
-
-
-def write_between(document: Path, lines: Sequence[str]) -> None:
-    """Put the lines between the markers of a document."""
-    text = document.read_text(encoding="utf-8")
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{document} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    write_text(document, "\n\n".join([f"{before}{MARKERS[0]}", "\n".join(lines), f"{MARKERS[1]}{after}"]))
+def _gpu() -> str:
+    return f"; on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def main() -> None:
@@ -559,12 +529,12 @@ def main() -> None:
         if points != of:  # else its last steps, which stand in the table
             settings[label] = points
     lines, stored = compared(bench, settings)
-    made = surroundings()
+    made = f"{surroundings('torch', 'transformers')}; {torch.get_num_threads()} threads{_gpu()}"
     lines = [f"`python benchmarks/optimiser.py` on the study `{study.name}` ({made}).", "", *lines]
     write_json(runs / "optimiser.json", json_safe({"made": made, "settings": stored}))
     print("\n".join(lines))
     if given.write:
-        write_between(given.write, lines)
+        write_between(given.write, "optimiser.py", lines)
     say(f"{time.perf_counter() - began:.0f} s in all; fits, losses and optimiser.json in {runs}")
 
 

@@ -210,20 +210,23 @@ def test_tokens_and_their_sums_tell_the_same(size, counts):
         if summed:
             moments.sum_up()
         found.append(spread_of(moments, 8))
-    assert bool(found[0].sums) == (sum(counts) > 3 * size and size < 300) and found[1].sums
+    assert bool(found[0].sums) == (sum(counts) > 3 * size) and found[1].sums
     few, many = torch.randn(5, size, generator=generator), torch.randn(70, size, generator=generator)
-    basis = found[1].basis
-    rest = torch.eye(size, dtype=torch.float64) - basis @ basis.T
-    for at, tokens in enumerate(parts):
-        wide = tokens.double() @ rest
-        moments_II = wide.T @ wide / (len(tokens) or float("nan"))
-        close = {"rtol": 2e-3, "atol": 1e-3, "equal_nan": True}
-        for spread in found:
-            torch.testing.assert_close(spread.rests[at].double(), moments_II, **close)
-            torch.testing.assert_close(spread.diagonals[at], moments_II.diagonal(), **close)
-            torch.testing.assert_close(spread.along(few)[at], few.double() @ moments_II @ few.double().T, **close)
-            expected = ((many.double() @ moments_II) * many.double()).sum(dim=1)
-            torch.testing.assert_close(spread.squares(many)[at].double(), expected, **close)
+    for spread in found:
+        rest = torch.eye(size, dtype=torch.float64) - spread.basis @ spread.basis.T
+        assert sum(float((part.double() @ rest).square().sum()) for part in parts) < 2 * size * sum(counts)
+        for at, tokens in enumerate(parts):
+            wide = tokens.double() @ rest
+            moments_II = wide.T @ wide / (len(tokens) or float("nan"))
+            for one, expected in (
+                (spread.rests[at], moments_II),
+                (spread.diagonals[at], moments_II.diagonal()),
+                (spread.along(few)[at], few.double() @ moments_II @ few.double().T),
+                (spread.squares(many)[at], ((many.double() @ moments_II) * many.double()).sum(dim=1)),
+            ):
+                largest = float(expected.abs().nan_to_num().max())
+                close = 5e-3 if spread.sums else 1e-5  # of sums in float32 little is left without the few directions
+                torch.testing.assert_close(one.double(), expected, rtol=close, atol=close * largest, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from neurondrift.behaviour.rates import category_interval, paired_change, per_prompt, refusal_rate
+from neurondrift.behaviour.rates import category_interval, mean_of, paired_change, per_prompt, refusal_rate
 
 
 def test_any_success_counts():
@@ -125,3 +125,11 @@ def test_the_share_refused_is_of_coherent_answers_and_the_others_are_counted():
     assert found.n + found.incoherent + found.undecided == found.asked
     nothing = coherent_rate([row(True, coherent=False)])
     assert nothing.n == 0 and nothing.rate != nothing.rate
+
+
+def test_a_mean_has_the_interval_of_students_t():
+    values = np.random.default_rng(0).normal(-1.0, 2.0, 24)
+    found = mean_of(values.tolist())
+    low, high = stats.t.interval(0.95, 23, values.mean(), stats.sem(values))
+    assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), low, high)) and found.n == 24
+    assert np.isnan(mean_of([1.0])[1:3]).all() and mean_of([1.0]).mean == 1.0 and np.isnan(mean_of([]).mean)

@@ -114,6 +114,7 @@ def test_text_and_page_say_the_same_and_show_the_tables(seeds):
         squeezed = re.sub(r"\s+", " ", shown)
         assert f"H1 or H2: {first}" in squeezed
         assert all(re.sub(r"\s+", " ", sentence) in squeezed for sentence in decision(results).sentences)
+    assert "H1 or H2: " in "\n".join(text.splitlines()[:20])
     outputs, shares = answer_tables(results)
     assert {row[0].rstrip("*") for row in shares.rows} >= set(JUDGING) and "random" not in {r[0] for r in shares.rows}
     for name in JUDGING:

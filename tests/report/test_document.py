@@ -17,7 +17,7 @@ from neurondrift.report.tables.ratios import balance_table, contrast_table, coun
 from neurondrift.report.text import render_text
 from neurondrift.statistics.weaknesses import FailedPositive
 
-FIRST_SCREEN = 64
+FIRST_SCREEN = 68
 
 LEAK = re.compile(r"\b(nan|None|null|inf)\b")
 #: A length of drift decides for neither hypothesis, and supports none.

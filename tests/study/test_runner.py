@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import neurondrift
 from helpers.studies import run, smoke, stands
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError
 from neurondrift.base.files import read_toml
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
-from neurondrift.study.folder import StudyFolder, clean
+from neurondrift.study.folder import StudyFolder, clean, record, version_of
 from neurondrift.study.runner import STAGES
 from neurondrift.study.settings import resolve
 
@@ -222,3 +223,9 @@ def test_clean_removes_scratch_then_everything(copy):
     assert list(copy.iterdir()) == []
     with pytest.raises(ArtifactError, match="no study in this folder"):
         clean(copy, everything=True)
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    """A checkout that is only on the path, beside packages that are not installed either."""
+    assert version_of("no-such-package") == "not installed"
+    assert record()["versions"]["neurondrift"] == neurondrift.__version__

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from neurondrift import __version__
 from neurondrift.base.errors import ArtifactError
 from neurondrift.base.files import find_scratch, remove_scratch
 from neurondrift.study.settings import Study
@@ -135,16 +136,24 @@ def clean(output_dir: Path, *, everything: bool = False) -> list[Path]:
 
 def record() -> dict[str, Any]:
     """What a study ran on: versions, machine, commit of the package's source where it is a checkout."""
-    names = ("neurondrift", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "statsmodels", "pyarrow")
+    names = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "statsmodels", "pyarrow")
     result: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {name: metadata.version(name) for name in names},
+        "versions": {"neurondrift": __version__, **{name: version_of(name) for name in names}},
     }
     if commit := _commit():
         result["commit"] = commit
     return result
+
+
+def version_of(name: str) -> str:
+    """Of an installed package; what is only on the path has none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _commit() -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from neurondrift import __version__
 from neurondrift.base.errors import ResourceError, UserError
 from neurondrift.base.files import SHARED_MEMORY, free_bytes
 from neurondrift.models.data import DataReference, Example, PromptKind
@@ -72,7 +73,7 @@ def verify(study: Study, output_dir: Path, *, say: Say) -> None:
         Something is missing or too small; the message lists all of it.
     """
     problems: list[str] = []
-    say(f"neurondrift {metadata.version('neurondrift')}, Python {platform.python_version()}, {platform.platform()}")
+    say(f"neurondrift {__version__}, Python {platform.python_version()}, {platform.platform()}")
     _packages(say, problems)
     device, dtype = _device(study, say, problems)
     _memory(output_dir, say)

@@ -133,9 +133,7 @@ def share_verdict(share: ShareEffect) -> str:
     """The verdict on a share in words."""
     if not share["comparable"]:
         return wording.NOT_COMPARABLE
-    return {"more": "more, beyond the band", "not_more": "not more, beyond the band"}.get(
-        share["verdict"], "inconclusive"
-    )
+    return {"more": "more, beyond the band", "not_more": "no more"}.get(share["verdict"], "inconclusive")
 
 
 def percent(value: float) -> str:
@@ -162,7 +160,7 @@ def _by_patching(results: Findings, groups: Sequence[str], said: Sequence[str]) 
     effects = {e["group"]: e for e in whole_groups(acted) if e["intervention"] == PATCH} if acted else {}
     found: dict[str, Returned] = {group: returned(effects.get(group)) for group in groups}
     named = {kind: listed([clean(g) for g in groups if found[g] == kind]) for kind in set(found.values())}
-    carry = "the safety groups carry no more of the lost margin than comparable neurons, beyond the band"
+    carry = "the safety groups carry no more of the lost margin than comparable neurons, up to the band"
     if "returns" in named:
         text = f"{carry}, but the original activations of {named['returns']} bring refusals back"
         return _undecided(text, said)

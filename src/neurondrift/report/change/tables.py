@@ -127,7 +127,7 @@ def _shares(found: AttributionFindings, groups: Sequence[GroupAttribution], way:
         "lrrrrl",
         (
             f"* judges. Band: {band} % of what comparable neurons carry, or of the group's share of the neurons where "
-            "that is more. More: 95 % interval of the difference beyond it; not more: 90 % interval within or below it",
+            "that is more. More: 95 % interval of the difference beyond it; no more: 90 % interval below its end",
             *not_shown,
             *notes.notes(),
         ),
