@@ -20,15 +20,13 @@ Prints Markdown; `--write` puts it into a document, between its markers, with th
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from document import surroundings, write_between
 from scipy.stats import rankdata
 
 from neurondrift import Margin, load_examples, load_model
@@ -37,12 +35,11 @@ from neurondrift.base.files import read_toml, sha256_of_value, write_text
 from neurondrift.base.processes import tune_allocator
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.behaviour.rates import counts
-from neurondrift.study.folder import record
 from neurondrift.study.settings import resolve
 from neurondrift.study.stages.reporting import weights_digest
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/advbench/harmful_behaviors.csv"
-MARKERS = ("<!-- made by benchmarks/margin.py -->", "<!-- end of benchmarks/margin.py -->")
+SCRIPT = Path(__file__).name
 STAGES = ("before alignment", "after alignment", "after fine-tuning")
 
 
@@ -147,40 +144,6 @@ def table(rows: dict[str, list[dict]], resamples: int) -> list[str]:
     return lines
 
 
-def machine(seconds: float) -> str:
-    """The commit, the machine, and how long it took."""
-    made = record()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "src", "benchmarks/margin.py"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    commit = str(made.get("commit", "no checkout"))[:7] + (", with changes" if changed else "")
-    return (
-        f"commit {commit}; {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {seconds:.0f} s; "
-        f"{made['created'][:10]}"
-    )
-
-
-def write_between(document: Path, lines: Sequence[str]) -> None:
-    """Put the lines between the markers of a document."""
-    text = document.read_text(encoding="utf-8")
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{document} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    write_text(document, "\n\n".join([f"{before}{MARKERS[0]}", "\n".join(lines), f"{MARKERS[1]}{after}"]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The refusal margin against a judge of written answers.")
     parser.add_argument("study", type=Path)
@@ -217,17 +180,19 @@ def main() -> None:
             kept[key] = measured(reference, adapter, sets, given)
             write_text(work, json.dumps(kept))
         rows[stage] = kept[key]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and given.device != "cpu" else "the CPU"
     lines = [
         *table(rows, given.resamples),
         "",
         f"Study {given.study.name}; {len(sets['harmful'])} held-out harmful, {len(sets['advbench'])} AdvBench and "
         f"{len(sets['ordinary'])} ordinary prompts; greedy answers of at most {given.tokens} tokens, judge `refusal`; "
         f"intervals: bootstrap over prompts. `python benchmarks/margin.py STUDY`: "
-        f"{machine(time.perf_counter() - began)}.",
+        f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads; "
+        f"{surroundings('torch', 'transformers')}.",
     ]
     print("\n".join(lines))
     if given.write:
-        write_between(given.write, lines)
+        write_between(given.write, SCRIPT, lines)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from helpers.paths import REPOSITORY
 
 @pytest.fixture(scope="module")
 def benchmark():
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     spec = importlib.util.spec_from_file_location("margin_benchmark", REPOSITORY / "benchmarks" / "margin.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    monkeypatch.undo()
 
 
 def test_auroc_is_the_share_of_pairs(benchmark):
@@ -49,10 +52,11 @@ def test_the_table_and_where_it_goes(benchmark, tmp_path):
     low, high = first.rsplit("(", 1)[1].split(")")[0].split(" to ")
     assert float(low) < value <= float(high) <= 1
     document = tmp_path / "page.md"
-    document.write_text(f"before\n\n{benchmark.MARKERS[0]}\n\nold\n\n{benchmark.MARKERS[1]}\n\nafter\n")
-    benchmark.write_between(document, lines)
+    first, last = (f"<!-- {which} benchmarks/margin.py -->" for which in ("made by", "end of"))
+    document.write_text(f"before\n\n{first}\n\nold\n\n{last}\n\nafter\n")
+    benchmark.write_between(document, benchmark.SCRIPT, lines)
     text = document.read_text()
     assert "old" not in text and lines[4] in text and text.startswith("before") and text.endswith("after\n")
     document.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the markers"):
-        benchmark.write_between(document, lines)
+        benchmark.write_between(document, benchmark.SCRIPT, lines)

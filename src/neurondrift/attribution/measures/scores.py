@@ -106,7 +106,7 @@ def taylor(material: Material, unit: Unit) -> Measured:
 
     encoded = material.encoded("safety")
     pad = pad_token_id_of(material.sites.model)
-    batches = make_batches(encoded, model=material.model, batch_size=material.batch_size, pad_token_id=pad)
+    batches = make_batches(encoded, model=material.sites.model, batch_size=material.batch_size, pad_token_id=pad)
     with material.standing() as model:
         run(model, sites, batches, record, backward=True, on_batch=material.on_batch)
     return Measured({name: totals[one.down] / len(encoded) for name, one in material.compounds(unit).items()})

@@ -40,6 +40,8 @@ class DoseEffect(TypedDict):
     margin_ordinary: Number
     share: Number
     random: Mapping[str, RandomShares]
+    #: Why there is no share.
+    reason: NotRequired[str]
 
 
 class OverDoses(TypedDict):
@@ -57,6 +59,7 @@ class OverDoses(TypedDict):
     p_floor: Number
     draws: int
     p_holm: NotRequired[Number]
+    reason: NotRequired[str]
 
 
 class DoseResponse(TypedDict):

@@ -329,6 +329,7 @@ def summarise(
     def share(margin: float) -> float:
         return (margin - after) / lost if lost > 0 else float("nan")
 
+    why = {} if lost > 0 else {"reason": "no margin was lost on these prompts"}
     counts = {"matched": options.draws, "uniform": options.uniform_draws}
     effects: list[dict[str, Any]] = []
     overall: list[dict[str, Any]] = []
@@ -348,6 +349,7 @@ def summarise(
                         "share": share(compared.null_mean),
                         "share_low": share(compared.null_low),
                         "share_high": share(compared.null_high),
+                        **why,
                     }
                 effects.append(
                     {
@@ -359,6 +361,7 @@ def summarise(
                         "margin_ordinary": float(own["ordinary"].mean()),
                         "share": share(float(own["harmful"].mean())),
                         "random": random,
+                        **why,
                     }
                 )
             for null in nulls:
@@ -381,6 +384,7 @@ def summarise(
                         "p": empirical_p(value, drawn_shares),
                         "p_floor": smallest_p(counts[null]),
                         "draws": counts[null],
+                        **why,
                     }
                 )
     judging = [one for one in overall if one["arm"] == "budget" and one["null"] == "matched"]
