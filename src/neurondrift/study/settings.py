@@ -31,7 +31,9 @@ from neurondrift.study.sections.attribute import AttributeSection
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
 from neurondrift.study.sections.scoring import OfChange, OfWeights
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
-from neurondrift.study.sections.section import Count, Fraction, Positive
+from neurondrift.study.sections.section import Count as Count
+from neurondrift.study.sections.section import Fraction as Fraction
+from neurondrift.study.sections.section import Positive as Positive
 from neurondrift.study.sections.section import Section as Section
 
 Metric = Literal["l2", "relative", "cosine_distance"]
