@@ -104,7 +104,8 @@ def _activations(material: Material) -> Activations:
                     _sums(found.outputs, site.name, part).add(tokens.outputs[last[-1]])
                     _sums(found.inputs, site.name, part).add(tokens.inputs[last[-1]])
 
-            for batch in make_batches(rows, model=material.sites.model, batch_size=material.batch_size, pad_token_id=pad):
+            batches = make_batches(rows, model=model, batch_size=material.batch_size, pad_token_id=pad)
+            for batch in batches:
                 with _blocks_seen(model, batch, functools.partial(_add_block, found, part)):
                     run(model, material.sites, [batch], record, backward=False, objective=passed_through)
                 material.on_batch(batch)
