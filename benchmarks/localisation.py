@@ -112,6 +112,7 @@ def several(chosen, pairs, results):
         worker.join()
     if failed:
         say(f"ended with an error: {', '.join(failed)}")
+    return not failed
 
 
 def _as_if_it_held(folder):
@@ -319,17 +320,19 @@ def main():
     kinds = chosen.plants.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no such plant: {', '.join(unknown)}")
+    whole = True
     if chosen.work:
         pairs = [(kind, int(seed)) for seed in chosen.seeds.split(",") for kind in kinds]
         say(f"{len(MEASURES)} scores, {len(pairs)} plants, on {chosen.device}, {chosen.jobs} at once")
         if chosen.jobs > 1:
-            several(chosen, pairs, results)
+            whole = several(chosen, pairs, results)
         else:
             for kind, seed in pairs:
                 one_plant(chosen, kind, seed, results)
     if chosen.write:
         write(chosen.write, document(results_in(results)))
         say(f"written to {chosen.write}")
+    raise SystemExit(0 if whole else 1)
 
 
 if __name__ == "__main__":

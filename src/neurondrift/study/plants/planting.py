@@ -191,6 +191,7 @@ def _settled(asked: Planting, sets: Sets, folder: Path, key: str, say: Say) -> t
         return Sites(model), tokenizer
     model, tokenizer = _load(asked.model.reference, asked.model)
     sites = Sites(model)
+    draw(sites, settings.unit, settings.share, settings.seed, _roles(settings))  # what is too small is told at once
     rows = encoded_short(sets.settling, tokenizer, settings.answer_tokens)
     settle(sites, Order(rows, 8, settings.seed, "settling"), settings, say=say)
     _save(sites, tokenizer, folder / BASE)
