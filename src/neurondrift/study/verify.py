@@ -202,7 +202,7 @@ def _tokenizer(study: Study) -> Any:
     """The tokenizer of the study's model; None where it cannot be had without the model, which has its own message."""
     from transformers import AutoTokenizer
 
-    from neurondrift.models.checked.gguf import gguf_file, is_gguf
+    from neurondrift.models.checked.gguf import gguf_file, is_gguf, kept_folder
     from neurondrift.models.loading import byte_tokenizer, quiet_transformers
 
     reference = study.model.reference
@@ -212,6 +212,9 @@ def _tokenizer(study: Study) -> Any:
         with quiet_transformers():
             if is_gguf(reference):
                 path = gguf_file(reference)
+                kept = kept_folder(reference, path)
+                if (kept / "config.json").exists():  # read in a moment
+                    return AutoTokenizer.from_pretrained(str(kept))
                 return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             return AutoTokenizer.from_pretrained(
                 reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code
@@ -278,7 +281,7 @@ def _skeleton(study: Study) -> Any:
     from transformers import AutoConfig
 
     from neurondrift.models.architecture.classes import configuration, skeleton
-    from neurondrift.models.checked.gguf import gguf_file, is_gguf
+    from neurondrift.models.checked.gguf import gguf_file, is_gguf, kept_folder
     from neurondrift.models.loading import load_model, quiet_transformers
 
     source = study.model
@@ -288,7 +291,10 @@ def _skeleton(study: Study) -> Any:
             return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
         if is_gguf(reference):
             path = gguf_file(reference)
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            kept = kept_folder(reference, path)
+            known = (kept / "config.json").exists()  # read in a moment
+            folder, how = (kept, {}) if known else (path.parent, {"gguf_file": path.name})
+            config = AutoConfig.from_pretrained(str(folder), **how)
         else:
             config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)
         return skeleton(config, reference)
