@@ -11,8 +11,8 @@ from neurondrift.cli.app import EPILOGUE, Flags, SettingFlags, Source, study_of
 from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.groups import StabilityFlags
 from neurondrift.cli.interventions import InterveneFlags
+from neurondrift.cli.study import EngineFlags
 from neurondrift.cli.subspaces import SubspacesFlags
-from neurondrift.cli.sweep import EngineFlags
 from neurondrift.study.experiments.evaluation_settings import ModelEvaluation
 from neurondrift.study.settings import Study, nested, validated
 

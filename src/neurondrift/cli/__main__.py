@@ -20,7 +20,7 @@ from neurondrift.base.progress import progress
 from neurondrift.base.terminal import PlainFormatter, give_up_output, open_streams, plain
 from neurondrift.cli.app import app
 
-from neurondrift.cli import study, sweep, behaviour, groups, interventions, subspaces, drift  # noqa: F401  # isort: skip
+from neurondrift.cli import study, behaviour, groups, interventions, subspaces, drift  # noqa: F401  # isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
