@@ -12,7 +12,7 @@ from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.questions.groups import StabilityFlags, SubspacesFlags
 from neurondrift.cli.questions.interventions import InterveneFlags
 from neurondrift.cli.questions.plants import PlantFlags
-from neurondrift.cli.sweep import EngineFlags
+from neurondrift.cli.study import EngineFlags
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.plants.settings import Planting
 from neurondrift.study.settings import Study, nested, validated

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from neurondrift.cli.__main__ import app
+from neurondrift.study.sweep.folder import SweepFolder
 from neurondrift.study.sweep.settings import read_sweep
+from neurondrift.study.sweep.sharing import plan
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "examples" / "cluster"
@@ -68,14 +70,22 @@ def test_a_wrong_flag_would_be_seen():
         app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-def test_the_array_has_as_many_jobs_as_the_sweep_has_points():
+def test_the_array_runs_every_point_and_those_that_share_nothing_first(tmp_path):
     sweep = read_sweep(CLUSTER / "sweep.toml")
     text = (CLUSTER / "slurm_sweep.sbatch").read_text()
-    assert re.search(r"--array=0-(\d+)$", text, re.M)[1] == str(len(sweep.points) - 1)
-    first = re.search(r"--array=([\d,]+) ", text)[1].split(",")
-    assert [sweep.point(index).study.model.reference for index in first] == list(
-        dict.fromkeys(point.study.model.reference for point in sweep.points)
-    )
+    assert re.search(r"^#SBATCH --array=0-(\d+)$", text, re.M)[1] == str(len(sweep.points) - 1)
+    first, rest = (numbers(each) for each in re.findall(r"--parsable --array=([\d,-]+) ", text))
+    assert sorted(first + rest) == list(range(len(sweep.points)))
+    shared = plan(sweep, SweepFolder(tmp_path))
+    made = [pair for index in first for pair in shared.of(sweep.points[index].name)]
+    assert len(made) == len(set(made))
+    assert {pair for index in rest for pair in shared.of(sweep.points[index].name)} == set(made)
+
+
+def numbers(text):
+    """Slurm's `0-2,6-8`."""
+    parts = [part.split("-") for part in text.split(",")]
+    return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
 
 
 def test_the_ray_cluster_is_as_ray_wants_it():

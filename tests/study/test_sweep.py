@@ -1,5 +1,6 @@
 """Small sweeps of the tiny model: here and on Ray with a worker killed, shared stages, failures, going on."""
 
+import io
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from helpers.paths import REPOSITORY
 from helpers.studies import command
@@ -229,5 +231,7 @@ def test_the_board_says_how_far_it_is():
         }
     )
     assert re.match(r"1 of 4 done, 1 at work; .* so far, about 3m00s left; b: align \(1 of 4\)", board.line())
-    assert board.table().row_count == 4
+    board.states["c"] = Status(state="failed", message="[/red] [Errno 2] no such file")  # no markup
+    Console(file=(screen := io.StringIO()), width=120).print(board.table())
+    assert "[/red] [Errno 2] no such file" in screen.getvalue()
     assert "left" not in Board(["a"], room=1).line()

@@ -20,7 +20,7 @@ from neurondrift.base.progress import progress
 from neurondrift.base.terminal import PlainFormatter, give_up_output, open_streams, plain
 from neurondrift.cli.app import app
 
-from neurondrift.cli import study, sweep, behaviour, drift  # noqa: F401  # isort: skip
+from neurondrift.cli import study, behaviour, drift  # noqa: F401  # isort: skip
 from neurondrift.cli.questions import groups, interventions, plants  # noqa: F401  # isort: skip
 
 

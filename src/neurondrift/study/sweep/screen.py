@@ -86,10 +86,10 @@ class Board:
             told = state.progress if state.state == "running" else ended
             made.add_row(
                 str(self.names.index(name)),
-                plain(name),
+                Text(plain(name)),
                 Text(state.state, style=STYLES[state.state]),
-                plain(state.stage),
-                plain(told),
+                Text(plain(state.stage)),
+                Text(plain(told)),
             )
         if len(shown) < len(self.names):
             made.add_row("", f"and {len(self.names) - len(shown)} more", "", "", "")
