@@ -20,7 +20,7 @@ TwoSided = Literal["activation_contrast", "cohens_d", "refusal_direction"]
 OfChange = Literal[
     "functional_drift_ratio", "functional_drift_shrunk", "path_attribution", "provenance", "change_length"
 ]
-Score = OfWeights | OfNeurons | TwoSided | OfChange
+Score = Literal[OfWeights, OfNeurons, TwoSided, OfChange]
 
 
 class ScoreSection(Section):
