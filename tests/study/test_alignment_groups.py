@@ -146,6 +146,8 @@ def test_scores_that_cannot_be_taken_are_refused_before_anything_is_done():
         smoke(**{"score.method": "taylor", "finetune.freeze": "safety_top", "finetune.freeze_granularity": "weight"})
     with pytest.raises(ConfigError, match="safety_acquired needs the model from before"):
         smoke(**UNALIGNED, **{"finetune.freeze": "safety_acquired"})
+    with pytest.raises(ConfigError, match="not which is which"):
+        smoke(**{"score.method": "cohens_d", "score.style": "none"})
     with pytest.raises(ConfigError, match=r"score\.method"):
         smoke(**{"score.method": "snips"})
     assert smoke(**UNALIGNED).base is None and smoke().base == BASE

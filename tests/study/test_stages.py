@@ -44,23 +44,25 @@ def test_a_stage_reads_stages_above_it_and_has_its_section():
         assert set(stage.reads) <= set(names[:place])
         assert stage.section is None or stage.section in Study.model_fields
         assert stage.scratch_until is None or stage.scratch_until in names[place:]
-    assert STAGES == ("align", "score", "groups", "finetune", "evaluate", "analyze", "report")
+    assert STAGES == ("align", "score", "groups", "finetune", "evaluate", "attribute", "analyze", "report")
     assert set(names) - set(STAGES) == {"intervene", "subspaces", "stability"}
     assert {"intervene", "subspaces"} <= set(names[: names.index("report")])
 
 
 def test_a_study_that_stands_is_not_done_again_by_this_version(tmp_path):
-    """The fingerprints of the preset as they are written since issue 20: others would do every study again."""
+    """The fingerprints of the preset as they are written since issue 20, from `analyze` on since 21: others would do every
+    study again."""
     run = StudyRun(resolve(preset="smoke"), tmp_path)
-    seeds = {"finetune": 0, "evaluate": 0}
+    seeds = {"finetune": 0, "evaluate": 0, "attribute": 0}
     assert {name: run.key(name, seeds.get(name)) for name in STAGES} == {
         "align": "2fc015cde6bd7396",
         "score": "706ba8f2bf2c7305",
         "groups": "112d5ee2025a60ec",
         "finetune": "250f3b529a174ca1",
         "evaluate": "720456a9fdfee4d4",
-        "analyze": "3fbe78abfff8e79d",
-        "report": "f02e60a0f0c97442",
+        "attribute": "32e1a2e045689c50",
+        "analyze": "b7473c78de8805b5",
+        "report": "0b2ae67e1b4be0df",
     }
 
 

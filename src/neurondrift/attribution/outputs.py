@@ -1,14 +1,13 @@
 """How far outputs moved on given inputs: E|Dx|² of each neuron and hidden unit on safety and on ordinary text.
 
-Owns the streaming second moments of the inputs of sites, the directions that both texts share, and the ratios that
-follow. Knows nothing of where a change comes from. Shapes: O = out, I = in, N = tokens, R = rank.
+Owns which inputs are seen of which site, what a change does to them, and the ratios that follow. Knows nothing of where
+a change comes from. Shapes: O = out, I = in, N = tokens, R = rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neurondrift.attribution.changes import Change, change_from
+from neurondrift.attribution.inputs.spread import PARTS, Moments, Spread, spread_of
 from neurondrift.attribution.paths import compounds_from, downs_of
 from neurondrift.attribution.states import Delta
 from neurondrift.base.errors import ConfigError, DataError, ModelError
@@ -30,11 +30,6 @@ from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Site, Sites, unwrap
 
 SHARED = 8  # leading directions of the inputs of both sets, taken out: fixed before the first result (methods.md)
-KEPT_TOKENS = 512  # of an input that are kept before they are added to its moments
-PARTS = 3  # of the data: safety, and the two halves of the ordinary set
-SMALL = 256  # inputs up to which all eigenvectors are computed
-# Of the iteration for the leading ones: rounds at most, vectors beside, residual of each, and of the largest.
-ROUNDS, SPARE, CLOSE, ROUNDING = 40, 12, 1e-3, 1e-6
 UNMOVED = "the weights did not move"
 UNSEEN = "no token of one of the sets came by"
 SILENT = "the change moves no output on these inputs"
@@ -158,7 +153,7 @@ def functional_drift(
                     inputs.see(vessel.sites.model, batch, part)
                     on_batch(batch)
             for leader, sharing in inputs.groups().items():
-                spread = _spread(inputs.moments.pop(leader), shared)
+                spread = spread_of(inputs.moments.pop(leader), shared)
                 for name in sharing:
                     delta = vessel.delta(first, last, name)
                     assert delta is not None
@@ -183,35 +178,12 @@ def _passes(sites: Mapping[str, Site]) -> list[list[str]]:
 
 
 @dataclass(eq=False)
-class _Moments:
-    """Sums of x xᵀ of one input in each part of the data, float32 `[I, I]`, and how many tokens each has."""
-
-    sums: list[torch.Tensor]
-    tokens: list[int]
-    waiting: list[torch.Tensor] = field(default_factory=list)
-    waiting_tokens: int = 0
-
-    def add(self, inputs_NI: torch.Tensor, part: int) -> None:
-        self.tokens[part] += len(inputs_NI)
-        self.waiting.append(inputs_NI)
-        self.waiting_tokens += len(inputs_NI)
-        if self.waiting_tokens >= KEPT_TOKENS:
-            self.flush(part)
-
-    def flush(self, part: int) -> None:
-        if self.waiting:
-            inputs_NI = torch.cat(self.waiting).float()
-            self.waiting, self.waiting_tokens = [], 0
-            self.sums[part].addmm_(inputs_NI.T, inputs_NI)
-
-
-@dataclass(eq=False)
 class _Inputs:
     """The second moments of the inputs of some sites; those that are given one and the same tensor have them once."""
 
     sites: Mapping[str, Site]
     leaders: dict[str, str] = field(default_factory=dict)
-    moments: dict[str, _Moments] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     part: int = 0
     # The last leader, and what it was given first of the batch: kept, so that no other tensor can lie where it does.
     last: tuple[str, torch.Tensor] | None = None
@@ -224,8 +196,6 @@ class _Inputs:
         shown = Batch(**{**vars(batch), "labels": before})
         run(model, self.sites, [shown], self._record, backward=False, objective=passed_through)
         self.last = None
-        for moments in self.moments.values():
-            moments.flush(part)
 
     def _record(self, site: Site, tokens: Tokens) -> None:
         assert tokens.inputs is not None and tokens.is_response is not None
@@ -238,10 +208,7 @@ class _Inputs:
         if self.last is None or self.last[0] != site.name:
             self.last = site.name, inputs
         if site.name not in self.moments:
-            size, device = site.shape[1], site.tensor.device
-            self.moments[site.name] = _Moments(
-                [torch.zeros(size, size, device=device) for _ in range(PARTS)], [0] * PARTS
-            )
+            self.moments[site.name] = Moments(site.shape[1], site.tensor.device)
         chosen = inputs[tokens.is_response]
         if len(chosen):
             self.moments[site.name].add(chosen, self.part)
@@ -272,93 +239,14 @@ def passed_through(model: nn.Module, batch: Batch) -> torch.Tensor:
     return values
 
 
-@dataclass(eq=False)
-class Spread:
-    """C of the inputs of a site, float32 `[I, I]`, on safety text and on either half of the ordinary text, with their
-    tokens; and B, the directions that are taken out, float64 `[I, shared]`. NaN where a part has no token."""
-
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    tokens: tuple[int, int, int]
-    basis: torch.Tensor
-
-    @cached_property
-    def rests(self) -> list[torch.Tensor]:
-        """P C P with P = I - B Bᵀ, float32: formed in float64, as a few directions may hold nearly all of C."""
-        rests = []
-        for part in self.parts:
-            whole = part.double()
-            rest = whole - self.basis @ (self.basis.T @ whole)
-            rests.append((rest - (rest @ self.basis) @ self.basis.T).float())
-        return rests
-
-    @cached_property
-    def diagonals(self) -> list[torch.Tensor]:
-        """The diagonals of P C P, float64 `[I]`."""
-        found = []
-        for part in self.parts:
-            along = part.double() @ self.basis
-            within = self.basis @ (self.basis.T @ along)
-            found.append(part.diagonal().double() + ((within - 2 * along) * self.basis).sum(dim=1))
-        return found
-
-    def powers(self, found: Sequence[torch.Tensor], norm: torch.Tensor) -> torch.Tensor:
-        """Powers of the three parts as `[members, 5]`: safety, all ordinary text, its halves, and ‖D‖²; float64."""
-        safety, even, odd = (part.cpu().double().clamp(min=0) for part in found)
-        whole = self.tokens[1] + self.tokens[2]
-        shares = [(part, tokens) for part, tokens in ((even, self.tokens[1]), (odd, self.tokens[2])) if tokens]
-        utility = torch.stack([part * (tokens / whole) for part, tokens in shares]).sum(dim=0) if shares else even
-        return torch.stack([safety, utility, even, odd, norm.cpu().double().clamp(min=0)], dim=1)
-
-
-def _spread(moments: _Moments, shared: int) -> Spread:
-    if moments.sums[0].device.type == "mps":  # which has no float64
-        moments.sums = [total.cpu() for total in moments.sums]
-    tokens = moments.tokens
-    safety, even, odd = (total / (n or float("nan")) for total, n in zip(moments.sums, tokens, strict=True))
-    basis = torch.zeros(len(safety), 0, dtype=torch.float64, device=safety.device)
-    ordinary = tokens[1] + tokens[2]
-    if shared and tokens[0] and ordinary:
-        both = (safety + (moments.sums[1] + moments.sums[2]) / ordinary) / 2
-        basis = leading(both.double(), shared)
-    return Spread((safety, even, odd), (tokens[0], tokens[1], tokens[2]), basis)
-
-
-def leading(moments_II: torch.Tensor, count: int) -> torch.Tensor:
-    """The leading eigenvectors of a symmetric matrix without negative eigenvalues, float64 `[I, count]`.
-
-    Of a large one by subspace iteration (Halko et al., arXiv 0909.4061) from a fixed start, in float32 with a last
-    round in float64, until each residual is below a thousandth of its eigenvalue, so that a millionth of the
-    direction's energy is left; where that takes too long, by all eigenvectors.
-    """
-    size = len(moments_II)
-    if size > SMALL:
-        generator = torch.Generator().manual_seed(0)
-        narrow_II = moments_II.float()
-        start = torch.randn(size, count + SPARE, generator=generator).to(moments_II.device)
-        vectors: torch.Tensor = torch.linalg.qr(start).Q
-        for _ in range(ROUNDS):
-            moved = narrow_II @ vectors
-            values, turn = torch.linalg.eigh(vectors.T @ moved)
-            top, chosen = values.flip(0)[:count].clamp(min=0), turn.flip(1)[:, :count]
-            residual = (moved @ chosen - (vectors @ chosen) * top).norm(dim=0)
-            # What float32 cannot tell from the largest has no energy worth taking out.
-            if bool((residual <= CLOSE * top + ROUNDING * values[-1]).all()):
-                return torch.linalg.qr(moments_II @ (vectors @ chosen).double()).Q
-            vectors = torch.linalg.qr(moved).Q
-    vectors = torch.linalg.eigh(moments_II).eigenvectors
-    return vectors.flip(1)[:, :count]
-
-
 def row_powers(delta: Delta, spread: Spread) -> torch.Tensor:
     """D̃ᵢ C D̃ᵢᵀ on safety text, on ordinary text and on its halves, and ‖Dᵢ‖², float64 `[O, 5]`."""
     if isinstance(delta, LowRank):
-        basis = spread.basis
-        a, b = delta.a.to(basis), delta.b.to(basis)
-        rest = a - (a @ basis) @ basis.T
-        found = [((b @ (rest @ part.double() @ rest.T)) * b).sum(dim=1) for part in spread.parts]
+        a, b = delta.a.to(spread.basis), delta.b.to(spread.basis)
+        found = [((b @ part) * b).sum(dim=1) for part in spread.along(a)]
         norm = ((b @ (a @ a.T)) * b).sum(dim=1)
     else:
-        found = [((delta @ part.to(delta)) * delta).sum(dim=1) for part in spread.rests]
+        found = spread.squares(delta)
         norm = delta.square().sum(dim=1)
     return spread.powers(found, norm)
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import (
@@ -25,13 +25,15 @@ from pydantic import (
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_toml, without_none
-from neurondrift.base.roles import ALIGNMENT_GROUPS, group_names
+from neurondrift.base.roles import group_names
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.attribute import AttributeSection
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
-from neurondrift.study.sections.scoring import OfChange, OfWeights
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
-from neurondrift.study.sections.section import Count, Fraction, Positive
+from neurondrift.study.sections.scoring import check_score
+from neurondrift.study.sections.section import Count as Count
+from neurondrift.study.sections.section import Fraction as Fraction
+from neurondrift.study.sections.section import Positive as Positive
 from neurondrift.study.sections.section import Section as Section
 
 Metric = Literal["l2", "relative", "cosine_distance"]
@@ -292,16 +294,6 @@ class Study(Section):
         return self.model.base or (self.model.reference if self.align.enabled else None)
 
     @property
-    def scores_weights(self) -> bool:
-        """Whether single weights are scored, so that groups of weights and of hidden units can be made."""
-        return self.score.method in get_args(OfWeights)
-
-    @property
-    def scores_change(self) -> bool:
-        """Whether the score is of the alignment's change, so that its base is needed."""
-        return self.score.method in get_args(OfChange)
-
-    @property
     def seed(self) -> int:
         """The first seed: of the alignment, the random groups and the resampling."""
         return self.seeds[0]
@@ -379,32 +371,10 @@ def resolve(*, preset: str | None = None, file: Path | None = None, flags: Mappi
     base = {} if complete else load_preset(preset or named or "demo")
     merged = merge(merge(base, content), nested(flags or {}))
     study = validated(Study, merged)
-    _check_score(study)
+    own = study.finetune.freeze
+    frozen = None if own is None or own.endswith((".parquet", ".json")) else own.removeprefix("matched:")
+    check_score(study.score, base=study.base, frozen=frozen, granularity=study.finetune.freeze_granularity)
     return study
-
-
-def _check_score(study: Study) -> None:
-    """Raise `ConfigError` where the score cannot be taken in this study, or gives no group that is to be frozen."""
-    method, tune = study.score.method, study.finetune
-    if study.scores_change and study.base is None:
-        raise ConfigError(
-            f"The score {method} needs the model from before the alignment",
-            received=f"score.method = {method}",
-            fix="name it (model.base), let the study align (align.enabled), or score by another method",
-        )
-    own = tune.freeze is not None and not tune.freeze.endswith((".parquet", ".json"))
-    if own and tune.freeze_granularity != "neuron" and not study.scores_weights:
-        raise ConfigError(
-            f"The score {method} is of neurons: no group of {tune.freeze_granularity}s is made of it",
-            received=f"finetune.freeze_granularity = {tune.freeze_granularity}",
-            allowed="neuron",
-        )
-    if own and str(tune.freeze).removeprefix("matched:") in ALIGNMENT_GROUPS and study.base is None:
-        raise ConfigError(
-            f"The group {tune.freeze} needs the model from before the alignment",
-            received=f"finetune.freeze = {tune.freeze}",
-            fix="name it (model.base), or let the study align (align.enabled)",
-        )
 
 
 def validated(kind: type[AnySection], content: Mapping[str, Any]) -> AnySection:

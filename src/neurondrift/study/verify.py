@@ -236,13 +236,16 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str) -> Cost:
     steps = total_steps(tune.data.limit or 216 if tune.data.source.startswith("builtin:") else 50_000, tune)
     trained = steps * tune.batch_size * tune.gradient_accumulation * len(study.seeds)
     aligned = study.align.max_steps * study.align.batch_size if study.align.enabled else 0
+    ways = study.attribute.points + study.attribute.along_steps * tune.evaluated_steps
+    # Prompts are half as long as examples; outputs take a forward, updates a whole pass.
+    attributed = (study.attribute.prompts * ways + 3 * study.attribute.examples) * len(study.seeds)
     prompts = sum(
         reference.limit or 72 for name, reference in data_references(study).items() if name.startswith("evaluate")
     )
     asked, points = study.evaluate, tune.evaluated_steps * len(study.seeds) + study.align.enabled
     ends = 2 * len(study.seeds) + study.align.enabled
     decoded = prompts * (ends * longest_answer(asked) + (points - ends) * asked.max_new_tokens)
-    passes = 6 * TOKENS_PER_EXAMPLE * (scored + trained + aligned)
+    passes = 6 * TOKENS_PER_EXAMPLE * (scored + trained + aligned + study.attribute.enabled * attributed)
     # Decoding is bound by memory rather than arithmetic: 3 times as slow an operation.
     answers = 2 * (prompts * points * TOKENS_PER_EXAMPLE / 2 + 3 * decoded)
     seconds = parameters * (passes + answers) / speed + 60

@@ -1,5 +1,6 @@
-"""Attribution patching with integrated gradients: which activations carry the difference between harmful and harmless
-prompts to the refusal margin. Shapes: T = tokens, O = out, I = in, M = members.
+"""Attribution patching: which activations carry what tells harmful prompts from harmless ones to the refusal margin.
+
+With integrated gradients along the embeddings. Shapes: T = tokens, O = out, I = in, M = members.
 
 Sources: attribution patching, Syed et al. (arXiv 2310.10348); with integrated gradients along the embeddings of the two
 prompts, Hanna et al. (arXiv 2403.17806).

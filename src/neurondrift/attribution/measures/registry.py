@@ -62,6 +62,8 @@ class Measure:
         Whether it exists for single weights too (a method of `importance.methods`): groups of weights can be made.
     signed
         Whether values below 0 mean the opposite, so that no logarithm is to be taken.
+    two_sided
+        Whether it is the same with the two kinds of text exchanged: it tells them apart, and not which is which.
     check
         Raises, before anything is computed, where a material has not what it needs.
     """
@@ -73,6 +75,7 @@ class Measure:
     base: bool = False
     weights: bool = False
     signed: bool = False
+    two_sided: bool = False
     check: Callable[[Material], object] = lambda material: None
 
 
@@ -89,10 +92,13 @@ MEASURES: dict[str, Measure] = {
         *map(_of_importance, METHODS),
         Measure(name="snip_ratio", take=ratio("snip"), needs="backward", question="matters"),
         Measure(name="wanda_ratio", take=ratio("wanda"), needs="forward", question="matters"),
-        Measure(name="activation_contrast", take=contrast, needs="forward", question="carries", check=check_prompts),
-        Measure(name="cohens_d", take=cohens_d, needs="forward", question="carries", check=check_prompts),
-        Measure(
-            name="refusal_direction", take=refusal_direction, needs="forward", question="carries", check=check_prompts
+        *(
+            Measure(name=name, take=take, needs="forward", question="carries", two_sided=True, check=check_prompts)
+            for name, take in (
+                ("activation_contrast", contrast),
+                ("cohens_d", cohens_d),
+                ("refusal_direction", refusal_direction),
+            )
         ),
         Measure(
             name="attribution_patching",

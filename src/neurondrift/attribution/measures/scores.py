@@ -1,5 +1,6 @@
-"""How each score of a material is taken: importance of rows and of what is made of them, ratios, and measures of a
-change. Shapes: O = out, I = in, M = members.
+"""How each score of a material is taken: importance of rows and what is made of them, ratios, measures of a change.
+
+Shapes: O = out, I = in, M = members.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Paragraph, Section, Table, table
@@ -34,6 +35,8 @@ TITLE = "What the change does"
 INPUTS = {"harmful": "harmful inputs", "ordinary": "ordinary inputs"}
 WAYS = {"path": "straight way", "budget": "saved steps"}
 CONTROLS = ("random", "control", "negative", "positive")
+#: How notes begin that say why a group is not comparable; the first screen says so of its lengths already.
+GATED = "not comparable: "
 WHAT_A_SHARE_IS = (
     "Share: the gradient of the refusal margin of harmful requests along the training, times how far each weight went, "
     "summed over a group's neurons, over the sum of all. Parts have signs: some neurons gained margin, so that shares "
@@ -47,7 +50,8 @@ def answer_tables(results: Findings) -> list[Table]:
     if found is None:
         return []
     groups = [group for group in _ordered(results, found) if group["role"] not in CONTROLS] or found["groups"]
-    return [_outputs(results, groups), _shares(found, groups, found["way"])]
+    tables = _outputs(results, groups), _shares(found, groups, found["way"])
+    return [replace(each, notes=tuple(n for n in each.notes if not n.startswith(GATED))) for each in tables]
 
 
 def section(results: Findings) -> Section:
@@ -85,7 +89,7 @@ def _outputs(results: Findings, groups: Sequence[GroupAttribution]) -> Table:
             effect = group["outputs"][name]
             cells += [notes.ratio(effect), wording.verdict(effect)]
             if not effect["comparable"]:
-                not_shown.append(f"{clean(group['group'])}, {INPUTS[name]}: {_why(effect)}")
+                not_shown.append(f"{GATED}{clean(group['group'])}: {_why(effect)}")
         rows.append((_name(group), *cells))
     headers = [part for words in INPUTS.values() for part in (f"outputs, {words} [95 %]", "moved")]
     return table(
@@ -117,7 +121,7 @@ def _shares(found: AttributionFindings, groups: Sequence[GroupAttribution], way:
             )
         )
         if not share["comparable"]:
-            not_shown.append(f"{clean(group['group'])}: {_why(share)}")
+            not_shown.append(f"{GATED}{clean(group['group'])}: {_why(share)}")
     band = wording.plain(100 * (found["band"] - 1))
     return table(
         f"Share of the lost refusal margin of harmful requests, along the {WAYS.get(way, clean(way))}:",

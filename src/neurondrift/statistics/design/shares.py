@@ -23,7 +23,7 @@ from neurondrift.statistics.results import Cluster, ComparisonName, CovariateBal
 ShareVerdict = Literal["more", "not_more", "inconclusive"]
 NOTHING_LOST = "nothing was lost in at least one seed: there is nothing to have a share of"
 NOT_POSITIVE = "comparable neurons carry no positive share"
-SHARE_FIELDS = ("share", "share_of_group", "expected", "ratio", "smallest_more", "p_more", "p_not_more")
+SHARE_FIELDS = ("share_of_group", "share", "expected", "ratio", "smallest_more", "p_more", "p_not_more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,10 @@ def share_effect(
 
     difference, _ = inferred(1.0, 0.0)
     excess, cluster = inferred(factor, shift)
+    if not lost or not compared:
+        share = expected = NAN
+    if not lost:
+        difference, excess = (each._replace(reason=NOTHING_LOST) for each in (difference, excess))
     estimate = to_estimate(excess, compared)
     comparable = not design.because
     reasons: dict[str, str] = {}
@@ -117,6 +121,8 @@ def share_effect(
         reasons |= dict.fromkeys(("smallest_more", "p_more", "p_not_more"), excess.reason)
     if not expected > 0:
         reasons["ratio"] = NOT_POSITIVE
+    if not compared:
+        reasons |= dict.fromkeys(SHARE_FIELDS[1:], excess.reason)
     if not lost:
         reasons = dict.fromkeys(SHARE_FIELDS, NOTHING_LOST)
     p_more, p_not_more, smallest = NAN, NAN, NAN

@@ -58,7 +58,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     norms = magnitudes_of(sites, "neuron")
-    change = change_of_alignment(study, folder, sites, tokenizer) if study.scores_change else None
+    change = change_of_alignment(study, folder, sites, tokenizer) if study.score.of_change else None
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
     with progress("stability", total) as advance:

@@ -30,8 +30,8 @@ class AttributeSection(Section):
     """What the change of each neuron does: to the refusal margin, to outputs, and whose update it resembles."""
 
     enabled: bool = Field(True, description="whether it is measured; the margin of the snapshots is in any case")
-    prompts: Count = Field(24, description="harmful and ordinary prompts of evaluate, each, for the margin's parts")
-    examples: Count = Field(16, description="examples of score.safety and score.utility, each, for outputs and updates")
+    prompts: Count = Field(16, description="harmful and ordinary prompts of evaluate, each, for the margin's parts")
+    examples: Count = Field(12, description="examples of score.safety and score.utility, each, for outputs and updates")
     points: Count = Field(3, description="midpoints of the straight way at which gradients are taken")
     most_points: Count = Field(9, description="the same where the parts do not add up to 2 %; else that is written")
     along_steps: bool = Field(True, description="also along the saved steps of the training (the budget)")

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from neurondrift.base.errors import ConfigError
+from neurondrift.base.roles import ALIGNMENT_GROUPS
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.section import Count, Fraction, Section
 
 #: Scores of single weights, of which groups of weights are made too; of neurons only; and those that need a base.
 OfWeights = Literal["snip", "wanda", "fisher", "magnitude", "random"]
-OfNeurons = Literal[
-    "taylor",
-    "gradient",
-    "snip_ratio",
-    "wanda_ratio",
-    "activation_contrast",
-    "cohens_d",
-    "refusal_direction",
-    "attribution_patching",
-]
+OfNeurons = Literal["taylor", "gradient", "snip_ratio", "wanda_ratio", "attribution_patching"]
+#: Of neurons too: they tell two texts apart, and not which is which.
+TwoSided = Literal["activation_contrast", "cohens_d", "refusal_direction"]
 OfChange = Literal[
     "functional_drift_ratio", "functional_drift_shrunk", "path_attribution", "provenance", "change_length"
 ]
-Score = OfWeights | OfNeurons | OfChange
+Score = OfWeights | OfNeurons | TwoSided | OfChange
 
 
 class ScoreSection(Section):
@@ -42,6 +37,16 @@ class ScoreSection(Section):
     batch_size: Count = 8
     max_length: Annotated[int, Field(ge=8)] = 512
     checkpoint_activations: bool = Field(False, description="less memory for about a third more time")
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether single weights are scored, so that groups of weights and of hidden units can be made."""
+        return self.method in get_args(OfWeights)
+
+    @property
+    def of_change(self) -> bool:
+        """Whether the score is of the alignment's change, so that its base is needed."""
+        return self.method in get_args(OfChange)
 
 
 class GroupsSection(Section):
@@ -60,3 +65,38 @@ class GroupsSection(Section):
     def unsaid(self) -> Collection[str]:
         usual = {"drift_examples": 24, "margin_prompts": 12}
         return [name for name, value in usual.items() if getattr(self, name) == value]
+
+
+def check_score(score: ScoreSection, *, base: str | None, frozen: str | None, granularity: str) -> None:
+    """Raise `ConfigError` where a score cannot be taken in a study, or gives no group that is to be frozen.
+
+    `base`: the model from before the alignment, where it is known; `frozen`: the group of the study that is held still,
+    and its `granularity`.
+    """
+    method = score.method
+    before = "name it (model.base), let the study align (align.enabled)"
+    if score.of_change and base is None:
+        raise ConfigError(
+            f"The score {method} needs the model from before the alignment",
+            received=f"score.method = {method}",
+            fix=f"{before}, or score by another method",
+        )
+    if method in get_args(TwoSided) and score.style is None:
+        raise ConfigError(
+            f"The score {method} tells two texts apart, not which is which: for utility it is taken of ordinary text "
+            "and a style",
+            received="score.style = none",
+            fix="name a style (score.style), or score by another method",
+        )
+    if frozen is not None and granularity != "neuron" and not score.of_weights:
+        raise ConfigError(
+            f"The score {method} is of neurons: no group of {granularity}s is made of it",
+            received=f"finetune.freeze_granularity = {granularity}",
+            allowed="neuron",
+        )
+    if frozen in ALIGNMENT_GROUPS and base is None:
+        raise ConfigError(
+            f"The group {frozen} needs the model from before the alignment",
+            received=f"finetune.freeze = {frozen}",
+            fix=f"{before}, or freeze another group",
+        )

@@ -250,7 +250,7 @@ def groups(study: Study, folder: StudyFolder) -> str:
 
 def granularities(study: Study) -> tuple[Granularity, ...]:
     """What groups are made of: of neurons, and of weights where the score has those."""
-    if not study.scores_weights:
+    if not study.score.of_weights:
         return ("neuron",)
     return GRANULARITIES
 
@@ -258,7 +258,7 @@ def granularities(study: Study) -> tuple[Granularity, ...]:
 def _made(study: Study) -> tuple[Granularity, ...]:
     """The same, and hidden units where such are to be frozen."""
     units: tuple[Granularity, ...] = ("unit",) if study.finetune.freeze_granularity == "unit" else ()
-    return (*granularities(study), *(units if study.scores_weights else ()))
+    return (*granularities(study), *(units if study.score.of_weights else ()))
 
 
 def scores_to_cut(
@@ -275,7 +275,7 @@ def _ranked(study: Study, scores: Mapping[str, Scores]) -> Mapping[str, Scores]:
     """Scores of neurons that may have a sign or be undefined as ranks within their site, (k + 1) / n; the least where
     there is no score, NaN where a site has none. Ranks are enough to cut groups by; the residual and what is matched on
     take logarithms."""
-    if study.scores_weights:
+    if study.score.of_weights:
         return scores
     return {
         purpose: own if purpose == "gradient" else {site: _ranks(values) for site, values in own.items()}
@@ -360,7 +360,7 @@ def neuron_groups(folder: StudyFolder) -> dict[str, Group]:
 def weight_groups(folder: StudyFolder) -> dict[str, Group]:
     """The groups of weights that a study made, each followed by its matched control, `NAME.matched`; none where it is
     scored by a method of neurons only."""
-    published = PUBLISHED_GROUPS if folder.study.scores_weights else ()
+    published = PUBLISHED_GROUPS if folder.study.score.of_weights else ()
     files = {f"{name}{mark}": (name, bool(mark)) for name in published for mark in ("", MATCHED)}
     return {
         label: load_group(folder.group_file(name, "weight", matched=matched))

@@ -80,7 +80,9 @@ def score(study: Study, folder: StudyFolder) -> str:
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     change = None
-    if study.scores_change or study.model.base is not None:  # a base that does not fit is told before scores are taken
+    if (
+        study.score.of_change or study.model.base is not None
+    ):  # a base that does not fit is told before scores are taken
         change = change_of_alignment(study, folder, sites, tokenizer)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
@@ -111,8 +113,9 @@ def scores_for(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The scores of a purpose, site by site: `[out, in]`, or `[out]` by a method of neurons.
 
-    A score that sets two kinds of text side by side has the purpose's own on one side, and on the other ordinary text
-    (for the purpose `utility`: safety). `change` is needed by methods that need a base.
+    A score that sets two kinds of text side by side has the purpose's own on one side, and on the other ordinary text;
+    for `utility` safety, or the style where the score is the same with both exchanged. `change` is needed by
+    methods that need a base.
     """
     purpose, settings = wanted[name], study.score
     if purpose.method in METHODS:
@@ -127,7 +130,8 @@ def scores_for(
             on_batch=on_batch,
         )
         return
-    other = wanted["safety" if name == "utility" else "utility"]
+    beside = "style" if get_measure(purpose.method).two_sided else "safety"
+    other = wanted[beside if name == "utility" else "utility"]
     material = Material(
         model=sites,
         tokenizer=tokenizer,

@@ -122,7 +122,7 @@ def known_base(study: Study) -> dict[str, Any]:
 
 def base_of_scores(study: Study) -> dict[str, Any]:
     """The same, where scores are of that change."""
-    return known_base(study) if study.scores_change else {}
+    return known_base(study) if study.score.of_change else {}
 
 
 def gradient_data(study: Study) -> dict[str, Any]:

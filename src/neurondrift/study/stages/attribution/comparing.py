@@ -105,8 +105,13 @@ def compare_groups(measured: Measured, compared: Compared) -> AttributionFinding
             each: encoded(share_effect(every, member_N, part_SN, changes[each], places, rules))
             for each, part_SN in parts.items()
         }
-        facts = {"group": name, "role": compared.roles[name], "judging": name in compared.judging, "shares": shares}
-        facts |= {"harmless": float(ordinary_SN[:, member_N].sum(axis=1).mean())}
+        facts: dict[str, Any] = {
+            "group": name,
+            "role": compared.roles[name],
+            "judging": name in compared.judging,
+            "shares": shares,
+        }
+        facts |= {"shares": shares, "harmless": float(ordinary_SN[:, member_N].sum(axis=1).mean())}
         facts |= {"directional": own, "directional_controls": controls}
         groups.append(cast(GroupAttribution, facts))
     adjusted, tests = _adjusted(outputs, compared.roles)
