@@ -11,9 +11,9 @@ import torch
 import neurondrift as nd
 from helpers.families import build, examples
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError, GroupError, ModelError
-from neurondrift.interventions.holding import hold, mean_inputs
 from neurondrift.models.data import Example, load_examples
 from neurondrift.models.sites import Sites
+from neurondrift.study.localisation.holding import hold, mean_inputs
 from neurondrift.study.plants.plant import Plant
 from neurondrift.study.plants.planting import CausalityError
 from neurondrift.study.plants.roles import draw
