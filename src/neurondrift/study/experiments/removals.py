@@ -2,7 +2,7 @@
 
 The part of the rank level that generates. Owns the list of removals and the layout of `behaviour` in
 `results/subspaces.json`; the directions come from `importance.directions`, the context that removes them and gives
-them back is `interventions.removal`.
+them back is `interventions.acting.removal`.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 
 from neurondrift.groups.group import Group, without_empty
 from neurondrift.interventions.acting.contexts import Applied, rewind
-from neurondrift.interventions.acting.holding import hold
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
 from neurondrift.study.localisation.board import Answer, Values, counts_of, top
+from neurondrift.study.localisation.holding import hold
 from neurondrift.study.plants.outcomes import Looks
 
 Way = Literal["put back", "held"]

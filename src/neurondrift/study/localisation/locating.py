@@ -17,7 +17,6 @@ from neurondrift.attribution.measures.registry import MEASURES, measures
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, write_json, write_text
 from neurondrift.base.processes import tune_allocator
-from neurondrift.interventions.acting.holding import mean_inputs
 from neurondrift.models.loading import load_model
 from neurondrift.models.sites import Sites
 from neurondrift.report.plants.figure import draw_localisation
@@ -27,6 +26,7 @@ from neurondrift.report.text import render_section
 from neurondrift.study.folder import record
 from neurondrift.study.localisation.board import Answer, Values, read_scores, row_of, values_of
 from neurondrift.study.localisation.curves import Curves
+from neurondrift.study.localisation.holding import mean_inputs
 from neurondrift.study.plants.outcomes import Looks, initial_weights
 from neurondrift.study.plants.plant import Plant
 from neurondrift.study.plants.planting import checked

@@ -22,7 +22,6 @@ from neurondrift.study.plants.sets import Order
 from neurondrift.study.plants.settings import PlantSection
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
-FURTHEST = 2.0  # by how much a rate is raised or lowered at most, so that groups keep the same distance
 
 
 @dataclass(eq=False)
@@ -72,7 +71,8 @@ class _Fast:
                 piece.region.put(self._sites[name].oriented(gradient), 0.0)
 
     def step(self, like: _Fast | None = None) -> None:
-        """Go one step; with `like`, faster or slower where that group has moved further or less far in the site."""
+        """Go one step; with `like`, as far from the start, on average over the group, as that group has gone in the
+        same site: the change is scaled to it."""
         self._step += 1
         grown = [1 - beta**self._step for beta in BETAS]
         for name, piece in self.pieces.items():
@@ -80,10 +80,11 @@ class _Fast:
             piece.first.lerp_(piece.gradient, 1 - BETAS[0])
             piece.second.mul_(BETAS[1]).addcmul_(piece.gradient, piece.gradient, value=1 - BETAS[1])
             change = piece.first / grown[0] / ((piece.second / grown[1]).sqrt() + EPSILON)
+            piece.region.put(weight, piece.region.of(weight) - self._rate * change)
             if like is not None and name in like.pieces:
                 ratio = like.pieces[name].distance(weight) / piece.distance(weight)
-                change *= torch.nan_to_num(ratio, nan=1.0).clamp(1 / FURTHEST, FURTHEST)
-            piece.region.put(weight, piece.region.of(weight) - self._rate * change)
+                moved = piece.region.of(weight) - piece.start
+                piece.region.put(weight, piece.start + torch.nan_to_num(ratio, nan=1.0, posinf=1.0) * moved)
             piece.gradient.zero_()
 
 
@@ -154,7 +155,8 @@ def grow(
     -----
     Each step goes back once through the model for each kind of example. Refusals reach the planted units alone, the
     decoy's examples the decoy alone, ordinary answers those that move as far and the rest. Of a *mixed* plant they
-    reach every unit: at the rate of the rest all alike, and beside that the three fast groups at their own.
+    reach every unit: at the rate of the rest all alike, and beside that the three fast groups at their own; the decoy
+    and those that move as far are held to the distance of the planted.
     """
     parameters = _trainable(sites)
     fast = {name: _Fast(sites, group, settings.rate) for name, group in groups.items()}
