@@ -26,7 +26,9 @@ from neurondrift.study.sweep.sharing import SHARED, Store, plan
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import same_results
 
-#: The second and the third share alignment and groups; the last has no data.
+#: A stage's seconds, as its line in the log has them.
+TOOK = r"(?:\d+h\d\dm|\d+m\d\ds|[\d.]+s)"
+#: The first two share alignment and groups; the last has no data.
 SWEEP = """name = "small"
 preset = "smoke"
 [settings]
@@ -69,7 +71,7 @@ def test_a_study_that_fails_stops_no_other_and_is_one_message(local):
 def test_what_points_have_in_common_is_done_once(local):
     folder, _ = local
     logs = {name: folder.log(name).read_text() for name in ("lora_r-4", "lora_r-8")}
-    did = {name: Counter(re.findall(r"^(\w+)(?: \(seed \d\))? +[\d.]+s  ", text, re.M)) for name, text in logs.items()}
+    did = {name: Counter(re.findall(rf"^(\w+)(?: \(seed \d\))? +{TOOK}  ", text, re.M)) for name, text in logs.items()}
     assert [did["lora_r-4"][stage] for stage in SHARED] == [1, 1, 1]
     assert [did["lora_r-8"][stage] for stage in SHARED] == [0, 0, 0]
     assert did["lora_r-4"]["finetune"] == did["lora_r-8"]["finetune"] == 1
@@ -121,7 +123,7 @@ def test_on_ray_with_a_worker_killed_the_studies_are_the_same_to_the_last_bit(lo
         assert same_results.main(here.study(name), folder.study(name)) == 0
         assert same_results.main(folder.study(name), here.study(name)) == 0
     logs = "".join(folder.log(name).read_text() for name in ("lora_r-4", "lora_r-8"))
-    assert len(re.findall(r"^align +[\d.]+s  ", logs, re.M)) == 1  # made once, beside two workers
+    assert len(re.findall(rf"^align +{TOOK}  ", logs, re.M)) == 1  # made once, beside two workers
 
 
 def test_going_on_does_what_is_left(local, file):

@@ -26,6 +26,7 @@ app = App(
     ),
     help_format="plaintext",
     help_epilogue=EPILOGUE,
+    suppress_keyboard_interrupt=False,  # the entry point says that the command goes on from here
 )
 
 SETTINGS = Group("Settings (they override the preset and the file)")
