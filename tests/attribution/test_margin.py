@@ -138,7 +138,11 @@ def test_own_openings_are_those_of_the_answers():
     [
         (lambda model: Margin(model, TOKENIZER, []), DataError, "no prompts"),
         (lambda model: Margin(model, TOKENIZER, [" "]), DataError, "is empty"),
-        (lambda model: Margin(model, TOKENIZER, ["x" * 100], SHORT), DataError, "no room"),
+        (
+            lambda model: Margin(build("gpt2"), TOKENIZER, ["x" * 400], SHORT),
+            DataError,
+            "longer than the model has positions",
+        ),
         (lambda model: Margin(model, TOKENIZER, ["x"], "xx"), ConfigError, "no list of openings"),
         (lambda model: Openings(refusal=(), compliance=("a",)), ConfigError, "no refusal openings"),
         (

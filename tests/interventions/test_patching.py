@@ -252,7 +252,7 @@ def test_leaving_takes_everything_away_also_after_an_exception():
 
 def test_a_model_whose_state_is_no_cache_is_patched_for_single_passes_alone():
     """Asked, not listed: a model that says something else with a cache than without."""
-    from neurondrift.interventions import patching
+    from neurondrift.interventions.acting import patching
 
     model, donor = build("llama"), build("llama", seed=1)
     group = some(model, "neuron")

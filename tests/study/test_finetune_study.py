@@ -6,7 +6,7 @@ import torch
 
 import neurondrift as nd
 from neurondrift.models.sites import linear_sites
-from neurondrift.study.experiments.intervene import _subject
+from neurondrift.study.experiments.intervene import subject_of
 from neurondrift.study.folder import StudyFolder, saved_step
 from neurondrift.study.settings import InterveneSection, resolve
 from neurondrift.study.stages.finetuning import finetune_study, load_trainee
@@ -69,7 +69,7 @@ def test_freeze_trains_a_whole_model_again(tmp_path):
         **{"model.reference": str(tmp_path / "base"), "finetune.method": "full", "finetune.scheduler": "linear"},
     )
     finetune_study(study, load_trainee(study, folder), 0, keep_in=folder.adapters(0), save_at=[STEPS])
-    subject, _ = _subject(study, folder, InterveneSection(), 0)
+    subject, _ = subject_of(study, folder, InterveneSection(), 0)
     group, before = some_rows(base), linear_sites(base)
     runs = []
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_freeze_of_an_adapter_starts_from_the_base_that_is_loaded(tmp_path, monk
     trainee = load_trainee(study, folder)
     trained = finetune_study(study, trainee, 0, keep_in=folder.adapters(0), save_at=[STEPS]).model
     group = some_rows(detach_adapter(trained))
-    subject, _ = _subject(study, folder, InterveneSection(), 0)
+    subject, _ = subject_of(study, folder, InterveneSection(), 0)
     base = subject.after.get_base_model()
     monkeypatch.setattr("neurondrift.study.experiments.intervene.load_trainee", pytest.fail)
     monkeypatch.setattr("neurondrift.study.stages.finetuning.load_base", pytest.fail)
