@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from document import commit
 
 import neurondrift as nd
 from neurondrift.attribution.measures.registry import MEASURES
@@ -36,6 +37,8 @@ KINDS = {
     "hidden_units": ("Hidden units", {"unit": "hidden_unit"}),
     "heads": ("Heads", {"unit": "head"}),
 }
+#: What reports say of each score.
+FOR_REPORTS = Path(nd.__file__).parent / "report" / "localisation.json"
 BEGIN, END = "<!-- written by benchmarks/localisation.py -->", "<!-- end of what benchmarks/localisation.py writes -->"
 QUICK = {"settle_steps": 2, "steps": 4, "check_every": 2, "scoring": 8, "prompts": 4, "max_new_tokens": 8}
 AIMS = {"rows": 0.95, "mixed": 0.85}
@@ -70,7 +73,7 @@ def one_plant(chosen, kind, seed, results):
     except CausalityError as error:
         told(str(error))
         found = read_json(chosen.work / "plants" / name / "causality.json")
-        write_json(folder / "done.json", {"name": name, "holds": False, "causality": found})
+        write_json(folder / "done.json", {"name": name, "holds": False, "causality": found, "commit": commit()})
         if not chosen.quick:
             return
         say(f"{name}: --quick goes on, to see that scores run")
@@ -80,7 +83,14 @@ def one_plant(chosen, kind, seed, results):
     located.write(folder)
     seconds = {"plant": planted - began, "locate": time.monotonic() - planted}
     device = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else "cpu"
-    done = {"name": name, "holds": not chosen.quick, "seconds": seconds, "device": device, "quick": chosen.quick}
+    done = {
+        "name": name,
+        "holds": not chosen.quick,
+        "seconds": seconds,
+        "device": device,
+        "quick": chosen.quick,
+        "commit": commit(),
+    }
     write_json(folder / "done.json", json_safe({**done, "causality": plant.causality}))
     say(f"{name}: done, {seconds['plant']:.0f} s to plant and {seconds['locate']:.0f} s to locate; {folder}")
 
@@ -158,7 +168,8 @@ def document(found):
                 parts.append(f"Seed {seed}: {'; '.join(runs[seed]['causality']['failed'])}. No scoreboard.")
         if boards:
             parts += [scoreboard(boards), curves(boards), aims(kind, boards)]
-    parts.append(f"Measured on {', '.join(devices) or 'an unknown device'}, float32.")
+    commits = sorted({of_seed["commit"] for seeds in found.values() for of_seed in seeds.values()})
+    parts.append(f"Measured on {', '.join(devices) or 'an unknown device'}, float32, at commit {', '.join(commits)}.")
     return "\n\n".join(parts)
 
 
@@ -194,6 +205,26 @@ def causality(runs):
         "loss of ordinary answers",
     )
     return markdown_rows(headers, rows, "lrrrrrr")
+
+
+def phrases(found):
+    """Score -> what the report says of it, after "which": how often it ranks a planted row above another one."""
+    said = {}
+    for kind, words in (
+        ("rows", "rows that refusals were planted in"),
+        ("mixed", "such rows that saw ordinary prompts too"),
+    ):
+        values = {}
+        for one in found.get(kind, {}).values():
+            for row in one.get("board", ()):
+                if row["auroc"] is not None:
+                    values.setdefault(row["score"], []).append(row["auroc"])
+        for name, own in values.items():
+            mean = sum(own) / len(own)
+            said[name] = (
+                f"{said[name]}, {words} {mean:.2f}" if name in said else f"finds {words} with an AUROC of {mean:.2f}"
+            )
+    return {name: f"{text} (0.50 is chance)" for name, text in sorted(said.items())}
 
 
 def scoreboard(boards):
@@ -330,7 +361,9 @@ def main():
             for kind, seed in pairs:
                 one_plant(chosen, kind, seed, results)
     if chosen.write:
-        write(chosen.write, document(results_in(results)))
+        found = results_in(results)
+        write(chosen.write, document(found))
+        write_json(FOR_REPORTS, {"format": 1, "scores": phrases(found)})
         say(f"written to {chosen.write}")
     raise SystemExit(0 if whole else 1)
 
