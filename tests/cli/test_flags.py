@@ -10,14 +10,14 @@ from neurondrift.cli.__main__ import app
 from neurondrift.cli.app import DATA_FLAGS, EPILOGUE, STUDY_SETS, Flags, SettingFlags, Source, study_of
 from neurondrift.cli.behaviour import ModelFlags
 from neurondrift.cli.questions.groups import StabilityFlags, SubspacesFlags
-from neurondrift.cli.questions.interventions import InterveneFlags
+from neurondrift.cli.questions.interventions import DoseFlags, InterveneFlags
 from neurondrift.cli.questions.plants import PlantFlags
 from neurondrift.cli.study import EngineFlags
 from neurondrift.study.experiments.evaluation_settings import DATA_SETS, ModelEvaluation
 from neurondrift.study.plants.settings import Planting
 from neurondrift.study.settings import Study, nested, validated
 
-KINDS = (Flags, InterveneFlags, SubspacesFlags, StabilityFlags, ModelFlags, PlantFlags, EngineFlags)
+KINDS = (Flags, InterveneFlags, DoseFlags, SubspacesFlags, StabilityFlags, ModelFlags, PlantFlags, EngineFlags)
 IN_FILES = (Study, Planting)  # configurations that a file can hold
 FLAGS = [(kind, name, flag) for kind in KINDS for name, flag in kind.flags().items()]
 
@@ -152,8 +152,8 @@ def test_how_sets_are_read_goes_with_the_sets(tmp_path):
         study_of(Source(preset="smoke", output_dir=tmp_path, subset=["x"]), Flags(lora_r=2))
 
 
-# Commands that read no examples: what they take are folders, models and files of groups.
-READS_NO_EXAMPLES = {"clean", "overlap", "diff"}
+# Commands that no flag gives examples: what they take are folders, models, files of groups and configurations.
+READS_NO_EXAMPLES = {"clean", "overlap", "diff", "locate", "plant", "sweep"}
 
 
 def test_every_command_that_reads_examples_has_the_flags_that_say_how():

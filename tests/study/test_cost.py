@@ -91,7 +91,7 @@ def test_more_blocks_take_more_time():
         paces.append(measured(skeleton, device=CPU, dtype=torch.float32, rank=2))
     assert paces[1].train > 3 * paces[0].train
     first, second = (work.seconds_of_stages(study, pace, byte_tokenizer(), parameters=74_000) for pace in paces)
-    assert list(first) == ["align", "score", "groups", "finetune", "evaluate", "analyze, report"]
+    assert list(first) == ["align", "score", "groups", "finetune", "evaluate", "attribute", "analyze, report"]
     assert second["score"] > first["score"]
 
 

@@ -113,7 +113,7 @@ def test_a_finished_study_is_left_alone(copy):
 
 def test_only_what_a_change_touches_is_done_again(copy):
     lines = run(smoke(**{"analyze.smallest_effect": 0.3}), copy)
-    assert stands(lines) == ["align", "score", "groups", "finetune", "evaluate"]
+    assert stands(lines) == ["align", "score", "groups", "finetune", "evaluate", "attribute"]
     assert "0.3" in (copy / "results" / "drift_analysis_report.txt").read_text()
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_made_again(copy):
     good = json.loads(file.read_text())
     file.write_text("{}")
     lines = run(smoke(), copy)
-    assert stands(lines) == ["align", "score", "groups", "finetune", "evaluate", "report"]
+    assert stands(lines) == ["align", "score", "groups", "finetune", "evaluate", "attribute", "report"]
     again = json.loads(file.read_text())
     for content in (good, again):
         content["study"].pop("created")
