@@ -56,7 +56,7 @@ ALL = [*FAMILIES, "gpt_oss", *(f"{name}-windowed" for name in WINDOWED), *RECURR
 @pytest.mark.parametrize("kind", ALL)
 def test_losses_and_gradients_equal_the_padded_ones(kind, share):
     model, rows = made(kind), rows_that_begin_alike()
-    (padded,) = make_batches(rows, batch_size=len(rows), pad_token_id=0)
+    (padded,) = make_batches(rows, model=model, batch_size=len(rows), pad_token_id=0)
     dense = batches_without_padding(model, rows, batch_size=len(rows), pad_token_id=0, share=share)
     count = int((padded.labels[:, 1:] != -100).sum())
     assert sum(int((batch.labels[:, 1:] != -100).sum()) for batch in dense) == count
@@ -88,7 +88,7 @@ def test_losses_of_each_example_are_its_own(kind):
         with torch.no_grad():
             losses_B = response_losses(model, batch)
         for name, loss in zip(batch.names, losses_B.tolist(), strict=True):
-            (alone,) = make_batches([rows[int(name)]], batch_size=1, pad_token_id=0)
+            (alone,) = make_batches([rows[int(name)]], model=model, batch_size=1, pad_token_id=0)
             with torch.no_grad():
                 assert loss == pytest.approx(float(response_losses(model, alone)), rel=1e-5)
 
