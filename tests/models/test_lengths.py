@@ -19,7 +19,7 @@ from neurondrift.behaviour.capability import perplexity
 from neurondrift.behaviour.classifiers import FORMS, _Loaded
 from neurondrift.cli.__main__ import main
 from neurondrift.importance.directions import bases
-from neurondrift.interventions.trials import Bench, answer_losses
+from neurondrift.interventions.measures import Bench, answer_losses
 from neurondrift.models.architecture.conventions import _WithinTables, goes_through
 from neurondrift.models.batches import context_length, make_batches, positions_of
 from neurondrift.models.data import Example
