@@ -129,7 +129,8 @@ def test_models_whose_attention_is_their_own_are_told():
 def test_batches_of_about_one_length_where_a_pass_has_a_price():
     from neurondrift.models.batches import _alike, _sorted_rows
 
-    rows = _sorted_rows([{"input_ids": [1] * n, "labels": [-100, *[1] * (n - 1)]} for n in (10, 10, 9, 4, 4, 3)])
+    encoded = [{"input_ids": [1] * n, "labels": [-100, *[1] * (n - 1)]} for n in (10, 10, 9, 4, 4, 3)]
+    rows = _sorted_rows(encoded, build("llama"))
 
     def lengths(price):
         return [[len(row.ids) for row in group] for group in _alike(rows, price)]
