@@ -20,12 +20,13 @@ import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from document import commit, write_between
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -35,7 +36,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 NUMBERS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 CHUNK = 50  # inputs in one try, of which each is counted
 DOCUMENT = REPOSITORY / "docs" / "architecture.md"
-BEGIN, END = "<!-- written by benchmarks/faults.py figures -->", "<!-- end of what benchmarks/faults.py writes -->"
 
 
 class Campaign:
@@ -46,13 +46,7 @@ class Campaign:
         self.work, self.file, self.until = work, work / "faults.jsonl", time.monotonic() + 60 * minutes
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
-        head = subprocess.run(
-            ["git", "-C", str(REPOSITORY), "rev-parse", "--short=10", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        self.commit = head.stdout.strip() or "unknown"
+        self.commit = commit()
 
     def of(self, kind: str) -> dict[str, dict[str, Any]]:
         """The last try of each key."""
@@ -189,14 +183,6 @@ def figures(campaign: Campaign) -> Iterator[str]:
     yield f"Written by `python benchmarks/faults.py figures`; {'; '.join(machines)}."
 
 
-def write_figures(campaign: Campaign) -> None:
-    """Put the table between its marks in the document."""
-    before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, f"{DOCUMENT} has no place for the table"
-    DOCUMENT.write_text(before + "\n".join([BEGIN, "", *figures(campaign), "", END]) + after, "utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "writes", "damage", "tries", "figures"])
@@ -206,7 +192,7 @@ def main() -> int:
     given = parser.parse_args()
     campaign = Campaign(given.work.resolve(), given.minutes)
     if given.what == "figures":
-        write_figures(campaign)
+        write_between(DOCUMENT, Path(__file__).name, list(figures(campaign)))
     else:
         {"kills": kills, "writes": writes, "damage": damage, "tries": tries}[given.what](campaign, given.count)
     print("\n".join(figures(campaign)))

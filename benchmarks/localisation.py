@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from document import commit
+from document import commit, write_between
 
 import neurondrift as nd
 from neurondrift.attribution.measures.registry import MEASURES
-from neurondrift.base.files import json_safe, read_json, write_json, write_text
+from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.report.plants.tables import QUESTIONS, STATES, known, markdown_rows, needs, plain, share, signed
 from neurondrift.study.localisation.locating import locate_all
 from neurondrift.study.plants.planting import CausalityError
@@ -39,7 +39,6 @@ KINDS = {
 }
 #: What reports say of each score.
 FOR_REPORTS = Path(nd.__file__).parent / "report" / "localisation.json"
-BEGIN, END = "<!-- written by benchmarks/localisation.py -->", "<!-- end of what benchmarks/localisation.py writes -->"
 QUICK = {"settle_steps": 2, "steps": 4, "check_every": 2, "scoring": 8, "prompts": 4, "max_new_tokens": 8}
 AIMS = {"rows": 0.95, "mixed": 0.85}
 WITHOUT_BASE, DECOY = 0.60, (0.4, 0.6)
@@ -324,15 +323,6 @@ def aims(kind, boards):
     return "\n".join(lines)
 
 
-def write(path, text):
-    """Put the tables between the marks of a document."""
-    before, mark, rest = path.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"{path} has not the lines {BEGIN} and {END}")
-    write_text(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder of the plants; without it nothing is planted")
@@ -362,7 +352,7 @@ def main():
                 one_plant(chosen, kind, seed, results)
     if chosen.write:
         found = results_in(results)
-        write(chosen.write, document(found))
+        write_between(chosen.write, Path(__file__).name, [document(found)])
         write_json(FOR_REPORTS, {"format": 1, "scores": phrases(found)})
         say(f"written to {chosen.write}")
     raise SystemExit(0 if whole else 1)
