@@ -9,24 +9,13 @@ import pytest
 import tomli_w
 
 import neurondrift as nd
+from helpers.plants import TINY_PLANT
 from neurondrift.cli.__main__ import main
 from neurondrift.importance.scores import score_header, write_scores
 
-SETTINGS = {
-    "share": 0.1,
-    "answers": False,
-    "steps": 16,
-    "check_every": 16,
-    "rate": 0.01,
-    "settle_steps": 1,
-    "scoring": 8,
-    "prompts": 4,
-    "answer_tokens": 8,
-}
-
 
 def configuration(path, **changed):
-    path.write_text(tomli_w.dumps({"model": {"reference": "tiny:llama"}, "plant": {**SETTINGS, **changed}}))
+    path.write_text(tomli_w.dumps({"model": {"reference": "tiny:llama"}, "plant": {**TINY_PLANT, **changed}}))
     return str(path)
 
 

@@ -10,6 +10,7 @@ import torch
 
 import neurondrift as nd
 from helpers.families import build, examples
+from helpers.plants import TINY_PLANT
 from neurondrift.base.errors import ArtifactError, ConfigError, DataError, GroupError, ModelError
 from neurondrift.models.data import Example, load_examples
 from neurondrift.models.sites import Sites
@@ -22,17 +23,6 @@ from neurondrift.study.plants.settings import PlantSection
 from neurondrift.study.plants.training import EPSILON, grow
 
 ROLES = ["planted", "decoy", "as_far"]
-TINY = {
-    "share": 0.1,
-    "answers": False,
-    "steps": 16,
-    "check_every": 16,
-    "rate": 0.01,
-    "settle_steps": 1,
-    "scoring": 8,
-    "prompts": 4,
-    "answer_tokens": 8,
-}
 
 
 def orders(seed=0, **own):
@@ -184,7 +174,7 @@ def test_too_few_examples_for_the_noise_floor(tmp_path):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plants") / "rows"
     said = []
-    plant = nd.plant("tiny:llama", folder, device="cpu", say=said.append, **TINY)
+    plant = nd.plant("tiny:llama", folder, device="cpu", say=said.append, **TINY_PLANT)
     return plant, said
 
 
@@ -196,7 +186,7 @@ def test_a_plant_is_written_whole_and_stands(made):
     assert read.groups["planted"].provenance["model"] == Sites(nd.load_model(read.model)[0]).fingerprint
     assert len(read.examples("safety")) == 8
     again = []
-    nd.plant("tiny:llama", plant.folder, device="cpu", say=again.append, **TINY)
+    nd.plant("tiny:llama", plant.folder, device="cpu", say=again.append, **TINY_PLANT)
     assert len(again) == 1
     assert "already" in again[0]
     assert any("planting, step 16" in text for text in said)
@@ -230,17 +220,17 @@ def test_an_interrupted_plant_goes_on(made, tmp_path):
     for name in ("plant.json", "causality.json"):
         (folder / name).unlink()
     said = []
-    found = nd.plant("tiny:llama", folder, device="cpu", say=said.append, **TINY)
+    found = nd.plant("tiny:llama", folder, device="cpu", say=said.append, **TINY_PLANT)
     assert not any("settling" in text or "planting" in text for text in said)
     assert found.causality["states"] == plant.causality["states"]
     said.clear()
     with contextlib.suppress(CausalityError):  # of other rows, which need not carry as much
-        nd.plant("tiny:llama", folder, device="cpu", say=said.append, **{**TINY, "seed": 1})
+        nd.plant("tiny:llama", folder, device="cpu", say=said.append, **{**TINY_PLANT, "seed": 1})
     assert any("planting" in text for text in said)
 
 
 def test_a_plant_without_an_effect_is_an_error_with_its_table(tmp_path):
-    settings = {**TINY, "steps": 1, "check_every": 1, "rate": 1e-6}
+    settings = {**TINY_PLANT, "steps": 1, "check_every": 1, "rate": 1e-6}
     with pytest.raises(CausalityError, match=r"stand and fall.*margin rose by(?s:.*)\| planted units put back \|"):
         nd.plant("tiny:llama", tmp_path / "none", device="cpu", **settings)
     with pytest.raises(CausalityError, match=r"stand and fall"):
@@ -254,7 +244,7 @@ def test_no_plant_and_a_changed_one_are_told(made, tmp_path):
     with pytest.raises(ConfigError, match="no setting plant.shares"):
         nd.plant("tiny:llama", tmp_path / "x", shares=0.1)
     with pytest.raises(ModelError, match="too small"):
-        nd.plant("tiny:llama", tmp_path / "y", device="cpu", **{**TINY, "share": 0.2})
+        nd.plant("tiny:llama", tmp_path / "y", device="cpu", **{**TINY_PLANT, "share": 0.2})
     assert plant.folder.exists()
 
 

@@ -243,6 +243,10 @@ class Study(Section):
         """The first seed: of the alignment, the random groups and the resampling."""
         return self.seeds[0]
 
+    def seed_of(self, asked: InterveneSection | DoseResponseSection) -> int:
+        """The training seed that an experiment acts on: the one that it names, or the first."""
+        return self.seed if asked.seed is None else asked.seed
+
     def to_toml(self) -> str:
         """The resolved configuration as TOML; settings that are unset are left out."""
         return tomli_w.dumps(without_none(self.model_dump(mode="json")))

@@ -202,7 +202,7 @@ def _tokenizer(study: Study) -> Any:
     """The tokenizer of the study's model; None where it cannot be had without the model, which has its own message."""
     from transformers import AutoTokenizer
 
-    from neurondrift.models.checked.gguf import gguf_file, is_gguf, kept_folder
+    from neurondrift.models.checked.gguf import is_gguf, where_to_read
     from neurondrift.models.loading import byte_tokenizer, quiet_transformers
 
     reference = study.model.reference
@@ -211,11 +211,8 @@ def _tokenizer(study: Study) -> Any:
     try:
         with quiet_transformers():
             if is_gguf(reference):
-                path = gguf_file(reference)
-                kept = kept_folder(reference, path)
-                if (kept / "config.json").exists():  # read in a moment
-                    return AutoTokenizer.from_pretrained(str(kept))
-                return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+                folder, how = where_to_read(reference)
+                return AutoTokenizer.from_pretrained(folder, **how)
             return AutoTokenizer.from_pretrained(
                 reference, revision=study.model.revision, trust_remote_code=study.model.trust_remote_code
             )
@@ -261,9 +258,8 @@ def estimate(study: Study, parameters: int, *, device: str, dtype: str, tokenize
 
     tune = study.finetune
     stages: dict[str, float] = {}
-    with contextlib.suppress(
-        ModelError
-    ):  # its files have been looked at: it is only its blocks that are of another kind
+    # Its files have been looked at: it is only its blocks that may be of another kind.
+    with contextlib.suppress(ModelError):
         pace = measured(_skeleton(study), device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
         stages = seconds_of_stages(study, pace, tokenizer, parameters=parameters)
     total = total_steps(tune.data.limit or 500, tune)
@@ -281,7 +277,7 @@ def _skeleton(study: Study) -> Any:
     from transformers import AutoConfig
 
     from neurondrift.models.architecture.classes import configuration, skeleton
-    from neurondrift.models.checked.gguf import gguf_file, is_gguf, kept_folder
+    from neurondrift.models.checked.gguf import is_gguf, where_to_read
     from neurondrift.models.loading import load_model, quiet_transformers
 
     source = study.model
@@ -290,11 +286,8 @@ def _skeleton(study: Study) -> Any:
         if reference.startswith("tiny:"):
             return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
         if is_gguf(reference):
-            path = gguf_file(reference)
-            kept = kept_folder(reference, path)
-            known = (kept / "config.json").exists()  # read in a moment
-            folder, how = (kept, {}) if known else (path.parent, {"gguf_file": path.name})
-            config = AutoConfig.from_pretrained(str(folder), **how)
+            folder, how = where_to_read(reference)
+            config = AutoConfig.from_pretrained(folder, **how)
         else:
             config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)
         return skeleton(config, reference)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -352,7 +352,3 @@ class _Exchange:
             ):
                 pass
         return _CACHES[key]
-
-
-Acting = Callable[..., AbstractContextManager[Applied]]
-BOTH_WAYS: Mapping[str, Acting] = {"patch": patch, "patch_back": patch_back}

@@ -88,6 +88,14 @@ def kept_folder(reference: str, path: Path) -> Path:
     return cache_directory() / f"{path.stem}-{both}-{size}"
 
 
+def where_to_read(reference: str) -> tuple[str, dict[str, str]]:
+    """Folder and arguments with which `from_pretrained` reads the tokenizer or the configuration alone: from the kept
+    folder where it is there, in a moment, else from the file itself."""
+    path = gguf_file(reference)
+    kept = kept_folder(reference, path)
+    return (str(kept), {}) if (kept / "config.json").exists() else (str(path.parent), {"gguf_file": path.name})
+
+
 def keep(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a de-quantised model and its tokenizer, whole or not at all."""
     with atomic_path(folder) as partial:

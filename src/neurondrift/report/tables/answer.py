@@ -15,7 +15,6 @@ from neurondrift.report.wording import Footnotes, clean, finite, is_control, met
 
 PASSED = {True: "passed", False: "FAILED", None: "open"}
 NOT_PLANTED = "Whether {scores} find weights into which refusals were trained has not been measured here."
-NOT_MADE = "no controls of known answer: findings of an older version"
 
 
 def answer_table(results: Findings) -> Table | None:

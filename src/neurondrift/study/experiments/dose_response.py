@@ -84,12 +84,7 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
 
 def lacks(study: Study, folder: StudyFolder) -> None:
     """Raise `ArtifactError` where there is no fine-tuned model at all."""
-    last_step(folder, seed_of(study))
-
-
-def seed_of(study: Study) -> int:
-    """The training seed that is acted on."""
-    return study.seed if study.dose_response.seed is None else study.dose_response.seed
+    last_step(folder, study.seed_of(study.dose_response))
 
 
 def results_file(folder: StudyFolder) -> Path:
@@ -124,7 +119,7 @@ def dose_response(study: Study, folder: StudyFolder, options: DoseResponseSectio
         A change whose parts do not add up.
     """
     began = time.perf_counter()
-    seed = seed_of(study)
+    seed = study.seed_of(study.dose_response)
     prompts = halves(study, options)
     say(f"{len(prompts.ranking)} harmful prompts to rank by, {len(prompts.outcome)} others to measure on")
     rankings, attributed = ranked(study, folder, options, prompts.ranking, seed)

@@ -75,7 +75,7 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
 
 def lacks(study: Study, folder: StudyFolder) -> None:
     """Raise `ArtifactError` where there is no fine-tuned model at all."""
-    last_step(folder, study.seed if study.intervene.seed is None else study.intervene.seed)
+    last_step(folder, study.seed_of(study.intervene))
 
 
 def results_file(folder: StudyFolder) -> Path:
@@ -108,7 +108,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
         A group of another model, outside the trained sites, or larger than its controls can match.
     """
     began = time.perf_counter()
-    seed = study.seed if options.seed is None else options.seed
+    seed = study.seed_of(options)
     draws = planned(options)
     subject, adapter = subject_of(study, folder, options, seed)
     base = subject.sites_before.fingerprint

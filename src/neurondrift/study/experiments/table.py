@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from neurondrift.interventions.outcomes import SCHEMA_VERSION
@@ -14,9 +15,9 @@ from neurondrift.study.stages.table import Stage, data_key, first_seed, gradient
 ONLY_WHEN = frozenset({"enabled"})
 
 
-def _trained_seed(study: Study) -> Sequence[int]:
+def _trained_seed(section: str, study: Study) -> Sequence[int]:
     """The one training seed that is acted on; none where the study has no such seed, which the stage says itself."""
-    seed = study.seed if study.intervene.seed is None else study.intervene.seed
+    seed = study.seed_of(getattr(study, section))
     return [seed] if seed in study.seeds else []
 
 
@@ -44,12 +45,6 @@ def _dosed(study: Study) -> dict[str, Any]:
     }
 
 
-def _dosed_seed(study: Study) -> Sequence[int]:
-    """The one training seed that it acts on; none where the study has no such seed, which the stage says itself."""
-    seed = dose_response.seed_of(study)
-    return [seed] if seed in study.seeds else []
-
-
 def _directions(study: Study) -> dict[str, Any]:
     """What the rank level depends on besides: the data of the directions, and how refusals are measured."""
     return first_seed(study) | {
@@ -75,7 +70,7 @@ OPTIONAL = (
         optional=True,
         run=intervene.of_study,
         outputs=intervene.outputs,
-        seeds=_trained_seed,
+        seeds=partial(_trained_seed, "intervene"),
         lacks=intervene.lacks,
         extra_inputs=_acted_on,
         wants=("say",),
@@ -88,7 +83,7 @@ OPTIONAL = (
         optional=True,
         run=dose_response.of_study,
         outputs=dose_response.outputs,
-        seeds=_dosed_seed,
+        seeds=partial(_trained_seed, "dose_response"),
         lacks=dose_response.lacks,
         extra_inputs=_dosed,
         wants=("say",),

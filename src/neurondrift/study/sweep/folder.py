@@ -11,8 +11,6 @@ from neurondrift.base.files import read_json, read_toml, write_json, write_text
 from neurondrift.study.sweep.settings import Sweep, read_sweep
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
-#: Of points that nobody is at work on.
-RESTING: tuple[State, ...] = ("waiting", "done", "failed", "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
