@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from document import surroundings, write_between
-from scipy.stats import rankdata
 
 from neurondrift import Margin, load_examples, load_model
 from neurondrift.attribution.margin import values_of
@@ -35,21 +34,13 @@ from neurondrift.base.files import read_toml, sha256_of_value, write_text
 from neurondrift.base.processes import tune_allocator
 from neurondrift.behaviour.evaluate import judge_answers
 from neurondrift.behaviour.rates import counts
+from neurondrift.statistics.known.ranking import auroc_of as auroc
 from neurondrift.study.settings import resolve
 from neurondrift.study.stages.reporting import weights_digest
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/advbench/harmful_behaviors.csv"
 SCRIPT = Path(__file__).name
 STAGES = ("before alignment", "after alignment", "after fine-tuning")
-
-
-def auroc(margins: np.ndarray, refused: np.ndarray) -> float:
-    """How often a refused one has a larger margin than another, ties half; NaN where one kind is missing."""
-    positives, others = int(refused.sum()), int((~refused).sum())
-    if not positives or not others:
-        return float("nan")
-    ranks = rankdata(margins)
-    return float((ranks[refused].sum() - positives * (positives + 1) / 2) / (positives * others))
 
 
 def with_interval(rows: Sequence[dict], resamples: int) -> str:

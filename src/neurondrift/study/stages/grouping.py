@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 from neurondrift.base.roles import GROUP_NAMES, GROUP_ROLES, PUBLISHED_GROUPS
 from neurondrift.groups.controls import matched, unlike
@@ -286,13 +287,10 @@ def _ranked(study: Study, scores: Mapping[str, Scores]) -> Mapping[str, Scores]:
 def _ranks(values: Any) -> npt.NDArray[np.float32]:
     """Ranks within a site, above 0 and up to 1; of equal values the lower place comes first."""
     values_N = np.asarray(values)
-    known_N = np.where(np.isnan(values_N), -np.inf, values_N)
     if np.isnan(values_N).all():
         return np.full(len(values_N), np.nan, dtype=np.float32)
-    places_N = len(known_N) - 1 - np.argsort(known_N[::-1], kind="stable")
-    ranks_N = np.empty(len(known_N), dtype=np.float32)
-    ranks_N[places_N] = (np.arange(len(known_N)) + 1) / len(known_N)
-    return ranks_N
+    known_N = np.where(np.isnan(values_N), -np.inf, values_N)
+    return (rankdata(known_N[::-1], method="ordinal")[::-1] / len(known_N)).astype(np.float32)
 
 
 def _in_scored_sites(scores: Mapping[str, Scores], norms: Mapping[str, Any]) -> tuple[Mapping[str, Scores], Any]:

@@ -80,9 +80,8 @@ def score(study: Study, folder: StudyFolder) -> str:
     model, tokenizer = load_base(study, folder)
     sites = Sites(model)
     change = None
-    if (
-        study.score.of_change or study.model.base is not None
-    ):  # a base that does not fit is told before scores are taken
+    # A base that does not fit is told before scores are taken.
+    if study.score.of_change or study.model.base is not None:
         change = change_of_alignment(study, folder, sites, tokenizer)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
