@@ -110,6 +110,32 @@ def test_a_ranking_that_says_nothing_is_found_no_more_often_than_its_level():
     assert p_of(worth, norms, worth) == 0.05
 
 
+@pytest.mark.parametrize("method", ["snip", "taylor", "cohens_d", "provenance"])
+def test_any_score_of_a_study_ranks(study, tmp_path, method):
+    """Also those that need other texts, or the model from before."""
+    from neurondrift.study.experiments.dose_response import halves, ranked
+
+    torch.manual_seed(0)
+    base, tokenizer = nd.load_model("tiny:llama", dtype="float32")
+    for parameter in base.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings, folder = study
+    of_score = settings.score.model_copy(update={"method": method})
+    of_model = settings.model.model_copy(update={"base": str(tmp_path / "base")})
+    scored = settings.model_copy(update={"score": of_score, "model": of_model})
+    prompts = halves(settings, settings.dose_response)
+    rankings, _ = ranked(scored, folder, settings.dose_response, prompts.ranking, 0)
+    model, _ = nd.load_model("tiny:llama", dtype="float32")
+    assert rankings["safety_score"].keys() == rankings["norm"].keys()
+    for name, values in rankings["safety_score"].items():
+        assert values.shape == (linear_sites(model)[name].shape[0],)
+        assert np.isfinite(values).all() or np.isnan(values).all()  # where nothing differs, a contrast is undefined
+    told = [values for values in rankings["safety_score"].values() if np.isfinite(values).all() and np.ptp(values) > 0]
+    assert len(told) > len(rankings["norm"]) / 2
+
+
 def test_the_whole_is_made_written_and_reported(study):
     from neurondrift.report.change.doses import section
     from neurondrift.report.figures.draw import draw_figures

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
@@ -120,9 +121,14 @@ def _limits(ax: Axes, findings: SweepFindings, band: float) -> None:
         values += [v for v in map(finite, (*pooled["ratio_ci95"], *pooled["ratio_prediction95"])) if v is not None]
     inside = [min(10.0, max(0.1, value)) for value in values if value > 0]
     ax.set_xlim(min(inside) * 0.96, max(inside) * 1.04)
-    ax.xaxis.set_major_locator(LogLocator(subs=COARSE if max(inside) / min(inside) > 4 else FINE))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
+    _ratio_ticks(ax.xaxis, inside)
+
+
+def _ratio_ticks(axis: Axis, shown: Sequence[float]) -> None:
+    """Ratios as ticks of a logarithmic axis, fewer where it spans much."""
+    axis.set_major_locator(LogLocator(subs=COARSE if max(shown) / min(shown) > 4 else FINE))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def sweep_refusals(findings: SweepFindings) -> Figure | None:
@@ -164,10 +170,7 @@ def sweep_refusals(findings: SweepFindings) -> Figure | None:
             ax.plot(ends, [math.exp(intercept + slope * x) for x in ends], color=mark.colour, lw=1.0, zorder=2)
         ax.set_title(words(effect["group"]))
         ax.set_xlabel("refusals lost, share of harmful requests")
-        every = [1 / band, band, *(value for _, points in panels for _, value in points)]
-        ax.yaxis.set_major_locator(LogLocator(subs=COARSE if max(every) / min(every) > 4 else FINE))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        _ratio_ticks(ax.yaxis, [1 / band, band, *(value for _, points in panels for _, value in points)])
     axes[0].set_ylabel("ratio to comparable neurons")
     letters(list(axes))
     return figure

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from neurondrift.attribution.changes import Change, change_along
 from neurondrift.attribution.margin import Margin
+from neurondrift.attribution.measures.scores import squares
 from neurondrift.attribution.openings import Openings
 from neurondrift.attribution.paths import Attribution, budget, path_attribution
 from neurondrift.base.errors import DataError, ModelError
@@ -24,22 +24,20 @@ from neurondrift.base.files import atomic_path, json_safe, read_json, write_json
 from neurondrift.base.progress import progress
 from neurondrift.groups.doses import nested, permuted
 from neurondrift.groups.group import Group
-from neurondrift.importance.scores import score
 from neurondrift.interventions.measures import MARGIN_ROWS
 from neurondrift.interventions.trials import ACTIONS, REFERENCES, Subject
-from neurondrift.models.adapters import LowRank
 from neurondrift.models.data import Example, encode, load_examples
-from neurondrift.models.sites import magnitudes_of
+from neurondrift.models.sites import Sites, magnitudes_of
 from neurondrift.report.change.doses import dose_response_findings
 from neurondrift.report.findings.dose_response import DoseResponse
 from neurondrift.statistics.inference import holm
 from neurondrift.statistics.null import compare_with_null, draws_needed, empirical_p, smallest_p
-from neurondrift.study.base_model import load_base
+from neurondrift.study.base_model import change_of_alignment, load_base
 from neurondrift.study.experiments.intervene import subject_of
 from neurondrift.study.folder import StudyFolder, last_step, record, saved_step, saved_steps
 from neurondrift.study.settings import DoseResponseSection, InterveneSection, Study
 from neurondrift.study.stages.attribution.measuring import openings_of_seed
-from neurondrift.study.stages.scoring import purposes
+from neurondrift.study.stages.scoring import purposes, scores_for
 
 SCHEMA_VERSION = 1
 Say = Callable[[str], None]
@@ -193,15 +191,17 @@ def ranked(
         parts = budget(change, function, points=1, batch_size=options.batch_size, tolerance=None)["harmful"]
     else:
         parts = path_attribution(change, function, points=3, batch_size=options.batch_size, tolerance=None)["harmful"]
-    purpose = purposes(study)["safety"]
+    wanted, sites = purposes(study), Sites(model)
+    purpose = wanted["safety"]
     encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
-    scores = score(model, encoded, method=purpose.method, batch_size=study.score.batch_size, seed=study.seed)
+    aligned = change_of_alignment(study, folder, sites, tokenizer) if study.score.of_change else None
+    scores = dict(scores_for("safety", wanted, study, sites, tokenizer, aligned, encoded))
     names = list(parts.rows)
     if not names:
         raise ModelError("No linear weight has moved: there is nothing to rank", received=str(folder.adapters(seed)))
     rankings: dict[str, Ranking] = {
         "budget": {name: -parts.rows[name].numpy() for name in names},
-        "norm": {name: norms.numpy() for name, norms in _norms(change, names).items()},
+        "norm": _norms(change, names),
         "safety_score": {name: _of_rows(scores[name]) for name in names},
     }
     return rankings, _attributed(parts, names)
@@ -220,19 +220,11 @@ def _attributed(parts: Attribution, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _norms(change: Change, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _norms(change: Change, names: Sequence[str]) -> Ranking:
     """‖Δw‖ of each row of each site, float32 `[out]`."""
-    found = {}
-    for name in names:
-        delta = change.vessel.delta(change.states[0], change.states[-1], name)
-        assert delta is not None
-        if isinstance(delta, LowRank):
-            square = ((delta.b.double() @ (delta.a.double() @ delta.a.double().T)) * delta.b.double()).sum(dim=1)
-            found[name] = square.clamp(min=0).sqrt().float().cpu()
-        else:
-            found[name] = delta.float().norm(dim=1).cpu()
-    return found
+    first, last = change.states[0], change.states[-1]
+    deltas = ((name, change.vessel.delta(first, last, name)) for name in names)
+    return {name: squares(delta, change.sites[name])[0].sqrt().float().numpy() for name, delta in deltas}
 
 
 def _of_rows(scores: Any) -> npt.NDArray[np.float32]:

@@ -10,7 +10,15 @@ from neurondrift.interventions.outcomes import SCHEMA_VERSION
 from neurondrift.models.data import DataReference
 from neurondrift.study.experiments import dose_response, intervene, stability, subspaces
 from neurondrift.study.settings import Study
-from neurondrift.study.stages.table import Stage, data_key, first_seed, gradient_data, known_base, section_inputs
+from neurondrift.study.stages.table import (
+    Stage,
+    base_of_scores,
+    data_key,
+    first_seed,
+    gradient_data,
+    known_base,
+    section_inputs,
+)
 
 ONLY_WHEN = frozenset({"enabled"})
 
@@ -36,13 +44,17 @@ def _acted_on(study: Study) -> dict[str, Any]:
 
 def _dosed(study: Study) -> dict[str, Any]:
     """What the dose-response depends on besides: the prompts, and how neurons are scored for safety."""
-    return first_seed(study) | {
-        "evaluate": section_inputs(study.evaluate),
-        "score": section_inputs(study.score),
-        "resamples": study.analyze.resamples,
-        "layout": dose_response.SCHEMA_VERSION,
-        "openings": study.attribute.model_dump(mode="json")["openings"],
-    }
+    return (
+        first_seed(study)
+        | base_of_scores(study)
+        | {
+            "evaluate": section_inputs(study.evaluate),
+            "score": section_inputs(study.score),
+            "resamples": study.analyze.resamples,
+            "layout": dose_response.SCHEMA_VERSION,
+            "openings": study.attribute.model_dump(mode="json")["openings"],
+        }
+    )
 
 
 def _directions(study: Study) -> dict[str, Any]:
