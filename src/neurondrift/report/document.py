@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
-from neurondrift.report.change import doses
+from neurondrift.report.change import doses, neurons
 from neurondrift.report.change import tables as change
 from neurondrift.report.change.deciding import decision, decision_of_published
 from neurondrift.report.findings.statistical import Findings
@@ -68,6 +68,7 @@ def build_document(results: Findings, answers: Sequence[Record] = ()) -> Documen
             _drift(results),
             hypotheses.section(results),
             change.section(results),
+            neurons.section(results),
             _contrasts(results),
             _subgroups(results),
             _seeds(results),
