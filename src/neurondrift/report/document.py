@@ -9,6 +9,7 @@ from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
 from neurondrift.report.change import doses, neurons
 from neurondrift.report.change import tables as change
 from neurondrift.report.change.deciding import decision, decision_of_published
+from neurondrift.report.figures import maps
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import (
     analysis_of,
@@ -181,6 +182,7 @@ def _subgroups(results: Findings) -> Section:
         title="By module type and by layer third",
         blocks=_or_say(blocks, "There are no subgroups."),
         figures=("layer_module_effects",),
+        maps=maps.of_effects(results),
     )
 
 

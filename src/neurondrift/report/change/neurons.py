@@ -5,6 +5,7 @@ from __future__ import annotations
 from neurondrift.report.blocks import Paragraph, Section, table
 from neurondrift.report.change.deciding import nothing_to_share, percent, signed_percent
 from neurondrift.report.change.tables import WAYS
+from neurondrift.report.figures.maps import of_shares
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import analysis_of, attribution_of
 from neurondrift.report.wording import clean
@@ -45,8 +46,9 @@ def section(results: Findings) -> Section:
     ]
     together = sum(neuron["share"] for neuron in neurons)
     of = f" of {analysis['n_neurons']:,} ({_small(len(neurons) / analysis['n_neurons'])})" if analysis else ""
+    way = WAYS.get(found["way"], clean(found["way"]))
     made = table(
-        f"Share of the lost refusal margin of harmful requests, along the {WAYS.get(found['way'], clean(found['way']))}:",
+        f"Share of the lost refusal margin of harmful requests, along the {way}:",
         ("", "layer", "module", "row", "share", *(f"seed {i + 1} of {seeds}" for i in range(each)), "in the groups"),
         rows,
         "rrlrr" + "r" * each + "l",
@@ -56,7 +58,7 @@ def section(results: Findings) -> Section:
             "row: of the module's weight, counted from 0; all neurons are in attribution/neurons.parquet",
         ),
     )
-    return Section(title=TITLE, blocks=(made, Paragraph(WHAT_A_LIST_IS)))
+    return Section(title=TITLE, blocks=(made, Paragraph(WHAT_A_LIST_IS)), maps=of_shares(found))
 
 
 def _small(share: float) -> str:
