@@ -6,10 +6,11 @@ import pytest
 from helpers.change import JUDGING, with_change
 from helpers.results import groups_of, make_results, population
 from neurondrift.report.blocks import Table
-from neurondrift.report.change.deciding import percent, signed_percent
+from neurondrift.report.change.deciding import percent
 from neurondrift.report.change.neurons import TITLE, section
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
+from neurondrift.report.wording import hundredths
 from neurondrift.statistics.design.ratios import Rules
 from neurondrift.study.population import Compared
 from neurondrift.study.stages.attribution.placing import MOST_NEURONS, largest_neurons, shares_by_site
@@ -79,7 +80,7 @@ def test_text_and_page_list_them(seeds):
             str(neuron["layer"]),
             neuron["module_type"],
             str(neuron["row"]),
-            signed_percent(neuron["share"]),
+            hundredths(neuron["share"]),
         )
         assert row[-1] == (", ".join(neuron["groups"]) or "–")
     assert len(made.headers) == (6 if seeds == 1 else 9)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from neurondrift.report.blocks import Paragraph, Section, table
-from neurondrift.report.change.deciding import nothing_to_share, percent, signed_percent
+from neurondrift.report.change.deciding import nothing_to_share, percent
 from neurondrift.report.change.tables import WAYS
 from neurondrift.report.figures.maps import of_shares
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import analysis_of, attribution_of
-from neurondrift.report.wording import clean
+from neurondrift.report.wording import clean, hundredths
 
 TITLE = "Neurons that carry most of the lost margin"
 NOT_LISTED = "Not listed: what the change does was not measured, or by a version that listed no neurons."
@@ -17,8 +17,8 @@ FEW_SEEDS = 3
 #: Why the list is to be read as a list of candidates.
 WHAT_A_LIST_IS = (
     "These are the largest of many noisy parts, chosen on the prompts that measure them: on other prompts they will "
-    "carry less, and others more. Parts have signs, so all parts above 0 together make more than the whole loss. A "
-    "list says where to look; whether the refusals come back with these neurons is for neurondrift dose-response."
+    "carry less, and others more. Parts have signs: other neurons gained margin. A list says where to look; whether "
+    "refusals come back with these neurons is for neurondrift dose-response."
 )
 
 
@@ -38,8 +38,8 @@ def section(results: Findings) -> Section:
             "–" if neuron["layer"] is None else str(neuron["layer"]),
             clean(neuron["module_type"]),
             str(neuron["row"]),
-            signed_percent(neuron["share"]),
-            *(signed_percent(share) for share in neuron["per_seed"][:each]),
+            hundredths(neuron["share"]),
+            *(hundredths(share) for share in neuron["per_seed"][:each]),
             ", ".join(map(clean, neuron["groups"])) or "–",
         )
         for rank, neuron in enumerate(neurons, start=1)

@@ -19,7 +19,7 @@ from neurondrift.report.figures.cells import (
 from neurondrift.report.findings.attribution import AttributionFindings, SiteShare
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import primary_of
-from neurondrift.report.wording import clean, ratio
+from neurondrift.report.wording import clean, hundredths, ratio
 
 #: Values that the key names.
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -92,7 +92,7 @@ def of_shares(found: AttributionFindings) -> tuple[Map, ...]:
         rows=_layers(layers),
         columns=tuple(map(clean, modules)),
         panels=(Panel(title="all neurons", cells=tuple(cells)),),
-        key=_key([percent(step * limit) for step in STEPS], beyond=False),
+        key=_key([hundredths(step * limit) for step in STEPS], beyond=False),
         notes=("orange: carries loss; purple: gained margin",),
     )
     return (made,)
@@ -100,12 +100,7 @@ def of_shares(found: AttributionFindings) -> tuple[Map, ...]:
 
 def _share_text(share: float, sites: Sequence[SiteShare]) -> str:
     where = f", {len(sites)} sites" if len(sites) > 1 else ""
-    return f"{percent(share)}{where}, {sum(site['n'] for site in sites):,} neurons"
-
-
-def percent(share: float) -> str:
-    """A share of the loss, which may be small: +0.37 %."""
-    return f"{100 * share + 0.0:+.2f} %"
+    return f"{hundredths(share)}{where}, {sum(site['n'] for site in sites):,} neurons"
 
 
 def _layers(layers: Sequence[int | None]) -> tuple[str, ...]:

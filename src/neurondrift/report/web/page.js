@@ -76,7 +76,8 @@
         const text = `${name} ${other ? other.dataset.text : "none there"}`;
         return made("span", { className: other === cell ? "this" : "" }, text);
       });
-      out.replaceChildren(made("strong", {}, place), ": ", ...parts);
+      const first = parts.findIndex((part) => part.className);
+      out.replaceChildren(made("strong", {}, place), ": ", ...parts.splice(first, 1), ...parts);
     };
     const goTo = (cell) => {
       stop.tabIndex = -1;
