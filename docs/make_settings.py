@@ -69,9 +69,9 @@ def kind(annotation) -> str:
     if origin is typing.Annotated:
         return kind(arguments[0])
     if origin is typing.Literal:
-        return " | ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in arguments)
+        return " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(kind(part) for part in arguments if part is not type(None))
+        return " or ".join(kind(part) for part in arguments if part is not type(None))
     if origin is not None:
         return f"{origin.__name__} of {', '.join(kind(part) for part in arguments)}"
     return {"DataReference": "data", "AttackSection": "table, or its kind"}.get(

@@ -20,6 +20,7 @@ LISTED = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".toml": "toml", ".
 CARRIED = {".ipynb", ".png", ".svg"}
 CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$|``.+?``|`[^`\n]+`", re.M | re.S)
 LINK = re.compile(r"(?P<bang>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.S)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
 
@@ -113,7 +114,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
 
 
 def on_page_content(html: str, **_) -> str:
-    """Turns formulas into MathML."""
+    """Turns formulas into MathML, and takes the backslash away that GitHub wants before a | in the code of a table."""
+    html = CELL.sub(lambda match: match[0].replace(r"\|", "|"), html)
     return MATHS.sub(lambda match: mathml(match[3], block=match[2] == "["), html)
 
 

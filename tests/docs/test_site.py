@@ -74,6 +74,12 @@ def test_the_site_has_its_pages(site):
     assert "learning_rate" in (site / "reference" / "settings.html").read_text()
 
 
+def test_what_github_needs_is_not_shown(site):
+    results = (site / "results.html").read_text()
+    assert "<code>|</code>" in results and r"\|</code>" not in results
+    assert "enable_thinking = false" in (site / "reference" / "settings.html").read_text()  # no list of attributes
+
+
 def test_formulas_are_drawn(site):
     methods = (site / "methods.html").read_text()
     assert methods.count("<math ") > 200
