@@ -90,9 +90,9 @@ def test_from_zero_to_a_verdict(tmp_path, monkeypatch, capsys):
         "limit = 128": "limit = 12",
         "limit = 64": "limit = 16",
         "limit = 32": "limit = 6",
-        '"builtin:refusals-heldout" ': '{ source = "builtin:refusals-heldout", limit = 6 } ',
-        "[evaluate]\n": "[evaluate]\nmax_new_tokens = 8\nfinal_max_new_tokens = 8\nanswers = { source = "
-        '"builtin:ordinary-heldout", limit = 6 }\n',
+        'harmful = "builtin:refusals-heldout"': 'harmful = { source = "builtin:refusals-heldout", limit = 6 }\n'
+        "max_new_tokens = 8\nfinal_max_new_tokens = 8\n"
+        'answers = { source = "builtin:ordinary-heldout", limit = 6 }',
         "--outcome margin": "--outcome margin --draws 2 --doses 1",
     }
     # the first is the study of the tests in tests/study, the second takes three trainings
