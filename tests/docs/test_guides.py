@@ -137,3 +137,12 @@ def test_a_score_of_ones_own(tmp_path, monkeypatch):
     row = names["found"]["length of change"]
     assert row["auroc"] > 0.8 and row["decoy"] > 0.8  # what the page says of it
     assert nd.load_examples(str(tmp_path / "plant" / "examples" / "safety.jsonl"))
+
+
+def test_a_study_without_a_notebook(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "smoke").symlink_to(finished[0])
+    names = do(DOCS / "guides" / "notebooks.md", tmp_path, {}, left_out=("--preset smoke",))
+    assert names["results"]["analysis"]["sentences"][0] in capsys.readouterr().out
+    assert set(names["relative"]["metric"]) == {"relative"}
