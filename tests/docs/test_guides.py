@@ -87,6 +87,9 @@ def test_from_zero_to_a_verdict(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cheap = {
         "Qwen/Qwen2.5-0.5B-Instruct": "tiny:llama",
+        'utility = { source = "builtin:ordinary-align", limit = 128 }': "gradient_examples = 12\n"
+        'utility = { source = "builtin:ordinary-align", limit = 12 }\n'
+        'style = { source = "builtin:rhymes", limit = 12 }',
         "limit = 128": "limit = 12",
         "limit = 64": "limit = 16",
         "limit = 32": "limit = 6",
