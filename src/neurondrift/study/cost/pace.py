@@ -137,7 +137,8 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
     # The difference: what is set up for scores once is much beside so few examples, and little beside a study's.
-    once, twice = (_seconds(lambda n=n: score(model, n * encoded, batch_size=rows), device) for n in (1, 2))
+    once = _seconds(lambda: score(model, encoded, batch_size=rows), device)
+    twice = _seconds(lambda: score(model, 2 * encoded, batch_size=rows), device)
     scored = max(twice - once, 0.5 * once)
     model.requires_grad_(False)
     for parameter in decoder_blocks(model)[0].modules[0].parameters():
