@@ -86,7 +86,14 @@ def test_what_a_lora_change_does(lora):
     share = next(g for g in found["groups"] if g["group"] == "safety_top")["shares"]["budget"]
     if change < 0:
         assert share["share_of_group"] == pytest.approx(own / change, rel=1e-4)
+        first = neurons.loc[neurons["budget_margin_harmful"].idxmin()]
+        named = found["neurons"][0]
+        assert (named["site"], named["row"]) == (first["site"], first["row"])
+        assert named["share"] == pytest.approx(first["budget_margin_harmful"] / change, rel=1e-4)
+        for site in found["by_site"]:
+            assert site["share"] == pytest.approx(table.get(site["site"], 0.0) / change, abs=1e-6)
     else:
+        assert found["neurons"] == found["by_site"] == []
         assert share["share_of_group"] is None and "nothing was lost" in share["share_of_group_reason"]
 
 
