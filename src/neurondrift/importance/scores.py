@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from neurondrift.base.errors import ArtifactError, GroupError, ModelError
-from neurondrift.base.processes import process_count
+from neurondrift.base.processes import joined, lost_as_error, process_count
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Method, Tokens, get_method
 from neurondrift.models.batches import Batch, batches_without_padding, make_batches
@@ -253,7 +253,7 @@ def free_memory(device: torch.device) -> int:
         import psutil
 
         free = int(psutil.virtual_memory().available) // process_count()
-    if dist.is_initialized():
+    if joined().count > 1:
         least = torch.tensor(free, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         free = int(least)
@@ -262,15 +262,15 @@ def free_memory(device: torch.device) -> int:
 
 def _own_share(batches: Sequence[Batch]) -> Sequence[Batch]:
     """The batches of this process; all where there is one."""
-    if not dist.is_initialized():
-        return batches
-    return batches[dist.get_rank() :: dist.get_world_size()]
+    number, count = joined()
+    return batches[number::count]
 
 
 def _summed(accumulator: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(accumulator)
+    if joined().count > 1:
+        with lost_as_error():
+            dist.all_reduce(accumulator)
     return accumulator
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from neurondrift.base.errors import ModelError, UserError
-from neurondrift.base.processes import local_rank, process_count, release_memory
+from neurondrift.base.processes import local_rank, release_memory
 from neurondrift.models.architecture.classes import auto_class, configuration, first_line
 from neurondrift.models.batches import positions_of
 from neurondrift.models.checked.gguf import dequantised, gguf_file, is_gguf, keep, kept_folder, parameter_count
@@ -105,7 +105,14 @@ def resolve_device(device: str) -> torch.device:
                 "This device cannot be used", received=device, allowed="auto, cpu, cuda, cuda:N, mps"
             ) from error
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank()) if process_count() > 1 else torch.device("cuda")
+        number = local_rank()
+        if number is not None and number >= torch.cuda.device_count():
+            raise ModelError(
+                "There are more processes than GPUs on this machine",
+                received=f"process {number}, {torch.cuda.device_count()} GPUs",
+                fix="start no more processes than there are GPUs (--nproc-per-node), or set model.device to cpu",
+            )
+        return torch.device("cuda") if number is None else torch.device("cuda", number)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

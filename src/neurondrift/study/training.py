@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,14 +27,14 @@ from transformers import (
 
 from neurondrift.base.errors import ArtifactError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
+from neurondrift.base.processes import alone, from_first, is_first_process, joined
 from neurondrift.groups.group import Group
 from neurondrift.interventions.acting.freezing import FreezeCallback
-from neurondrift.models.architecture.packing import draws
-from neurondrift.models.batches import Batch, batches_without_padding, check_lengths, token_losses
-from neurondrift.models.data import IGNORED
+from neurondrift.models.batches import check_lengths
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import Sites, unwrap
+from neurondrift.models.sites import Sites
 from neurondrift.study.folder import saved_step, saved_steps
+from neurondrift.study.parallel.trainer import Encoded, ResponseTrainer
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
 logger = logging.getLogger(__name__)
@@ -45,47 +43,6 @@ logger = logging.getLogger(__name__)
 SEAL = "neurondrift.json"
 
 Advance = Callable[[int], None]
-Encoded = Sequence[Mapping[str, Any]]
-
-
-class ResponseTrainer(Trainer):
-    """A Trainer whose loss is the mean over the response tokens of the (accumulated) batch, with logits computed at
-    those positions only."""
-
-    loss_is_scaled_for_ga = True
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        parts = [part.labels[:, 1:] for batch in batch_samples for part in batch["parts"]]
-        count = torch.stack([(labels != IGNORED).sum() for labels in parts]).sum().to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        device = next(model.parameters()).device
-        losses_N = torch.cat([token_losses(model, part.to(device)).losses for part in inputs["parts"]])
-        loss = losses_N.sum() / (len(losses_N) if num_items_in_batch is None else num_items_in_batch)
-        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        return (loss, {}) if return_outputs else loss
-
-
-class _Collator:
-    """The rows of a step's batch to what the model computes at once: all of them without padding, or rows of one
-    length each."""
-
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
-        self.model, self.pad_token_id = model, pad_token_id
-        self.share = not draws(model, unwrap(model))
-
-    def __call__(self, rows: Encoded) -> dict[str, list[Batch]]:
-        parts = batches_without_padding(
-            self.model, rows, batch_size=len(rows), pad_token_id=self.pad_token_id, share=self.share
-        )
-        return {"parts": parts}
 
 
 class _Advance(TrainerCallback):
@@ -112,7 +69,7 @@ class _SaveAdapters(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         # After a resume, later adapters will be made again.
-        for step in saved_steps(self.folder):
+        for step in saved_steps(self.folder) if state.is_world_process_zero else ():
             if step > state.global_step:
                 shutil.rmtree(saved_step(self.folder, step))
 
@@ -178,18 +135,16 @@ def align(
     check_lengths(model, encoded)
     set_seed(seed)
     trained = _with_lora(model, settings) if settings.method == "lora" else model
-    arguments = _arguments(
-        scratch,
-        model,
-        seed=seed,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        max_steps=settings.max_steps,
-        warmup_steps=settings.warmup_steps,
-        lr_scheduler_type="linear",
-        bf16=autocast,
-        save_strategy="no",
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "max_steps": settings.max_steps,
+        "warmup_steps": settings.warmup_steps,
+        "lr_scheduler_type": "linear",
+        "bf16": autocast,
+        "save_strategy": "no",
+    }
     log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
     if trained is not model:
         trained.merge_and_unload()
@@ -262,25 +217,24 @@ def finetune(
     set_seed(seed)
     if settings.method == "lora":
         model = _with_lora(model, settings)
-    interval = settings.checkpoint_interval or settings.drift_interval
-    arguments = _arguments(
-        folder / "trainer",
-        model,
-        seed=seed,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=settings.scheduler,
+    if not is_first_process():
+        tracked_in = None
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.scheduler,
         **_optimiser(settings),
         **({} if tracked_in is None else _trackers(settings.report_to, folder)),
-        bf16=autocast,
-        save_strategy="steps" if resumable else "no",
-        save_steps=interval,
-    )
+        "bf16": autocast,
+        "save_strategy": "steps" if resumable and joined().number == 0 else "no",
+        "save_steps": settings.checkpoint_interval or settings.drift_interval,
+    }
     added = [
         *(_tensorboard(tracked_in) if tracked_in is not None and "tensorboard" in settings.report_to else []),
         *([FreezeCallback(freeze)] if freeze is not None else []),
@@ -289,7 +243,7 @@ def finetune(
         _SealCheckpoint(folder / "trainer", (folder, *beside)),
         _Advance(advance),
     ]
-    resume = last_checkpoint(folder / "trainer", (folder, *beside))
+    resume = from_first(lambda: str(last_checkpoint(folder / "trainer", (folder, *beside)) or ""))
     log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume)
     return model, log
 
@@ -382,49 +336,54 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
     return [callback]
 
 
-def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
+def _arguments(model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
+    device = next(model.parameters()).device
     settings = {"optim": "adamw_torch_fused", "report_to": [], **settings}
-    return TrainingArguments(
-        output_dir=str(folder),
+    made = TrainingArguments(
         seed=seed,
         data_seed=seed,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=device.type == "cpu",
         logging_steps=5,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         **settings,
     )
+    if device.type == "cuda":  # the one that the model is on, rather than the first, or all of them
+        torch.cuda.set_device(device)
+        made.__dict__["_setup_devices"], made._n_gpu = torch.device("cuda", torch.cuda.current_device()), 1
+    return made
 
 
 def _train(
     model: Any,
     encoded: Encoded,
-    arguments: TrainingArguments,
+    arguments: Mapping[str, Any],
     *,
     seed: int,
     callbacks: Sequence[TrainerCallback],
-    resume: Path | None = None,
+    resume: str = "",
 ) -> list[dict[str, float]]:
+    """Train, together with the other processes that have come here; `resume` names a checkpoint to go on from."""
     set_seed(seed)
-    pad = model.config.pad_token_id
+    group = joined()
     try:
-        with quiet_transformers():
+        with alone(), quiet_transformers():
             trainer = ResponseTrainer(
+                group=group,
                 model=model,
-                args=arguments,
+                args=_arguments(model, seed=seed, **arguments),
                 train_dataset=list(encoded),
-                data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
             for kind in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(kind)
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=resume or None)
     except Exception as error:
-        if resume is not None and type(error).__name__ == "UnpicklingError":  # torch reads numbers only
+        if resume and type(error).__name__ == "UnpicklingError":  # torch reads numbers only
             raise ArtifactError(
                 "The checkpoint holds something other than numbers, and nothing is ever unpickled",
-                received=str(resume),
+                received=resume,
                 fix="find out who put it there, then delete the folder: training begins again",
             ) from error
         raise

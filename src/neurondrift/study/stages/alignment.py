@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 
 from neurondrift.base.files import atomic_path, json_safe, write_json
+from neurondrift.base.processes import from_first
 from neurondrift.base.progress import progress
 from neurondrift.models.data import DataReference, Example, PromptKind, encode, load_examples
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.study.base_model import autocasts, load_named
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.parallel.checks import enough_for_each
 from neurondrift.study.settings import Study
 from neurondrift.study.training import align as align_model
 
@@ -42,10 +44,14 @@ def align(study: Study, folder: StudyFolder) -> str:
             scratch=Path(scratch),
             advance=advance,
         )
-    with atomic_path(folder.aligned) as partial, quiet_transformers():
-        model.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
-        write_json(partial / "training_log.json", json_safe(log))
+
+    def save() -> None:
+        with atomic_path(folder.aligned) as partial, quiet_transformers():
+            model.save_pretrained(str(partial))
+            tokenizer.save_pretrained(str(partial))
+            write_json(partial / "training_log.json", json_safe(log))
+
+    from_first(save)
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
     how = f" of LoRA, r = {settings.lora_r}, merged," if settings.method == "lora" else ""
     return f"{settings.max_steps} steps{how} on {len(examples)} examples{loss}"
@@ -53,3 +59,9 @@ def align(study: Study, folder: StudyFolder) -> str:
 
 def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.aligned]
+
+
+def check(study: Study) -> None:
+    """Raise `ConfigError` where there are more processes than rows in a batch."""
+    if study.align.enabled:
+        enough_for_each(study.align.batch_size, "rows in a batch", "align.batch_size")

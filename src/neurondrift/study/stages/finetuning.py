@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, write_json
+from neurondrift.base.processes import from_first
 from neurondrift.base.progress import progress
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.groups.group import Group, load_group
@@ -24,6 +25,7 @@ from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.parallel.checks import enough_for_each
 from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
@@ -135,7 +137,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
         on_full_disk="stop",  # the command is run again and resumes
     )
     target = folder.adapters(seed)
-    _start_over_if_changed(target, folder.drift(seed), key)
+    from_first(lambda: _start_over_if_changed(target, folder.drift(seed), key))
     with _threads_as_begun(target), progress(f"finetune, seed {seed}", total) as advance:
         _, log, frozen = finetune_study(
             study,
@@ -149,20 +151,27 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             advance=advance,
             tracked_in=folder.trackers(seed),
         )
-    write_json(target / "training_log.json", json_safe(log))
-    trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
-    shutil.rmtree(target / "trainer", ignore_errors=True)
+
+    def finish() -> int:
+        write_json(target / "training_log.json", json_safe(log))
+        trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
+        shutil.rmtree(target / "trainer", ignore_errors=True)
+        return len(drift.log.steps())
+
+    snapshots = from_first(finish)
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
     held = "" if frozen is None else f"; {frozen}"
-    return f"{total} steps, {len(drift.log.steps())} drift snapshots{loss}{held}"
+    return f"{total} steps, {snapshots} drift snapshots{loss}{held}"
 
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.adapters(seed), folder.drift(seed)]
 
 
-def check_trackers(study: Study) -> None:
-    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed."""
+def check(study: Study) -> None:
+    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed, or where there are more
+    processes than rows in a batch."""
+    enough_for_each(study.finetune.batch_size, "rows in a batch", "finetune.batch_size")
     for name in study.finetune.report_to:
         packages = TRACKERS[name]
         if not any(importlib.util.find_spec(package) for package in packages):
@@ -189,10 +198,14 @@ def _threads_as_begun(target: Path) -> Iterator[None]:
     """As many threads as the training began with: sums are rounded in an order that depends on it, and a resumed run
     gives the bits of one that was never stopped."""
     file, now = target / "threads.json", torch.get_num_threads()
-    begun = _read_or_none(file) if file.exists() else None
-    if not isinstance(begun, int) or begun < 1:
-        write_json(file, begun := now)
-    torch.set_num_threads(begun)
+
+    def known() -> int:
+        begun = _read_or_none(file) if file.exists() else None
+        if not isinstance(begun, int) or begun < 1:
+            write_json(file, begun := now)
+        return begun
+
+    torch.set_num_threads(from_first(known))
     try:
         yield
     finally:
