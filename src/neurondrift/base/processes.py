@@ -15,14 +15,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 
 from neurondrift.base.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Seconds for which it is looked at what other processes do.
 LOOK = 0.2
@@ -39,9 +42,11 @@ Result = TypeVar("Result")
 
 @dataclass(kw_only=True)
 class _State:
-    """Of this process: what the launcher told it, while it works alone; and whether it shares work with the others."""
+    """Of this process: what the launcher told it, while it works alone; whether `joined_processes` holds; and whether
+    it shares work with the others."""
 
     launched: dict[str, str] | None = None
+    in_step: bool = False
     shares: bool = False
 
 
@@ -89,24 +94,26 @@ def joined_processes() -> Iterator[None]:
 
     A group that is there already is used and left as it is.
     """
-    if process_count() == 1:
+    if process_count() == 1 or _STATE.in_step:
         yield
         return
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        yield
-        return
     if torch.cuda.is_available() and (number := local_rank() or 0) < torch.cuda.device_count():
         torch.cuda.set_device(number)
-    with lost_as_error():
-        dist.init_process_group(timeout=PATIENCE)  # gloo for tensors in main memory, nccl for those on GPUs
+    own = not dist.is_initialized()
+    if own:
+        with lost_as_error():
+            dist.init_process_group(timeout=PATIENCE)  # gloo for tensors in main memory, nccl for those on GPUs
+    _STATE.in_step = True
     try:
         yield
-        wait_for_all()
+        gathered(None)  # none leaves while another still talks to it
     finally:
-        dist.destroy_process_group()
+        _STATE.in_step = False
+        if own:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -124,6 +131,11 @@ def alone() -> Iterator[None]:
         _STATE.launched = None
 
 
+def in_step() -> Joined:
+    """The processes that do one thing after the other together, within `joined_processes`."""
+    return joined() if _STATE.in_step else Joined(0, 1)
+
+
 @contextlib.contextmanager
 def sharing_work() -> Iterator[None]:
     """Within the block `in_shares` cuts work between the joined processes, all of which must come to it."""
@@ -136,7 +148,18 @@ def sharing_work() -> Iterator[None]:
 
 def sharers() -> Joined:
     """The processes among which `in_shares` cuts: this one only, outside of `sharing_work`."""
-    return joined() if _STATE.shares else Joined(0, 1)
+    return in_step() if _STATE.shares else Joined(0, 1)
+
+
+def add_up(tensors: Iterable[torch.Tensor]) -> None:
+    """Each tensor becomes the sum over the sharers, which must have the same ones in the same order."""
+    if sharers().count == 1:
+        return
+    import torch.distributed as dist
+
+    with lost_as_error():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def in_shares(items: Sequence[Items], do: Callable[[Sequence[Items]], Sequence[Result]]) -> list[Result]:
@@ -198,7 +221,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
     A mistake that it meets ends all.
     """
-    if joined().count == 1:
+    if in_step().count == 1:
         return make()
     made: Result | None = None
     error: Exception | None = None
@@ -215,11 +238,6 @@ def from_first(make: Callable[[], Result]) -> Result:
         raise StoppedElsewhere
     result: Result = told["made"]
     return result
-
-
-def wait_for_all() -> None:
-    """Go on when every joined process has come here."""
-    gathered(None)
 
 
 @contextlib.contextmanager
