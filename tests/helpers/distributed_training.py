@@ -3,6 +3,7 @@
 Not a test itself. In FOLDER/NAME of each case: the last adapter (or model) and its drift, as the study keeps them.
 """
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ CASES = {
 SMALL = {"batch_size": 4, "epochs": 2, "lora_r": 2, "lora_alpha": 8, "learning_rate": 0.01, "drift_interval": 2}
 
 
-def train(name: str, folder: Path, kill_at: int | None = None) -> None:
+def train(name: str, folder: Path, kill_at: int | None = None, *, strategy: str = "ddp") -> None:
     family, settings, frozen = CASES[name]
     section = FinetuneSection(**SMALL | settings, checkpoint_interval=1)
     model, where = build(family), folder / name
@@ -55,15 +56,16 @@ def train(name: str, folder: Path, kill_at: int | None = None) -> None:
         callbacks=[drift, *([] if kill_at is None else [KillAt(kill_at)])],
         freeze=group,
         beside=[where / "drift"],
+        shard_on=torch.device("cpu") if strategy == "fsdp2" else None,
     )
 
 
-def main(folder: Path, names: list[str], kill_at: int | None = None) -> None:
+def main(folder: Path, names: list[str], kill_at: int | None = None, *, strategy: str = "ddp") -> None:
     torch.set_num_threads(1)
     with joined_processes():
         for name in names:
             try:
-                train(name, folder, kill_at)
+                train(name, folder, kill_at, strategy=strategy)
             except Killed:
                 assert kill_at is not None
             if is_first_process():
@@ -71,4 +73,5 @@ def main(folder: Path, names: list[str], kill_at: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[3:] or list(CASES), int(sys.argv[2]) or None)
+    faulthandler.dump_traceback_later(45)
+    main(Path(sys.argv[1]), sys.argv[4:] or list(CASES), int(sys.argv[2]) or None, strategy=sys.argv[3])

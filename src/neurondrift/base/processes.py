@@ -241,16 +241,23 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 
 @contextlib.contextmanager
-def lost_as_error() -> Iterator[None]:
-    """What the network says of a process that is gone, in words."""
+def lost_as_error(among: int | None = None) -> Iterator[None]:
+    """What the network says of a process that is gone, in words. `among`: of how many that work together, where other
+    things may fail too."""
     try:
         yield
     except RuntimeError as error:
+        if among is not None and (among == 1 or not _is_of_network(error)):
+            raise
         raise ResourceError(
             "Another process of this launch has ended or cannot be reached",
             received=str(error).splitlines()[0][:200],
             fix="see what it said, then run the command again, in any number of processes: it goes on from here",
         ) from error
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    return "Dist" in type(error).__name__ or any(word in str(error) for word in ("gloo/", "NCCL", "closed by peer"))
 
 
 def says(message: str) -> bool:

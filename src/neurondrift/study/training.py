@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.errors import ArtifactError, FreezeError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
 from neurondrift.base.processes import alone, from_first, is_first_process, joined
 from neurondrift.groups.group import Group
@@ -34,6 +34,7 @@ from neurondrift.models.batches import check_lengths
 from neurondrift.models.loading import quiet_transformers
 from neurondrift.models.sites import Sites
 from neurondrift.study.folder import saved_step, saved_steps
+from neurondrift.study.parallel.sharding import is_cut, whole_state
 from neurondrift.study.parallel.trainer import Encoded, ResponseTrainer
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
@@ -76,9 +77,12 @@ class _SaveAdapters(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step in self.steps and state.is_world_process_zero:
+        if state.global_step not in self.steps:
+            return
+        how = {"state_dict": whole_state(model)} if is_cut(model) else {}  # all processes help
+        if state.is_world_process_zero:
             with atomic_path(saved_step(self.folder, state.global_step)) as partial, quiet_transformers():
-                model.save_pretrained(str(partial))
+                model.save_pretrained(str(partial), **how)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(str(partial))
 
@@ -124,11 +128,12 @@ def align(
     scratch: Path,
     autocast: bool = False,
     advance: Advance = lambda n: None,
+    shard_on: torch.device | None = None,
 ) -> list[dict[str, float]]:
     """Supervised fine-tuning in place: of all weights, or of a LoRA adapter that is merged into them at the end.
 
     The model must be in float32; `autocast` computes in bfloat16, but the adapter is merged in float32. Returns the
-    Trainer's log: step, loss, learning rate.
+    Trainer's log: step, loss, learning rate. `shard_on`: as in `finetune`, of all weights.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError("Alignment changes all weights and needs them in float32", received=str(model.dtype))
@@ -145,7 +150,7 @@ def align(
         "bf16": autocast,
         "save_strategy": "no",
     }
-    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)], shard_on=shard_on)
     if trained is not model:
         trained.merge_and_unload()
         _free_again(trained)
@@ -168,6 +173,7 @@ def finetune(
     resumable: bool = True,
     beside: Sequence[Path] = (),
     tracked_in: Path | None = None,
+    shard_on: torch.device | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -201,6 +207,8 @@ def finetune(
     beside
         Further folders that a resumed run goes on from (drift snapshots): a checkpoint is whole while what lay there
         is as it was.
+    shard_on
+        The device among whose like the joined processes cut the model, which lies in main memory; None: each has all.
 
     Returns
     -------
@@ -217,6 +225,11 @@ def finetune(
     set_seed(seed)
     if settings.method == "lora":
         model = _with_lora(model, settings)
+    if shard_on is not None and (freeze is not None or any(isinstance(each, FreezeCallback) for each in callbacks)):
+        raise FreezeError(
+            "A group cannot be held still in a model that is cut among processes (FSDP2): none has all of its weights",
+            fix='set parallel.strategy = "ddp", or run in one process',
+        )
     if not is_first_process():
         tracked_in = None
     arguments: dict[str, Any] = {
@@ -232,7 +245,7 @@ def finetune(
         **_optimiser(settings),
         **({} if tracked_in is None else _trackers(settings.report_to, folder)),
         "bf16": autocast,
-        "save_strategy": "steps" if resumable and joined().number == 0 else "no",
+        "save_strategy": "steps" if resumable else "no",
         "save_steps": settings.checkpoint_interval or settings.drift_interval,
     }
     added = [
@@ -244,7 +257,7 @@ def finetune(
         _Advance(advance),
     ]
     resume = from_first(lambda: str(last_checkpoint(folder / "trainer", (folder, *beside)) or ""))
-    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume)
+    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume, shard_on=shard_on)
     return model, log
 
 
@@ -336,8 +349,7 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
     return [callback]
 
 
-def _arguments(model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
-    device = next(model.parameters()).device
+def _arguments(device: torch.device, *, seed: int, **settings: Any) -> TrainingArguments:
     settings = {"optim": "adamw_torch_fused", "report_to": [], **settings}
     made = TrainingArguments(
         seed=seed,
@@ -363,16 +375,20 @@ def _train(
     seed: int,
     callbacks: Sequence[TrainerCallback],
     resume: str = "",
+    shard_on: torch.device | None = None,
 ) -> list[dict[str, float]]:
     """Train, together with the other processes that have come here; `resume` names a checkpoint to go on from."""
     set_seed(seed)
     group = joined()
+    shard_on = shard_on if group.count > 1 else None
+    device = next(model.parameters()).device if shard_on is None else shard_on
     try:
         with alone(), quiet_transformers():
             trainer = ResponseTrainer(
                 group=group,
+                shard_on=shard_on,
                 model=model,
-                args=_arguments(model, seed=seed, **arguments),
+                args=_arguments(device, seed=seed, **arguments),
                 train_dataset=list(encoded),
                 callbacks=list(callbacks),
             )

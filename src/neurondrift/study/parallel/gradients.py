@@ -7,12 +7,10 @@ in one process and not in another, neither of which it allows. What it sums is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from neurondrift.base.processes import lost_as_error
 
@@ -62,14 +60,10 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-class SameStart(TrainerCallback):
-    """What is trained is in all processes what it is in the first, before the first step."""
-
-    @torch.no_grad()
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        with lost_as_error():
-            for bucket in _buckets([p.detach() for p in model.parameters() if p.requires_grad]):
-                for tensor in bucket:
-                    dist.broadcast(tensor, 0)
+@torch.no_grad()
+def start_alike(model: nn.Module) -> None:
+    """What is trained becomes in all processes what it is in the first."""
+    with lost_as_error():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.detach(), 0)

@@ -7,19 +7,22 @@ is the same whatever number of processes wrote it, and any number goes on from i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from neurondrift.base.processes import Joined, lost_as_error
 from neurondrift.models.architecture.packing import draws
 from neurondrift.models.batches import Batch, batches_without_padding, token_losses
 from neurondrift.models.data import IGNORED
-from neurondrift.models.sites import unwrap
-from neurondrift.study.parallel.gradients import SameStart, sum_gradients
+from neurondrift.models.sites import gathered, unwrap
+from neurondrift.study.parallel.gradients import start_alike, sum_gradients
+from neurondrift.study.parallel.sharding import cut_state, shard, whole_optimiser, whole_state
 
 Encoded = Sequence[Mapping[str, Any]]
 
@@ -33,21 +36,39 @@ class ResponseTrainer(Trainer):
     group
         The processes that train together: each has its share of the rows of every batch, and their gradients are
         summed before they are clipped. The batch is the one that is set, whatever their number.
-    callbacks, **given
+    shard_on
+        The device among whose like the model, its gradients and the optimiser's state are cut (FSDP2); None: every
+        process holds all.
+    **given
         As transformers' Trainer.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, group: Joined, callbacks: Sequence[TrainerCallback], **given: Any) -> None:
-        self.group = group
+    def __init__(self, *, group: Joined, shard_on: torch.device | None = None, **given: Any) -> None:
+        self.group, self.shard_on = group, shard_on
+        self._whole: tuple[dict[str, Any], dict[str, Any]] | None = None  # of model and optimiser, while they are saved
         pad = given["model"].config.pad_token_id
-        collator = _Collator(given["model"], 0 if pad is None else pad, group)
-        together = [SameStart()] if group.count > 1 else []
-        super().__init__(data_collator=collator, callbacks=[*together, *callbacks], **given)
+        collator = _Collator(given["model"], 0 if pad is None else pad, group, alike=shard_on is not None)
+        super().__init__(data_collator=collator, **given)
 
     def is_world_process_zero(self) -> bool:
         return self.group.number == 0
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.shard_on is None:  # else it goes there block by block
+            super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser of parameters that are the same everywhere, and cut where they are to be."""
+        if self.group.count > 1 and self.optimizer is None:
+            start_alike(self.model)
+            if self.shard_on is not None:
+                shard(self.model, self.shard_on)
+        optimiser: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.shard_on is not None:
+            optimiser.register_load_state_dict_pre_hook(cut_state)
+        return optimiser
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         return torch.tensor(sum(batch["targets"] for batch in batch_samples), device=device)
@@ -60,46 +81,74 @@ class ResponseTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         device = next(model.parameters()).device
-        losses_N = torch.cat([token_losses(model, part.to(device)).losses for part in inputs["parts"]])
-        loss = losses_N.sum() / (inputs["targets"] if num_items_in_batch is None else num_items_in_batch)
-        loss = loss if inputs["counts"] else loss * 0
+        sums = [token_losses(model, part.to(device)).losses.sum() for part in inputs["parts"]]
+        counted = [loss if at < inputs["counts"] else loss * 0 for at, loss in enumerate(sums)]
+        loss = torch.stack(counted).sum() / (inputs["targets"] if num_items_in_batch is None else num_items_in_batch)
+        loss = loss if self.shard_on is None else loss * self.group.count  # FSDP2 takes the mean over processes
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.group.count > 1:
-            if self.accelerator.sync_gradients:
-                sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
-            with lost_as_error():
+        with lost_as_error(among=self.group.count):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if self.group.count > 1:
+                if self.shard_on is None and self.accelerator.sync_gradients:
+                    sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
                 dist.all_reduce(loss)
-        return loss
+        return loss if self.shard_on is None else loss / self.group.count
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        norm: torch.Tensor = gathered(super()._clip_grad_norm(model))
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.shard_on is not None:
+            self._whole = whole_state(self.model), whole_optimiser(self.optimizer)
+        if self.group.number == 0:
+            super()._save_checkpoint(model, trial)
+        self._whole = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict if self._whole is None else self._whole[0])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._whole is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(self._whole[1], Path(output_dir) / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
 
 class _Collator:
     """The rows of a step's batch that are this process's, to what the model computes at once: all of them without
     padding, or rows of one length each; and how many tokens the rows of all processes have a loss on.
 
-    A process without a row (`counts` False) computes one for nothing, so that all do the same steps.
+    The first `counts` of the parts count: a process without a row computes one for nothing, and where the model is cut
+    (`alike`) each as many as the others, so that all do the same steps.
     """
 
-    def __init__(self, model: nn.Module, pad_token_id: int, group: Joined) -> None:
-        self.model, self.pad_token_id, self.group = model, pad_token_id, group
+    def __init__(self, model: nn.Module, pad_token_id: int, group: Joined, *, alike: bool) -> None:
+        self.model, self.pad_token_id, self.group, self.alike = model, pad_token_id, group, alike
         self.share = not draws(model, unwrap(model))
 
-    def __call__(self, rows: Encoded) -> dict[str, list[Batch] | int | bool]:
-        own = self._own(rows)
-        parts = batches_without_padding(
-            self.model, own or rows[:1], batch_size=len(rows), pad_token_id=self.pad_token_id, share=self.share
-        )
-        return {"parts": parts, "targets": sum(map(_targets, rows)), "counts": bool(own)}
+    def __call__(self, rows: Encoded) -> dict[str, list[Batch] | int]:
+        own = self._parts(rows, self.group.number)
+        numbers = range(self.group.count) if self.alike else [self.group.number]
+        most = max(1, *(len(own if n == self.group.number else self._parts(rows, n)) for n in numbers))
+        idle = own[:1] or self._of(rows[:1], len(rows))
+        parts = [*own, *(idle * (most - len(own)))]
+        return {"parts": parts, "targets": sum(map(_targets, rows)), "counts": len(own)}
 
-    def _own(self, rows: Encoded) -> Encoded:
-        """About as many tokens for each process."""
-        number, count = self.group
-        if count == 1:
-            return rows
-        longest = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["input_ids"]), index))
-        return [rows[index] for index in longest[number::count]]
+    def _parts(self, rows: Encoded, number: int) -> list[Batch]:
+        """What is computed of the rows of a process: each has about as many tokens."""
+        if self.group.count > 1:
+            longest = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["input_ids"]), index))
+            rows = [rows[index] for index in longest[number :: self.group.count]]
+        return self._of(rows, len(rows)) if rows else []
+
+    def _of(self, rows: Encoded, count: int) -> list[Batch]:
+        return batches_without_padding(
+            self.model, rows, batch_size=count, pad_token_id=self.pad_token_id, share=self.share
+        )
 
 
 def _targets(row: Mapping[str, Any]) -> int:

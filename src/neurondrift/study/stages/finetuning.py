@@ -25,7 +25,7 @@ from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
-from neurondrift.study.parallel.checks import enough_for_each
+from neurondrift.study.parallel.checks import check_strategy, cut_on, enough_for_each
 from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
@@ -52,9 +52,10 @@ class Finetuned(NamedTuple):
     frozen: FreezeReport | None
 
 
-def load_trainee(study: Study, folder: StudyFolder) -> Trainee:
+def load_trainee(study: Study, folder: StudyFolder, *, device: str | None = None) -> Trainee:
     """The study's base and training examples; in float32 where all of its weights are trained."""
-    return trainee_of(study, *load_base(study, folder, dtype="float32" if study.finetune.method == "full" else None))
+    dtype = "float32" if study.finetune.method == "full" else None
+    return trainee_of(study, *load_base(study, folder, dtype=dtype, device=device))
 
 
 def trainee_of(study: Study, model: Any, tokenizer: Any) -> Trainee:
@@ -75,6 +76,7 @@ def finetune_study(
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[[int], None] = lambda steps: None,
     tracked_in: Path | None = None,
+    shard_on: torch.device | None = None,
 ) -> Finetuned:
     """Fine-tune as the study says, with one training seed.
 
@@ -89,7 +91,7 @@ def finetune_study(
         Default: nothing is kept.
     beside
         Further folders that a resumed run goes on from.
-    callbacks, advance, tracked_in
+    callbacks, advance, tracked_in, shard_on
         As in `training.finetune`.
     """
     hold = None if freeze is None else FreezeCallback(freeze)
@@ -108,6 +110,7 @@ def finetune_study(
             resumable=keep_in is not None,
             beside=beside,
             tracked_in=tracked_in,
+            shard_on=shard_on,
         )
     return Finetuned(trained, log, None if hold is None else hold.report)
 
@@ -127,7 +130,8 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             received=folder.base_model,
             fix="download the model and name its folder as the reference",
         )
-    trainee = load_trainee(study, folder)
+    shard_on = cut_on(study, folder.base_model, of_training=full)
+    trainee = load_trainee(study, folder, device=None if shard_on is None else "cpu")
     total = total_steps(len(trainee.encoded), settings)
     drift = DriftCallback(
         folder.drift(seed),
@@ -150,6 +154,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             callbacks=[drift],
             advance=advance,
             tracked_in=folder.trackers(seed),
+            shard_on=shard_on,
         )
 
     def finish() -> int:
@@ -169,8 +174,9 @@ def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
 
 
 def check(study: Study) -> None:
-    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed, or where there are more
-    processes than rows in a batch."""
+    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed, where there are more
+    processes than rows in a batch, or FSDP2 cannot do it."""
+    check_strategy(study)
     enough_for_each(study.finetune.batch_size, "rows in a batch", "finetune.batch_size")
     for name in study.finetune.report_to:
         packages = TRACKERS[name]
