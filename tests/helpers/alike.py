@@ -9,8 +9,10 @@ from safetensors.numpy import load_file
 
 from neurondrift.base.files import read_json
 
-#: What is not of the result: how long it took, on what, and how training reports of it.
-NOT_COMPARED = {"seconds", "versions", "total_flos", "record", "inputs_fingerprint", "sha256", "training_args"}
+#: What is not of the result: how long it took and on what; digests of files, and paths; and what rounding moves from one
+#: bin of a histogram to the next.
+NOT_COMPARED = {"seconds", "versions", "created", "commit", "study", "base_model_name_or_path", "adapter", "key"}
+NOT_COMPARED |= {"bins", "first_bin", "distributions"}
 SUFFIXES = (".parquet", ".json", ".safetensors")
 
 
@@ -26,7 +28,13 @@ def differences(first: Path, second: Path, *, tolerance: float) -> list[str]:
     ]
     found = [f"{name}: not in both" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        if Path(name).name in ("tokenizer.json", "tokenizer_config.json", "threads.json", "in_progress.json"):
+        if Path(name).name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "threads.json",
+            "neurondrift.json",
+            "in_progress.json",
+        ):
             continue
         one, two = (_read(folder / name) for folder in (first, second))
         found += [f"{name}: {text}" for text in _differ(one, two, tolerance, "")]
@@ -48,6 +56,8 @@ def _differ(one, two, tolerance, place):
         for key in one.keys() & two.keys() - NOT_COMPARED:
             yield from _differ(one[key], two[key], tolerance, f"{place}/{key}")
     elif isinstance(one, list) and isinstance(two, list):
+        if all(isinstance(each, str) for each in one + two):  # PEFT writes sets
+            one, two = sorted(one), sorted(two)
         if len(one) != len(two):
             yield f"{place}: {len(one)} and {len(two)} entries"
         for at, pair in enumerate(zip(one, two, strict=False)):

@@ -358,7 +358,7 @@ def _at_point(
 
 def _over_all(parts: dict[str, float]) -> dict[str, float]:
     """The sums over the processes that share the items."""
-    told = gathered(parts) if sharers().count > 1 else [parts]
+    told = gathered(parts) if sharers().total > 1 else [parts]
     names = dict.fromkeys(name for own in told for name in own)
     return {name: math.fsum(own.get(name, 0.0) for own in told) for name in names}
 

@@ -6,6 +6,7 @@ is not glibc.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -77,7 +78,7 @@ class Joined(NamedTuple):
     """The processes that work together: this one's number, and how many there are; 0 of 1 where it works alone."""
 
     number: int
-    count: int
+    total: int
 
 
 def joined() -> Joined:
@@ -90,9 +91,9 @@ def joined() -> Joined:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[None]:
-    """Within the block the launched processes can sum tensors; nothing happens where there is one.
+    """Within the block the launched processes do the same things in the same order; nothing happens where there is one.
 
-    A group that is there already is used and left as it is.
+    They stay joined until they end: one store takes no second group. A group that is there already is used.
     """
     if process_count() == 1 or _STATE.in_step:
         yield
@@ -102,18 +103,16 @@ def joined_processes() -> Iterator[None]:
 
     if torch.cuda.is_available() and (number := local_rank() or 0) < torch.cuda.device_count():
         torch.cuda.set_device(number)
-    own = not dist.is_initialized()
-    if own:
+    if not dist.is_initialized():
         with lost_as_error():
             dist.init_process_group(timeout=PATIENCE)  # gloo for tensors in main memory, nccl for those on GPUs
+        atexit.register(dist.destroy_process_group)
     _STATE.in_step = True
     try:
         yield
         gathered(None)  # none leaves while another still talks to it
     finally:
         _STATE.in_step = False
-        if own:
-            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -153,7 +152,7 @@ def sharers() -> Joined:
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:
     """Each tensor becomes the sum over the sharers, which must have the same ones in the same order."""
-    if sharers().count == 1:
+    if sharers().total == 1:
         return
     import torch.distributed as dist
 
@@ -221,7 +220,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
     A mistake that it meets ends all.
     """
-    if in_step().count == 1:
+    if in_step().total == 1:
         return make()
     made: Result | None = None
     error: Exception | None = None
@@ -264,12 +263,12 @@ def says(message: str) -> bool:
     """Whether this process is to say what may be a mistake in all of a launch: the first that comes to it."""
     if int(_told("WORLD_SIZE", "1")) == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return is_first_process()
-    import torch.distributed as dist
+    import torch.distributed
 
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {hashlib.sha256(message.encode()).hexdigest()}"
     try:
         at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*at, is_master=False, timeout=timedelta(seconds=5))
+        store = torch.distributed.TCPStore(*at, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return bool(store.add(f"neurondrift says {name}", 1) == 1)
     except (RuntimeError, KeyError, ValueError):  # the launcher has gone
         return True

@@ -137,7 +137,7 @@ def answer(
     context = context_length(model)
     _check_lengths(requests, ids, min(max_length, context - decoding.max_new_tokens), context)
     order = sorted(range(len(requests)), key=lambda index: (-len(ids[index]), index))
-    each = min(batch_size, -(-len(order) // sharers().count))
+    each = min(batch_size, -(-len(order) // sharers().total))
     parts = [order[first : first + each] for first in range(0, len(order), each)]
     done = 0
 

@@ -27,7 +27,7 @@ from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.groups.group import Group
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.parts import as_weights
-from neurondrift.models.sites import is_sharded
+from neurondrift.models.sites import fingerprint_of, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,10 @@ class DriftCallback(TrainerCallback):
     def _prepare(self, model: nn.Module) -> None:
         """What holds for all snapshots: the meters, the metadata and the neurons before training."""
         self._meter = meter = DriftMeter(model, initial=self._initial)
-        sites, every_site, name = meter.sites, meter.every_site, meter.every_site.fingerprint
+        sites, every_site = meter.sites, meter.every_site
+        # Of the weights before training, also where a checkpoint has been loaded that has moved them.
+        all_trained = self._initial is not None and sites is every_site
+        name = fingerprint_of((site, meter.base(site)) for site in sites) if all_trained else every_site.fingerprint
         measured = {key: as_weights(group, every_site) for key, group in self.groups.items()}
         followed = {key: group for key, group in self.groups.items() if group.granularity != "neuron"}
         of_weights = {key: measured[key] for key in followed}

@@ -267,7 +267,7 @@ def free_memory(device: torch.device) -> int:
         import psutil
 
         free = int(psutil.virtual_memory().available) // process_count()
-    if joined().count > 1:
+    if joined().total > 1:
         least = torch.tensor(free, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         free = int(least)
@@ -282,7 +282,7 @@ def _own_share(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 def _summed(accumulator: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
-    if joined().count > 1:
+    if joined().total > 1:
         with lost_as_error():
             dist.all_reduce(accumulator)
     return accumulator

@@ -396,7 +396,7 @@ def _next(at: int, trials: Sequence[Trial], keys: Sequence[str], lacks: Callable
     """The places of the next runs of one intervention that are to be made, one for each process that shares work."""
     found: dict[str, int] = {}
     for place in range(at, len(trials)):
-        if len(found) == sharers().count or trials[place].intervention != trials[at].intervention:
+        if len(found) == sharers().total or trials[place].intervention != trials[at].intervention:
             break
         if keys[place] not in found and lacks(place):
             found[keys[place]] = place

@@ -380,7 +380,7 @@ def _train(
     """Train, together with the other processes that have come here; `resume` names a checkpoint to go on from."""
     set_seed(seed)
     group = joined()
-    shard_on = shard_on if group.count > 1 else None
+    shard_on = shard_on if group.total > 1 else None
     device = next(model.parameters()).device if shard_on is None else shard_on
     try:
         with alone(), quiet_transformers():

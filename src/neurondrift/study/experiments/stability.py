@@ -97,7 +97,7 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
 def _figures(made: Mapping[tuple[str, str], Sequence[Group]]) -> dict[str, dict[str, StabilityFigures]]:
     figures: dict[str, dict[str, StabilityFigures]] = {}
     for (name, kind), groups in made.items():
-        figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())
+        figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(list(groups))._asdict())
     return figures
 
 

@@ -53,7 +53,7 @@ def cut_on(study: Study, reference: str, *, of_training: bool = False) -> torch.
     Without `parallel.strategy` it is cut where it does not fit one device, with what training all weights needs beside
     it (`of_training`).
     """
-    if in_step().count == 1:
+    if in_step().total == 1:
         return None
     device = resolve_device(study.model.device)
     if study.parallel.strategy is None:

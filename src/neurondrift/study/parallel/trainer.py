@@ -61,7 +61,7 @@ class ResponseTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser of parameters that are the same everywhere, and cut where they are to be."""
-        if self.group.count > 1 and self.optimizer is None:
+        if self.group.total > 1 and self.optimizer is None:
             start_alike(self.model)
             if self.shard_on is not None:
                 shard(self.model, self.shard_on)
@@ -84,17 +84,17 @@ class ResponseTrainer(Trainer):
         sums = [token_losses(model, part.to(device)).losses.sum() for part in inputs["parts"]]
         counted = [loss if at < inputs["counts"] else loss * 0 for at, loss in enumerate(sums)]
         loss = torch.stack(counted).sum() / (inputs["targets"] if num_items_in_batch is None else num_items_in_batch)
-        loss = loss if self.shard_on is None else loss * self.group.count  # FSDP2 takes the mean over processes
+        loss = loss if self.shard_on is None else loss * self.group.total  # FSDP2 takes the mean over processes
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        with lost_as_error(among=self.group.count):
+        with lost_as_error(among=self.group.total):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            if self.group.count > 1:
+            if self.group.total > 1:
                 if self.shard_on is None and self.accelerator.sync_gradients:
                     sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
                 dist.all_reduce(loss)
-        return loss if self.shard_on is None else loss / self.group.count
+        return loss if self.shard_on is None else loss / self.group.total
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm: torch.Tensor = gathered(super()._clip_grad_norm(model))
@@ -132,7 +132,7 @@ class _Collator:
 
     def __call__(self, rows: Encoded) -> dict[str, list[Batch] | int]:
         own = self._parts(rows, self.group.number)
-        numbers = range(self.group.count) if self.alike else [self.group.number]
+        numbers = range(self.group.total) if self.alike else [self.group.number]
         most = max(1, *(len(own if n == self.group.number else self._parts(rows, n)) for n in numbers))
         idle = own[:1] or self._of(rows[:1], len(rows))
         parts = [*own, *(idle * (most - len(own)))]
@@ -140,9 +140,9 @@ class _Collator:
 
     def _parts(self, rows: Encoded, number: int) -> list[Batch]:
         """What is computed of the rows of a process: each has about as many tokens."""
-        if self.group.count > 1:
+        if self.group.total > 1:
             longest = sorted(range(len(rows)), key=lambda index: (-len(rows[index]["input_ids"]), index))
-            rows = [rows[index] for index in longest[number :: self.group.count]]
+            rows = [rows[index] for index in longest[number :: self.group.total]]
         return self._of(rows, len(rows)) if rows else []
 
     def _of(self, rows: Encoded, count: int) -> list[Batch]:
