@@ -107,9 +107,17 @@ class DriftCallback(TrainerCallback):
         self._prepare(model)
         if state.is_world_process_zero:
             self._guard(state.global_step, lambda: self._begin(state.global_step))
-        if state.global_step % self.every and self.log.steps() and not self._sharded:
+        if state.global_step % self.every and self._first_says(model, bool(self.log.steps())):
             return  # a checkpoint between two snapshots
         self._snapshot(args, state, control)
+
+    def _first_says(self, model: nn.Module, flag: bool) -> bool:
+        """What the first process sees in the folder, where all must do the same."""
+        if not self._sharded:
+            return flag
+        told = torch.tensor(int(flag), device=next(model.parameters()).device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The last step's snapshot is not left to on_train_end: reporters have closed by then, and
