@@ -18,12 +18,12 @@ from neurondrift.study.runner import StudyRun
 
 MORE = {
     "stability.enabled": True,
-    "stability.draws": 3,
+    "stability.draws": 2,
     "intervene.enabled": True,
     "intervene.interventions": ["rewind", "freeze"],
     "intervene.groups": ["safety_top"],
-    "intervene.draws": 3,
-    "intervene.freeze_draws": 2,
+    "intervene.draws": 2,
+    "intervene.freeze_draws": 1,
     "intervene.doses": [1.0],
 }
 
