@@ -27,6 +27,9 @@ from neurondrift.study.sweep.settings import read_sweep
 SWEEP = """name = "twelve"
 preset = "smoke"
 
+[engine]
+num_cpus = 1
+
 [grid]
 finetune.data = [{{ source = "builtin:ordinary", limit = 24 }}, {{ source = "builtin:ordinary-align", limit = 24 }}]
 finetune.lora_r = [4, 8]

@@ -1,6 +1,9 @@
-"""Copy a finished demo's results to docs/example and write its table into README.md.
+"""Copy a finished demo's results to docs/example, write its page there, and its table into README.md.
 
-python docs/make_example.py STUDY_FOLDER
+    python docs/make_example.py STUDY_FOLDER
+    python docs/make_example.py                 # page and table again, from what docs/example holds
+
+Every figure of both comes from a file in docs/example (`tests/docs` makes them again and compares).
 """
 
 import json
@@ -12,7 +15,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "docs" / "example"
+FILES = (
+    "statistical_results.json",
+    "drift_analysis_report.txt",
+    "interventions.json",
+    "interventions.parquet",
+    "dose_response.json",
+    "subspaces.json",
+    "stability.json",
+)
 NAMES = {
+    "safety_acquired": "safety, acquired in alignment",
+    "safety_paying": "safety, paying for refusals",
     "safety_top": "safety, SNIP top 1 %",
     "safety_set_difference": "safety, set difference",
     "safety_residual": "safety, residual",
@@ -60,7 +75,7 @@ def weights(results: dict) -> list[str]:
 
 def causes(folder: Path) -> str:
     """The README's section on interventions, from `results/interventions.json`; empty where there are none."""
-    file = folder / "results" / "interventions.json"
+    file = folder / "interventions.json"
     if not file.exists():
         return ""
     found = json.loads(file.read_text())
@@ -160,11 +175,10 @@ def example(results: dict) -> str:
     analysis, behaviour = results["analysis"], results["behaviour"]
     steps = sorted({row["step"] for row in behaviour["rates"]})
     lines = [
-        "From the demo as committed in [docs/example](docs/example/drift_analysis_report.txt) "
-        f"(`neurondrift run --preset demo --seeds {','.join(map(str, results['study']['seeds']))}`; {analysis['n_neurons']:,} neurons in {analysis['n_sites']} sites, "
-        f"{results['study']['steps']} steps of LoRA):",
+        f"{command(results)}; {analysis['n_neurons']:,} neurons in {analysis['n_sites']} sites, "
+        f"{results['study']['steps']} steps of LoRA. The whole report: [drift_analysis_report.txt](drift_analysis_report.txt).",
         "",
-        "![Refusals and drift over fine-tuning](docs/example/figures/refusals_over_training.png)",
+        "![Refusals and drift over fine-tuning](figures/refusals_over_training.png)",
         "",
         "Ratio of relative drift to comparable neurons, with 95 % intervals; * judges:",
         "",
@@ -203,28 +217,168 @@ def example(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(folder: Path) -> None:
-    results = json.loads((folder / "results" / "statistical_results.json").read_text())
-    target = ROOT / "docs" / "example"
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "figures").mkdir(parents=True)
-    for name in (
-        "statistical_results.json",
-        "drift_analysis_report.txt",
-        "interventions.json",
-        "subspaces.json",
-        "stability.json",
-    ):
-        if (folder / "results" / name).exists():
-            shutil.copy(folder / "results" / name, target / name)
-    for figure in sorted((folder / "results" / "figures").iterdir()):
-        shutil.copy(figure, target / "figures" / figure.name)
+def command(results: dict) -> str:
+    """What made the study, and at which commit."""
+    study = results["study"]
+    seeds = ",".join(map(str, study["seeds"]))
+    commit = (study.get("commit") or "unknown")[:7]
+    return f"`neurondrift run --preset demo --seeds {seeds}`, commit {commit}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value + 0.0:.1f} %"
+
+
+def row_of(effect: dict, found: dict | None) -> str:
+    """A group in the README's table: how far it moved, how far its outputs did, and what it carries."""
+    name = f"{NAMES.get(effect['group'], effect['group'])}{'*' * effect['judging']}"
+    matched = effect["effect_matched"]
+    weights = ratio(matched) if matched and matched["comparable"] else "not comparable"
+    if found is None:
+        return f"| {name} | {weights} | – | – | – | – |"
+    harmful = found["outputs"]["harmful"]
+    outputs = ratio(harmful) if harmful["comparable"] else "not comparable"
+    shares = found["shares"].get("budget") or found["shares"]["path"]
+    if not shares["comparable"]:
+        return f"| {name} | {weights} | {outputs} | – | – | not comparable |"
+    return (
+        f"| {name} | {weights} | {outputs} | {percent(shares['share_of_neurons'])} | "
+        f"**{percent(shares['share'])}** | {percent(shares['expected'])} |"
+    )
+
+
+def shown(behaviour: dict, kind: str) -> str:
+    """`.25 → .97 → .65`: the rates before alignment (where there are any), after it, and at the end; mean over seeds."""
+    steps = sorted({row["step"] for row in behaviour["rates"]})
+    points = [[r["rate"] for r in behaviour["before_alignment"] if r["kind"] == kind]]
+    points += [
+        [r["rate"] for r in behaviour["rates"] if r["kind"] == kind and r["step"] == s] for s in (steps[0], steps[-1])
+    ]
+    return " → ".join(f"{sum(point) / len(point):.2f}" for point in points if point)
+
+
+def in_readme(results: dict) -> str:
+    """One figure and one table, for the README."""
+    effects = {
+        e["group"]: e for e in results["analysis"]["effects"] if e["metric"] == results["analysis"]["primary_metric"]
+    }
+    does = {found["group"]: found for found in results.get("attribution", {}).get("groups", [])}
+    seeds = len(results["study"]["seeds"])
+    conclusion = results["analysis"]["sentences"][0].partition(" By groups")[0]
+    return "\n".join(
+        [
+            "![Refusals and drift over fine-tuning](docs/example/figures/refusals_over_training.png)",
+            "",
+            f"*The demo: {command(results)}. SmolLM2-135M-Instruct, taught to refuse minutes before, then fine-tuned on "
+            f"ordinary instructions; {seeds} seed{'s' * (seeds > 1)}. [All of it](docs/example/README.md).*",
+            "",
+            "| group | weights moved | outputs moved | of neurons | of the lost margin | comparable neurons |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            *(row_of(effects[group], does.get(group)) for group in README_GROUPS if group in effects),
+            "",
+            "Moved: ratio to comparable neurons with its 95 % interval, outputs on harmful requests. Of the lost margin: "
+            "which share of the lost refusal margin the group carries, beside what comparable neurons do. * judges. "
+            f"Refusals of harmful requests {shown(results['behaviour'], 'harmful')} (before alignment, after it, after "
+            f"fine-tuning), of ordinary ones {shown(results['behaviour'], 'ordinary')} (the last two).",
+            "",
+            f"**{conclusion} {hypothesis()}**",
+        ]
+    )
+
+
+#: The README's rows of the table of localisation: name, and what it needs.
+SCORES = {
+    "functional_drift_ratio": ("functional drift ratio", "the model from before, forward"),
+    "provenance": ("provenance", "the model from before, backward"),
+    "path_attribution": ("path attribution", "the model from before, backward"),
+    "taylor": ("Taylor", "backward"),
+    "snip": ("SNIP (Wei et al.)", "backward"),
+}
+PLANTS = {"rows": "rows", "mixed": "rows, mixed", "hidden_units": "hidden units"}
+
+
+def localisation(folder: Path) -> str:
+    """AUROC within site of some scores on each kind of plant, the mean over its seeds; in brackets on the decoy where
+    that is no chance."""
+    boards: dict[str, list[dict]] = {kind: [] for kind in PLANTS}
+    for file in sorted(folder.glob("*/localisation.json")):
+        board = json.loads(file.read_text())["board"]
+        boards[file.parent.name.rpartition("-")[0]].append({row["score"]: row for row in board})
+    seeds = {kind: len(found) for kind, found in boards.items()}
+    lines = [
+        f"| score | needs | {' | '.join(PLANTS.values())} |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for score, (name, needs) in SCORES.items():
+        cells = []
+        for kind in PLANTS:
+            auroc, decoy = (
+                sum(board[score][column] for board in boards[kind]) / seeds[kind] for column in ("auroc", "decoy")
+            )
+            cells.append(f"{auroc:.2f}" + (f" ({decoy:.2f})" if abs(decoy - 0.5) > 0.1 else ""))
+        lines.append(f"| {name} | {needs} | {' | '.join(cells)} |")
+    counted = ", ".join(f"{PLANTS[kind]} {count}" for kind, count in seeds.items())
+    lines += ["", f"Seeds: {counted}. In brackets the AUROC on a decoy habit, where it is further than .1 from chance."]
+    return "\n".join(lines)
+
+
+def hypothesis() -> str:
+    """H1, H2 or undecided, and why: as the report says it."""
+    report = (EXAMPLE / "drift_analysis_report.txt").read_text()
+    found = re.search(r"^H1 or H2: (.+?)\n\n", report, flags=re.S | re.M)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+README_GROUPS = (
+    "safety_acquired",
+    "safety_paying",
+    "safety_set_difference",
+    "safety_residual",
+    "random",
+    "gradient_top",
+)
+
+
+def page(folder: Path, results: dict) -> str:
+    """`docs/example/README.md`, whole."""
+    acted = causes(folder)
+    parts = ["<!-- made by docs/make_example.py: do not edit -->", "# The demo, as committed", example(results)]
+    if (folder / "dose_response.json").exists():
+        parts += ["## Out of sample", "![Dose-response of the refusal margin](figures/out_of_sample_doses.png)"]
+    return "\n\n".join([*parts, *(["## Is it the cause?", acted] if acted else [])]) + "\n"
+
+
+def copied(study: Path) -> None:
+    """The results of a study, in docs/example instead of those that are there."""
+    shutil.rmtree(EXAMPLE, ignore_errors=True)
+    (EXAMPLE / "figures").mkdir(parents=True)
+    for name in FILES:
+        if (study / "results" / name).exists():
+            shutil.copy(study / "results" / name, EXAMPLE / name)
+    for figure in sorted((study / "results" / "figures").iterdir()):
+        shutil.copy(figure, EXAMPLE / "figures" / figure.name)
+
+
+def documents() -> dict[Path, str]:
+    """Document -> its text, from what docs/example holds."""
+    results = json.loads((EXAMPLE / "statistical_results.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    for mark, text in (("docs/make_example.py", example(results)), ("docs/make_example.py causes", causes(folder))):
-        section = f"<!-- {mark} -->\n{text}\n<!-- end -->"
-        readme = re.sub(rf"<!-- {mark} -->.*?<!-- end -->", lambda m, new=section: new, readme, flags=re.S)
-    (ROOT / "README.md").write_text(readme)
+    made = {"": in_readme(results), " localisation": localisation(ROOT / "docs" / "localisation")}
+    for name, text in made.items():
+        mark, section = (
+            f"<!-- docs/make_example.py{name} -->",
+            f"<!-- docs/make_example.py{name} -->\n{text}\n<!-- end -->",
+        )
+        readme = re.sub(rf"{mark}.*?<!-- end -->", lambda m, new=section: new, readme, flags=re.S)
+    return {ROOT / "README.md": readme, EXAMPLE / "README.md": page(EXAMPLE, results)}
+
+
+def main(study: Path | None = None) -> None:
+    if study is not None:
+        copied(study)
+    for document, text in documents().items():
+        document.write_text(text)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:2]))

@@ -6,7 +6,7 @@ The public names below are imported when they are first used, so that `import ne
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "load_model": "models.loading",

@@ -289,7 +289,7 @@ def test_nothing_undefined_leaks(results: dict, change) -> None:
     results = change(results)
     text = render_text(results)
     page = render_page(results, [])
-    page = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).replace("default-src 'none'", "")
+    page = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL).replace("default-src 'none'", "")
     page = page.replace(page[page.index("<meta http-equiv") : page.index("<title>")], "")
     for rendered in (text, page):
         assert not LEAK.search(rendered), LEAK.search(rendered)

@@ -1,6 +1,10 @@
 """The page: well-formed, self-contained, hostile names escaped, the same tables as the text."""
 
+import base64
+import hashlib
+import html
 import json
+import re
 from html.parser import HTMLParser
 
 from helpers.results import FIGURE_NAMES, in_one_metric, results_text
@@ -9,6 +13,7 @@ from neurondrift.report.document import build_document
 from neurondrift.report.figures.draw import draw_figures
 from neurondrift.report.page import render_page
 from neurondrift.report.text import render_text
+from neurondrift.report.web.assets import script
 
 HOSTILE = "<script>alert('x')</script> & \"q\" $a$ {b}\n\x1b[31m"
 
@@ -21,11 +26,13 @@ class Tags(HTMLParser):
         self.tags: list[str] = []
         self.open: list[str] = []
         self.loads: list[str] = []
+        self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img"):
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -46,7 +53,7 @@ def test_hostile_names_are_escaped(tmp_path) -> None:
         effect["by_module"][0]["name"] = HOSTILE
     files = draw_figures(in_one_metric(hostile), tmp_path)
     page = render_page(hostile, files)
-    assert "script" not in parse(page).tags
+    assert [tag for tag in parse(page).tags if tag == "script"] == ["script"] and script() in page
     assert "&lt;script&gt;" in page
     for path in files:
         if path.suffix == ".svg":
@@ -60,14 +67,35 @@ def test_the_page_is_self_contained_and_holds_every_figure(results: dict, drawn,
     files = drawn[len(results["study"]["seeds"])]
     page = render_page(results, files)
     tags = parse(page)
-    assert len(tags.loads) == len(FIGURE_NAMES)
-    assert all(load.startswith("data:image/svg+xml;base64,") for load in tags.loads)
-    assert "url(" not in page
-    for section in build_document(results).sections:
+    assert tags.tags.count("figure") - page.count('class="panel"') == len(FIGURE_NAMES) - 1, "a map stands for one"
+    assert page.count('class="map"') == 1
+    assert all(load.startswith("#") for load in tags.loads) and "://" not in page
+    document = build_document(results)
+    for section in (document.answer, *document.sections):
         assert f"<h2>{section.title}</h2>" in page
     other = tmp_path / "extra.png"
     other.write_bytes(files[0].read_bytes())
-    assert len(parse(render_page(results, [*files, other])).loads) == len(FIGURE_NAMES) + 1
+    images = [load for load in parse(render_page(results, [*files, other])).loads if not load.startswith("#")]
+    assert len(images) == 1 and images[0].startswith("data:image/png;base64,")
+
+
+def test_no_id_is_given_twice_and_every_reference_is_met(results: dict, drawn) -> None:
+    page = render_page(results, drawn[len(results["study"]["seeds"])])
+    tags = parse(page)
+    assert len(tags.ids) == len(set(tags.ids))
+    referred = set(re.findall(r"url\(#([^)]+)\)", page)) | {load[1:] for load in tags.loads}
+    assert referred and referred <= set(tags.ids)
+
+
+def test_the_policy_names_the_script_of_the_page_and_no_other(results: dict) -> None:
+    page = render_page(results, [])
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    (acting,) = re.findall(r"<script>(.*)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(acting.encode()).digest()).decode()
+    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
+    assert rules["script-src"] == f"'sha256-{digest}'" and rules["default-src"] == "'none'"
+    assert all(word not in policy for word in ("unsafe-eval", "http", "*", "self"))
+    assert not re.search(r" on\w+=", page), "no handler in the markup"
 
 
 def test_text_and_page_hold_the_same_tables(results: dict) -> None:

@@ -16,6 +16,7 @@ from neurondrift.report.sweep.conclusion import sentences, verdict_words
 from neurondrift.report.sweep.document import build_document
 from neurondrift.report.sweep.figures import FIGURES
 from neurondrift.report.text import document_text
+from neurondrift.report.web.assets import script
 from neurondrift.study.sweep.results.findings import sweep_findings
 from neurondrift.study.sweep.results.table import COLUMNS, rows, standard_error, write_table
 
@@ -114,8 +115,9 @@ def test_every_sweep_has_a_page(tmp_path, kind):
     figures = draw_figures(findings, tmp_path / "figures", FIGURES)
     assert len(figures) == {"all": 4, "one": 2, "none": 0, "some": 2}[kind]
     page = lay_out(build_document(findings), figures)
-    assert page.startswith("<!DOCTYPE html>") and "<script" not in page and "http" not in page.partition("<body>")[2]
-    assert page.count("<figure>") == len(figures) // 2
+    assert page.startswith("<!DOCTYPE html>") and "http" not in page.partition("<body>")[2]
+    assert page.count("<script") == page.count(f"<script>{script()}</script>") == 1
+    assert page.count('<figure class="figure">') == page.count('role="img"') == len(figures) // 2
     assert "None" not in document_text(build_document(findings)).replace("None: no study", "")
 
 

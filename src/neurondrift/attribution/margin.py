@@ -31,6 +31,7 @@ from neurondrift.models.text.templates import prompt_ids
 
 # How far the logits of the two layouts may lie apart, as a share of their length: rounding, and no more.
 SAME, SAME_16_BITS = 1e-3, 0.03
+LOOKED_AT = 4  # prompts of which it is seen whether what they begin with can be computed once
 SHORTEST_COMMON = 8  # tokens that prompts must begin with together before they are computed once
 
 
@@ -201,13 +202,18 @@ class Margin:
         if self._common < SHORTEST_COMMON or not self.in_tree or unwrap(model).dtype.itemsize < 4 or self.count < 2:
             return False
         longest = max(range(self.count), key=lambda index: len(self._ids[index]))
+        looked_at = [longest, *(index for index in range(self.count) if index != longest)][:LOOKED_AT]
+        training, device = model.training, unwrap(model).get_input_embeddings().weight.device
+        model.eval()
         try:
-            plain = values_of(model, self, batch_size=8)
-            quick = self._quick(model, 8, [longest, *(index for index in range(self.count) if index != longest)][:4])
+            batch = self._batch(looked_at, in_tree=True).to(device)
+            plain = self._margins(self._logits(model, batch, in_tree=True)).double().cpu()
+            quick = self._quick(model, LOOKED_AT, looked_at)[looked_at]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, ModelError):
             return False
-        known = quick.isfinite()
-        return bool(((quick - plain)[known].abs() <= SAME * (1 + plain[known].abs())).all())
+        finally:
+            model.train(training)
+        return bool(((quick - plain).abs() <= SAME * (1 + plain.abs())).all())
 
     def _quick(self, model: nn.Module, batch_size: int, chosen: Sequence[int] | None = None) -> torch.Tensor:
         """The values of the chosen prompts (default: all), NaN of the others."""

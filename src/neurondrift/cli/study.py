@@ -173,7 +173,9 @@ class EngineFlags(SettingFlags):
     engine: Annotated[str | None, _engine("engine.kind", "local (one after the other) or ray")] = None
     address: Annotated[str | None, _engine("engine.address", "Ray cluster: host:port or auto; default: here")] = None
     workers: Annotated[int | None, _engine("engine.workers", "points at once on Ray; default: as many as fit")] = None
-    num_cpus: Annotated[float | None, _engine("engine.num_cpus", "CPUs that each point asks Ray for")] = None
+    num_cpus: Annotated[
+        float | None, _engine("engine.num_cpus", "CPUs, and threads, of each point; default: all, 1 on Ray")
+    ] = None
     num_gpus: Annotated[float | None, _engine("engine.num_gpus", "the same of GPUs; default: 1 where there are")] = None
     tries: Annotated[int | None, _engine("engine.tries", "how often a point is begun whose process dies")] = None
 

@@ -61,11 +61,10 @@ def load_model(
     revision
         Branch, tag or commit of a hub model.
     adapter
-        Folder of a PEFT adapter to put on top (it is not merged).
+        Folder of a PEFT adapter to put on top (it is not merged). Where it holds a tokenizer or a chat template, these
+        are the ones that are returned.
     trust_remote_code
         Whether code that comes with the model may run. Never set by the tool itself.
-
-    Where an adapter's folder holds a tokenizer or a chat template, these are the ones that are returned.
 
     Raises
     ------

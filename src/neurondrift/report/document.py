@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Block, Document, Items, Paragraph, Section
-from neurondrift.report.change import doses
+from neurondrift.report.change import doses, neurons
 from neurondrift.report.change import tables as change
 from neurondrift.report.change.deciding import decision, decision_of_published
+from neurondrift.report.figures import maps
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import (
     analysis_of,
@@ -68,6 +69,7 @@ def build_document(results: Findings, answers: Sequence[Record] = ()) -> Documen
             _drift(results),
             hypotheses.section(results),
             change.section(results),
+            neurons.section(results),
             _contrasts(results),
             _subgroups(results),
             _seeds(results),
@@ -180,6 +182,7 @@ def _subgroups(results: Findings) -> Section:
         title="By module type and by layer third",
         blocks=_or_say(blocks, "There are no subgroups."),
         figures=("layer_module_effects",),
+        maps=maps.of_effects(results),
     )
 
 

@@ -1,8 +1,9 @@
-"""The report as one self-contained HTML page: no script, no external resource, light and dark, printable."""
+"""The report as one HTML page: nothing is loaded; light and dark, printable, whole without its script."""
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from neurondrift.report.blocks import LEFT, Block, Document, Items, Paragraph, Section, Table
 from neurondrift.report.document import build_document
 from neurondrift.report.findings.statistical import Findings
+from neurondrift.report.web.assets import policy, script, style
+from neurondrift.report.web.cells import map_html
+from neurondrift.report.web.svg import inlined
 from neurondrift.report.wording import Record
 
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -27,40 +31,6 @@ ALTERNATIVES = {
     "refusals_over_training": "Share of prompts refused over training, above the refusal margin and the drift of the "
     "safety groups",
 }
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5a626b; --paper: #ffffff; --panel: #f3f5f7;
-  --line: #d4d9de; --accent: #0060a0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9da6af; --paper: #14171a;
-  --panel: #1d2226; --line: #363d44; --accent: #6cb8ee; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-p, li { max-width: 46rem; overflow-wrap: anywhere; }
-li { margin: .3rem 0; }
-.subtitle { color: var(--soft); margin: .25rem 0 1.5rem; }
-.answer { background: var(--panel); border-left: 4px solid var(--accent); padding: .5rem 1.25rem 1rem; }
-.answer h2 { border: 0; margin: .75rem 0 0; padding: 0; }
-.wide { overflow-x: auto; margin: 1.25rem 0; }
-table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
-th, td { padding: .28rem .9rem .28rem 0; vertical-align: top; text-align: left; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--ink); }
-td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; }
-th.number { white-space: normal; }
-.note { color: var(--soft); font-size: .82rem; margin: .25rem 0; }
-figure { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; height: auto; background: #ffffff; padding: .5rem; border-radius: 4px; }
-@media print {
-  :root { --ink: #000; --soft: #444; --paper: #fff; --panel: #fff; --line: #bbb; --accent: #000; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  .wide { overflow: visible; } tr, figure, .answer { break-inside: avoid; } h2 { break-after: avoid; }
-  table { font-size: 8.5pt; } th, td { padding-right: .5rem; }
-}
-"""
 
 
 def render_page(results: Findings, figures: Sequence[Path], answers: Sequence[Record] = ()) -> str:
@@ -78,7 +48,8 @@ def render_page(results: Findings, figures: Sequence[Path], answers: Sequence[Re
     Returns
     -------
     str
-        A complete document. Every text from `results` is escaped; a content policy forbids scripts and loading.
+        A complete document. Every text from `results` is escaped; a content policy forbids loading, and every script
+        but the page's own, by its hash. Without scripts the page holds the same.
 
     Raises
     ------
@@ -91,27 +62,50 @@ def render_page(results: Findings, figures: Sequence[Path], answers: Sequence[Re
 def lay_out(document: Document, figures: Sequence[Path]) -> str:
     """A document as such a page; figures that no section names come last."""
     chosen = _choose(figures)
-    placed = {name for section in (document.answer, *document.sections) for name in section.figures}
+    sections = (document.answer, *document.sections)
+    mapped = {made.figure for section in sections for made in section.maps}
+    placed = {name for section in sections for name in section.figures}
+    places = _places(sections)
     parts = [
         f"<h1>{escape(document.title)}</h1>",
         f'<p class="subtitle">{escape(document.subtitle)}</p>',
-        '<section class="answer">',
+        f'<section class="answer" id="{places[0]}">',
         *_section(document.answer),
         "</section>",
     ]
     parts += _figures(document.answer.figures, chosen)
-    for section in document.sections:
-        parts += ["<section>", *_section(section), *_figures(section.figures, chosen), "</section>"]
+    for section, place in zip(document.sections, places[1:], strict=True):
+        parts += [f'<section id="{place}">', *_section(section), *map(map_html, section.maps)]
+        parts += [*_figures([name for name in section.figures if name not in mapped], chosen), "</section>"]
     parts += _figures([name for name in chosen if name not in placed], chosen)
     body = "\n".join(parts)
+    acting = script()
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
-        f"<title>{escape(document.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(acting))}">\n'
+        f"<title>{escape(document.title)}</title>\n<style>{style()}</style>\n</head>\n"
+        f"<body>\n{_contents(sections, places)}\n<main>\n{body}\n</main>\n<script>{acting}</script>\n</body>\n</html>\n"
     )
+
+
+def _places(sections: Sequence[Section]) -> list[str]:
+    """The id of each section: its title in small letters, numbered where two are the same."""
+    taken: list[str] = []
+    for section in sections:
+        name = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or "section"
+        taken.append(name if name not in taken else f"{name}-{len(taken)}")
+    return taken
+
+
+def _contents(sections: Sequence[Section], places: Sequence[str]) -> str:
+    """Links to every section."""
+    links = "\n".join(
+        f'<li><a href="#{place}">{escape(section.title)}</a></li>'
+        for section, place in zip(sections, places, strict=True)
+    )
+    return f'<nav aria-label="Contents">\n<ul>\n{links}\n</ul>\n</nav>'
 
 
 def _choose(figures: Sequence[Path]) -> dict[str, Path]:
@@ -124,16 +118,17 @@ def _choose(figures: Sequence[Path]) -> dict[str, Path]:
 
 
 def _figures(names: Sequence[str], chosen: dict[str, Path]) -> list[str]:
-    out = []
-    for name in names:
-        if name in chosen:
-            data = base64.b64encode(chosen[name].read_bytes()).decode("ascii")
-            alternative = escape(ALTERNATIVES.get(name, name.replace("_", " ")))
-            out.append(
-                f'<figure><img src="data:{MEDIA_TYPES[chosen[name].suffix]};base64,{data}" '
-                f'alt="{alternative}"></figure>'
-            )
-    return out
+    return [f'<figure class="figure">{_figure(name, chosen[name])}</figure>' for name in names if name in chosen]
+
+
+def _figure(name: str, path: Path) -> str:
+    """The drawing itself where it is one of ours, which then follows dark mode; else an image."""
+    alternative = ALTERNATIVES.get(name, name.replace("_", " "))
+    drawn = inlined(path, alternative) if path.suffix == ".svg" else None
+    if drawn is not None:
+        return drawn
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img src="data:{MEDIA_TYPES[path.suffix]};base64,{data}" alt="{escape(alternative)}">'
 
 
 def _section(section: Section) -> list[str]:
@@ -157,7 +152,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    caption = f"<caption><span>{escape(table.title)}</span></caption>"
     return (
-        f'<div class="wide"><table><caption>{escape(table.title)}</caption>\n<thead><tr>{head}</tr></thead>\n'
+        f'<div class="wide"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody></table></div>{notes}"
     )

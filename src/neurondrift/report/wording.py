@@ -224,6 +224,11 @@ def ratio_with_interval(record: Record) -> str | None:
     return None if value is None or limits is None else f"{ratio(value)} {limits}"
 
 
+def hundredths(share: float) -> str:
+    """A share that may be negative and small: +0.37 %."""
+    return f"{100 * share + 0.0:+.2f} %"
+
+
 def interval(limits: object, form: Form) -> str | None:
     """`[low, high]`, or None where a limit is undefined."""
     if not isinstance(limits, Sequence) or isinstance(limits, str) or len(limits) != 2:

@@ -42,7 +42,7 @@ def decision_of_published(results: Findings) -> Decision | None:
     """The same by the other groups that judge, where there are groups of the alignment's change: their sentences name
     those of Wei et al. so. None where the answer rests on them already, or on nothing."""
     found = attribution_of(results)
-    if found is None or not judging_groups(found, published=True) or _nothing_to_share(results, found):
+    if found is None or not judging_groups(found, published=True) or nothing_to_share(results, found):
         return None
     return _decision(results, published=True)
 
@@ -51,7 +51,7 @@ def _decision(results: Findings, *, published: bool) -> Decision:
     found = attribution_of(results)
     if found is None:
         return _undecided(NOT_MEASURED)
-    if why := _nothing_to_share(results, found):
+    if why := nothing_to_share(results, found):
         return _undecided(why)
     about = judging_groups(found, published=published)
     if not about:
@@ -84,7 +84,7 @@ def _undecided(why: str, said: Sequence[str] = ()) -> Decision:
     return Decision("undecided", (f"Undecided between H1 and H2: {why}.", *said))
 
 
-def _nothing_to_share(results: Findings, found: AttributionFindings) -> str:
+def nothing_to_share(results: Findings, found: AttributionFindings) -> str:
     """Why there is no loss to share out: none that can be told from none, or parts that do not sum to it."""
     changes = [change for change in margin_changes_of(results) if change["kind"] == "harmful"]
     for change in changes:

@@ -30,8 +30,8 @@ from neurondrift.report.wording import finite
 
 #: Spans of drift up to here get ticks at 1 and 3 of each power of ten.
 FEW_DECADES = 30
-#: From so many columns on, panels have room for few ticks.
-CROWDED = 5
+#: From so many columns on, panels have room for so many ticks only.
+ROOM = {1: 5, 5: 3, 7: 2}
 
 
 def final_drift_distributions(results: Findings) -> Figure | None:
@@ -56,7 +56,7 @@ def final_drift_distributions(results: Findings) -> Figure | None:
                 ax,
                 [d for d in shown if (d["metric"], d["group"]) == (metric, group)],
                 marks[group],
-                5 if len(groups) < CROWDED else 3,
+                next(ticks for columns, ticks in reversed(ROOM.items()) if len(groups) >= columns),
             )
         row[0].set_ylabel("density")
         row[0].set_ylim(0, 1.22 * max(row[0].get_ylim()[1], 1e-9))

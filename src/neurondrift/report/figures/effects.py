@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from neurondrift.report import wording
+from neurondrift.report.figures.cells import axes_of, colour_limit, mapped_effects, ratio_cells
 from neurondrift.report.figures.style import (
     BAND,
     FULL_WIDTH,
@@ -29,7 +30,7 @@ from neurondrift.report.figures.style import (
     titled,
     words,
 )
-from neurondrift.report.findings.statistical import Effect, Findings, SiteEffect
+from neurondrift.report.findings.statistical import Effect, Findings
 from neurondrift.report.reading import (
     analysis_of,
     comparisons_of,
@@ -43,10 +44,9 @@ from neurondrift.report.reading import (
 )
 from neurondrift.report.wording import finite
 
-#: Ratios at the ends of the colour map, the smallest that holds most cells being taken.
-COLOUR_LIMITS = (1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
-MOST_CELLS = 0.95
 DIVERGING = "PuOr_r"
+#: Panels beside each other, at most.
+MOST_PANELS = 5
 #: Points between the line of no effect and the names of its sides.
 BESIDE_ONE = 6.0
 #: Rows between a ratio that judges and the published one under it.
@@ -175,24 +175,25 @@ def layer_module_effects(results: Findings) -> Figure | None:
     """The ratio of every site in the primary metric: layers against module types, one panel per group."""
     metric = primary_of(results)
     drawn = drawn_groups(results, (e["group"] for e in effects_of(results, metric)))
-    effects = [
-        e for e in effects_of(results, metric) if e["group"] in drawn and any("ratio" in cell for cell in e["by_site"])
-    ]
-    cells = [c for e in effects for c in e["by_site"]]
-    if not cells:
+    effects = [effect for effect in mapped_effects(results, metric) if effect["group"] in drawn]
+    if not effects:
         return None
-    modules = _modules(effects, cells)
-    layers: list[int | None] = [*sorted({c["layer"] for c in cells if c["layer"] is not None})]
-    if any(c["layer"] is None for c in cells):
-        layers.append(None)
-    limit, beyond = _colour_limit([abs(found) for c in cells if (found := _log_ratio(c)) is not None])
-    width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * len(effects)))
+    layers, modules = axes_of(effects)
+    cells = {effect["group"]: ratio_cells(effect) for effect in effects}
+    sizes = [abs(c.log_ratio) for own in cells.values() for c in own.values() if c.log_ratio is not None]
+    limit, beyond = colour_limit(sizes)
+    rows = math.ceil(len(effects) / MOST_PANELS)
+    columns = math.ceil(len(effects) / rows)
+    width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * columns))
     figure = new_figure(
-        1.7 + max(1.2, min(5.5, 0.105 * len(layers))),
+        0.5 + rows * (1.2 + max(1.2, min(5.5, 0.105 * len(layers)))),
         f"Ratio to comparable neurons by layer and module: {wording.metric_name(metric)}",
         width=width,
     )
-    axes = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    axes = list(grid.flat)[: len(effects)]
+    for ax in list(grid.flat)[len(effects) :]:
+        ax.set_axis_off()
     norm = Normalize(-limit, limit)
     colours = colormaps[DIVERGING]
     for ax, effect in zip(axes, effects, strict=True):
@@ -210,27 +211,28 @@ def layer_module_effects(results: Findings) -> Figure | None:
             )
         )
         values = [[math.nan] * len(modules) for _ in layers]
-        for cell in effect["by_site"]:
-            found, at = _log_ratio(cell), modules.index(cell["module_type"])
-            values[layers.index(cell["layer"])][at] = math.nan if found is None else found
+        for (layer, module), cell in cells[effect["group"]].items():
+            found = cell.log_ratio
+            values[layers.index(layer)][modules.index(module)] = math.nan if found is None else found
         mesh = ax.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=0.3, zorder=1)
         ax.set_title(titled(effect["group"]))
         ax.set_xticks([i + 0.5 for i in range(len(modules))], [words(m) for m in modules], rotation=90)
-        ax.tick_params(length=0)
+        ax.tick_params(length=0, labelbottom=True)
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
     every = max(1, math.ceil(len(layers) / 12))
     chosen = list(range(0, len(layers), every))
     axes[0].set_yticks([i + 0.5 for i in chosen], ["none" if layers[i] is None else str(layers[i]) for i in chosen])
-    axes[0].set_ylabel("layer")
+    for row in grid:
+        row[0].set_ylabel("layer")
     bar = figure.colorbar(
-        mesh, ax=list(axes), extend="both" if beyond else "neither", fraction=0.05, pad=0.02, aspect=25
+        mesh, ax=list(grid.flat), extend="both" if beyond else "neither", fraction=0.05, pad=0.02, aspect=25
     )
     steps = (-limit, -limit / 2, 0.0, limit / 2, limit)
     bar.set_ticks(steps, labels=[f"{math.exp(step):.2f}" for step in steps])
     bar.set_label("ratio (orange: further)")
     bar.ax.spines["outline"].set_visible(False)
-    letters(list(axes))
+    letters(axes)
     figure.legend(
         handles=[
             Patch(facecolor="#F2F2F2", edgecolor="#BDBDBD", hatch="/////", label="no members there, or undefined"),
@@ -240,26 +242,3 @@ def layer_module_effects(results: Findings) -> Figure | None:
         ncols=2 if width > LEAST_WIDTH else 1,
     )
     return figure
-
-
-def _modules(effects: Sequence[Effect], cells: Sequence[SiteEffect]) -> list[str]:
-    """Module types in the order of the model: as in the group that lists most of them, then any others."""
-    listed = max(([part["name"] for part in effect["by_module"]] for effect in effects), key=len)
-    known = {cell["module_type"] for cell in cells}
-    return [name for name in dict.fromkeys([*listed, *sorted(known)]) if name in known]
-
-
-def _log_ratio(cell: SiteEffect) -> float | None:
-    """The logarithm of a site's ratio, None where it is undefined."""
-    value = finite(cell.get("ratio"))
-    return None if value is None or value <= 0 else math.log(value)
-
-
-def _colour_limit(sizes: Sequence[float]) -> tuple[float, bool]:
-    """The limit of the colours, a log ratio, and whether some cells lie beyond it."""
-    limits = [math.log(limit) for limit in COLOUR_LIMITS]
-    if not sizes:
-        return limits[0], False
-    most = sorted(sizes)[math.ceil(MOST_CELLS * len(sizes)) - 1]
-    limit = next((limit for limit in limits if most <= limit), limits[-1])
-    return limit, max(sizes) > limit

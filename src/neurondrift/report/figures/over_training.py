@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +20,7 @@ from neurondrift.report.figures.style import (
     METRIC_LABELS,
     METRIC_TITLES,
     Mark,
+    as_series,
     group_marks,
     legend_below,
     letters,
@@ -31,6 +33,7 @@ from neurondrift.report.findings.statistical import Findings, Mean, RefusalRate,
 from neurondrift.report.reading import (
     behaviour_seeds,
     drawn_groups,
+    in_group_order,
     kinds_of,
     margins_of,
     metrics_among,
@@ -88,10 +91,12 @@ def drift_over_training(results: Findings) -> Figure | None:
 
 def _drift_panel(ax: Axes, points: Sequence[TrajectoryPoint], marks: Mapping[str, Mark], metric: str) -> None:
     """One metric: all neurons, and each group above its controls."""
-    _curves(ax, _lines(points, ALL, "members"), Mark(GREY, ""), "-", width=2.4, alpha=0.55)
+    drawn = _curves(ax, _lines(points, ALL, "members"), Mark(GREY, ""), "-", width=2.4, alpha=0.55)
+    as_series(drawn, "all neurons")
     for group, mark in marks.items():
-        _curves(ax, _lines(points, group, "controls"), Mark(mark.colour, ""), DASHED, width=1.0)
-        _curves(ax, _lines(points, group, "members"), mark, "-")
+        drawn = _curves(ax, _lines(points, group, "controls"), Mark(mark.colour, ""), DASHED, width=1.0)
+        drawn += _curves(ax, _lines(points, group, "members"), mark, "-")
+        as_series(drawn, group)
     ax.set(
         xlabel="training step",
         ylabel=METRIC_LABELS.get(metric, words(metric)),
@@ -110,7 +115,8 @@ def refusals_over_training(results: Findings) -> Figure | None:
     metric = "relative" if trajectories_of(results, "relative") else primary_of(results)
     points = trajectories_of(results, metric)
     roles = roles_of(results)
-    marks = group_marks((p["group"] for p in points if roles[p["group"]] == "safety"), roles)
+    safety = [point["group"] for point in points if roles[point["group"]] == "safety"]
+    marks = group_marks(in_group_order(results, safety), roles)
     margins = [margin for seed in behaviour_seeds(results) if seed is not None for margin in margins_of(results, seed)]
     figure = new_figure(
         (4.0 if marks else 2.6) + (1.4 if margins else 0.0),
@@ -285,18 +291,21 @@ def _mean(lines: Sequence[Line]) -> Line:
     return Line(shared, values, values, values)
 
 
-def _curves(ax: Axes, lines: Sequence[Line], mark: Mark, dash: Any, *, width: float = 1.4, alpha: float = 1.0) -> None:
-    """One seed: the curve with its band. Several: thin curves and their mean."""
+def _curves(
+    ax: Axes, lines: Sequence[Line], mark: Mark, dash: Any, *, width: float = 1.4, alpha: float = 1.0
+) -> list[Artist]:
+    """One seed: the curve with its band. Several: thin curves and their mean. Returns what was drawn."""
     if not lines:
-        return
+        return []
+    drawn: list[Artist] = []
     main = lines[0] if len(lines) == 1 else _mean(lines)
     if len(lines) > 1:
         for line in lines:
-            ax.plot(line.steps, line.values, color=mark.colour, ls=dash, lw=0.5, alpha=0.6 * alpha)
+            drawn += ax.plot(line.steps, line.values, color=mark.colour, ls=dash, lw=0.5, alpha=0.6 * alpha)
     elif mark.marker:
-        ax.fill_between(main.steps, main.low, main.high, color=mark.colour, alpha=0.15, lw=0, zorder=1)
+        drawn.append(ax.fill_between(main.steps, main.low, main.high, color=mark.colour, alpha=0.15, lw=0, zorder=1))
     every = max(1, round(len(main.steps) / 6))
-    ax.plot(
+    drawn += ax.plot(
         main.steps,
         main.values,
         color=mark.colour,
@@ -306,6 +315,7 @@ def _curves(ax: Axes, lines: Sequence[Line], mark: Mark, dash: Any, *, width: fl
         marker=mark.marker or None,
         markevery=every,
     )
+    return drawn
 
 
 def _bars(ax: Axes, at: Sequence[float], line: Line, colour: str, *, alpha: float) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from neurondrift.base.roles import Role
+from neurondrift.report.web.svg import SERIES
 from neurondrift.report.wording import clean
 
 #: Width in inches of a figure over both columns of a paper.
@@ -65,7 +68,7 @@ RC: dict[str, Any] = {
 #: The formulas: the relative drift and the cosine distance have no unit, L2 that of the weights.
 METRIC_LABELS = {"relative": "‖Δw‖ / ‖w₀‖", "l2": "‖Δw‖", "cosine_distance": "1 − cos(w₀, wₜ)"}
 METRIC_TITLES = {"relative": "Relative drift", "l2": "L2 drift", "cosine_distance": "Cosine distance"}
-#: Okabe and Ito (2008): told apart with any colour vision. Kinds of prompts have their own marks.
+#: Okabe and Ito (2008), and of Tol (2021): told apart with any colour vision. Kinds of prompts have their own marks.
 KIND_MARKS = {"harmful": ("#000000", "o", "-"), "borderline": ("#E69F00", "^", "-."), "ordinary": ("#56B4E9", "s", ":")}
 
 
@@ -76,12 +79,18 @@ class Mark(NamedTuple):
     marker: str
 
 
-SAFETY_MARKS = (Mark("#D55E00", "o"), Mark("#CC79A7", "D"), Mark("#E69F00", "P"))
+SAFETY_MARKS = (
+    Mark("#D55E00", "o"),
+    Mark("#CC79A7", "D"),
+    Mark("#E69F00", "P"),
+    Mark("#882255", "h"),
+    Mark("#8C510A", "*"),
+)
 OTHER_MARKS = (
     Mark("#0072B2", "s"),
     Mark("#009E73", "^"),
     Mark("#56B4E9", "v"),
-    Mark("#F0E442", "X"),
+    Mark("#999933", "X"),
     Mark("#332288", "p"),
 )
 
@@ -130,6 +139,12 @@ def step_axis(ax: Axes, last: float) -> list[float]:
     ]
     ax.set_xticks(ticks)
     return ticks
+
+
+def as_series(artists: Iterable[Artist], name: str) -> None:
+    """Mark what belongs to one curve, so that a page can switch it off: ids `series/<name>/<number>` in the SVG."""
+    for number, artist in enumerate(artists):
+        artist.set_gid(f"{SERIES}{quote(name, safe='')}/{number}")
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], *, columns: int) -> None:

@@ -99,6 +99,28 @@ class MarginChange(TypedDict):
     n: int
 
 
+class NeuronShare(TypedDict):
+    """One neuron and its share of the lost margin, mean over seeds and of each; `groups`: those that it belongs to."""
+
+    site: str
+    module_type: str
+    layer: int | None
+    row: int
+    share: float
+    per_seed: list[float]
+    groups: list[str]
+
+
+class SiteShare(TypedDict):
+    """The share of all neurons of a site, mean over seeds; `n`: how many they are."""
+
+    site: str
+    module_type: str
+    layer: int | None
+    n: int
+    share: float
+
+
 class AttributionFindings(TypedDict):
     """What the fine-tuning change does, group by group. `way` is the one that judges: `budget` where the training was
     saved at several steps, else `path`."""
@@ -110,3 +132,6 @@ class AttributionFindings(TypedDict):
     groups: list[GroupAttribution]
     #: Tests that the p-values of outputs are corrected for.
     outputs_tests: int
+    #: Along the way that judges; empty where nothing was lost. Older files have neither.
+    neurons: NotRequired[list[NeuronShare]]
+    by_site: NotRequired[list[SiteShare]]

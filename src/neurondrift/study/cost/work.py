@@ -28,7 +28,7 @@ LOADING = 4.0  # seconds to start and to read a model of 135 million parameters
 SORTS = 2.5  # how often groups put each score in order
 ANALYSIS = 20.0  # seconds of the analysis with 2,000 resamples, and of the report
 SPOKEN = 0.55  # share of the longest answer that answers run to, where they do not end early
-SHARED_OPENINGS = 8.0  # tokens of all openings of one kind, computed after each prompt
+OPENINGS = 8.0  # tokens of the margin's openings that are computed behind each prompt, all of them together
 
 
 def seconds_of_stages(study: Study, pace: Pace, tokenizer: Any, *, parameters: int) -> dict[str, float]:
@@ -139,17 +139,34 @@ def _evaluation(study: Study, pace: Pace, tokenizer: Any) -> float:
     seconds = len(study.seeds) * (
         ends * said(every, longest, SPOKEN) + between * said(every, short, 0.7) + points * read
     )
-    return seconds + (said([sets["harmful"]], longest, 0.9) if study.align.enabled else 0.0)
+    seconds += len(study.seeds) * points * _margins(every, pace)
+    if study.align.enabled:
+        seconds += said([sets["harmful"]], longest, 0.9) + _margins([sets["harmful"]], pace)
+    return seconds
+
+
+def _margins(sets: Sequence[Rows], pace: Pace) -> float:
+    """The refusal margin of every prompt: what all begin with once, the openings behind each, and their logits."""
+    tokens = sum(rows.size * (rows.tokens - rows.beginning + OPENINGS) for rows in sets)
+    return tokens * pace.read + sum(rows.size for rows in sets) * (OPENINGS + 1) * pace.read_head
 
 
 def _attribution(study: Study, settings: Any, pace: Pace, tokenizer: Any) -> float:
-    """The margin's parts: a pass as for scores at each point of each stretch of the way; outputs and updates."""
+    """The margin's parts: gradients at each point of the straight way, and once between any two saved steps; of the
+    examples outputs of both models, and the update that each set asks for."""
     asked, tune = study.evaluate, study.finetune
     prompts = [rows_of(getattr(asked, kind), tokenizer, 512, prompts=True) for kind in ("harmful", "ordinary")]
-    tokens = sum(min(settings.prompts, rows.size) * (rows.tokens + 2 * SHARED_OPENINGS) for rows in prompts)
-    stretches = (tune.evaluated_steps - 1 if settings.along_steps else 0) + 1
-    examples = 2 * settings.examples * USUAL.tokens
-    return stretches * settings.points * tokens * pace.score + 4 * examples * pace.score
+    size = sum(min(settings.prompts, rows.size) for rows in prompts)
+    tokens = sum(min(settings.prompts, rows.size) * (rows.tokens + OPENINGS) for rows in prompts)
+    gradients = settings.points + (tune.evaluated_steps - 1 if settings.along_steps else 0)
+    back = pace.train if tune.method == "full" else pace.adapt
+    examples = 0.0
+    for source in (study.score.safety, study.score.utility):
+        rows = rows_of(source, tokenizer, study.score.max_length)
+        examples += min(settings.examples, rows.size) * (
+            rows.tokens * (2 * pace.read + back) + rows.answer * pace.adapt_head
+        )
+    return gradients * (tokens * back + size * (OPENINGS + 1) * pace.adapt_head) + examples
 
 
 def _together(sets: Sequence[Rows]) -> Rows:

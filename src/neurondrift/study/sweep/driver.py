@@ -113,7 +113,7 @@ class _Course:
         return {point.name: self.folder.status(point.name) for point in self.sweep.points}
 
     def _engine(self) -> LocalEngine | RayEngine:
-        return LocalEngine(self.folder) if self.settings.kind == "local" else self._ray()
+        return LocalEngine(self.folder, self.settings) if self.settings.kind == "local" else self._ray()
 
     def _ray(self) -> RayEngine:
         on_cpu = all(point.study.model.device == "cpu" for point in self.sweep.points)

@@ -62,8 +62,8 @@ class Engine(Protocol):
 class LocalEngine:
     """One point after the other, each in a process of its own: what one does to its process harms no other."""
 
-    def __init__(self, folder: SweepFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: SweepFolder, settings: EngineSection) -> None:
+        self.folder, self.settings = folder, settings
         self._process: tuple[str, subprocess.Popen[bytes]] | None = None
 
     def has_room(self, running: int) -> bool:
@@ -74,7 +74,14 @@ class LocalEngine:
         make_folder(self.folder.log(name).parent)
         with self.folder.log(name).open("ab") as log:
             # In a group of its own: Ctrl-C reaches it from us alone. Its standard input ends when we do.
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_threads(self.settings) | os.environ,
+            )
         self._process = (name, process)
 
     def ended(self) -> list[Ended]:
@@ -122,7 +129,8 @@ class RayEngine:
         gpus = settings.num_gpus
         if gpus is None:
             gpus = 0.0 if on_cpu or there.get("GPU", 0) < 1 else 1.0
-        asked = {"CPU": settings.num_cpus, "GPU": gpus}
+        cpus = settings.num_cpus or 1
+        asked = {"CPU": cpus, "GPU": gpus}
         for kind, amount in asked.items():
             if there.get(kind, 0) < amount:
                 self.close()
@@ -133,7 +141,8 @@ class RayEngine:
                 )
         fits = min(int(there[kind] / amount) for kind, amount in asked.items() if amount > 0)
         self.room = min(fits, settings.workers or fits)
-        self._remote = self._ray.remote(num_cpus=settings.num_cpus, num_gpus=gpus, max_retries=0, max_calls=1)(_task)
+        # Ray gives a task as many threads (OMP_NUM_THREADS) as it has whole CPUs, at least one.
+        self._remote = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1)(_task)
 
     def has_room(self, running: int) -> bool:
         return running < self.room
@@ -164,6 +173,11 @@ class RayEngine:
         self._ray.shutdown()
 
 
+def _threads(settings: EngineSection) -> dict[str, str]:
+    """What tells a process how many threads it has, in its environment."""
+    return {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
+
+
 def _task(root: str, name: str, place: str) -> int:
     """A point in a worker of Ray."""
     if os.path.isdir(place):
@@ -187,7 +201,7 @@ def _connect(settings: EngineSection) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if settings.address is None:
-            cpus = math.ceil(settings.num_cpus * settings.workers) if settings.workers else None
+            cpus = math.ceil((settings.num_cpus or 1) * settings.workers) if settings.workers else None
             ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
         else:
             ray.init(address=settings.address, **quiet)

@@ -29,11 +29,19 @@ class EngineSection(Section):
     kind: Literal["local", "ray"] = "local"
     address: str | None = Field(None, description="of a Ray cluster, host:port or auto; default: this machine")
     workers: Count | None = Field(None, description="points at once; default: as many as there is room for (ray)")
-    num_cpus: Positive = Field(1, description="CPUs that each point asks Ray for")
+    num_cpus: Positive | None = Field(
+        None, description="CPUs of each point, and its threads; default: all of this machine (local), 1 (ray)"
+    )
     num_gpus: Annotated[float, Field(ge=0)] | None = Field(
         None, description="GPUs that each point asks Ray for; default: 1 where there are any and the model may use one"
     )
     tries: Count = Field(3, description="how often a point is begun whose process dies")
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of a point, or None for what it finds: the last bits of its results depend on them."""
+        cpus = self.num_cpus or (1 if self.kind == "ray" else None)
+        return None if cpus is None else max(1, int(cpus))
 
 
 class SweepSection(Section):

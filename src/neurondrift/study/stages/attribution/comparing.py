@@ -23,6 +23,7 @@ from neurondrift.statistics.design.shares import share_effect
 from neurondrift.statistics.inference import holm
 from neurondrift.statistics.results import RatioEffect, encoded
 from neurondrift.study.population import Compared
+from neurondrift.study.stages.attribution.placing import largest_neurons, shares_by_site
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -124,6 +125,8 @@ def compare_groups(measured: Measured, compared: Compared) -> AttributionFinding
         totals=totals,
         groups=groups,
         outputs_tests=tests,
+        neurons=largest_neurons(parts[way], changes[way], compared),
+        by_site=shares_by_site(parts[way], changes[way], compared),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neurondrift.attribution.margin import Margin, values_of
+from neurondrift.attribution.margin import Margin
 from neurondrift.attribution.openings import Openings, openings_for, own_openings
 from neurondrift.attribution.tables import read_openings
 from neurondrift.base.errors import DataError, ModelError
@@ -63,7 +63,7 @@ class Margins:
             try:
                 system = system_prompt(evaluated.system_prompt)
                 margin = Margin(model, tokenizer, examples, self.openings, template, system)
-                values = values_of(model, margin, batch_size=min(evaluated.batch_size, BATCH))
+                values = margin.quick_values(model, batch_size=min(evaluated.batch_size, BATCH))
             except (DataError, ModelError) as error:
                 logger.warning("The refusal margin of %s prompts is not known: %s", kind, error)
                 continue

@@ -1,0 +1,1 @@
+"""What the page is made of beside its words: style, script, figures that follow dark mode, maps."""

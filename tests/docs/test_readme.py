@@ -1,0 +1,35 @@
+"""The README is short, and its figures (and those of the example's page) are those of the files in docs/example."""
+
+import re
+import sys
+
+import pytest
+
+from helpers.paths import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "docs"))
+import make_example
+
+README = REPOSITORY / "README.md"
+
+
+def test_it_is_read_in_five_minutes():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    long = [line[:60] for line in lines if len(re.sub(r"\]\([^)]*\)", "]", line)) > 500]
+    assert not long
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/example/README.md"])
+def test_what_it_says_of_the_demo_is_in_the_committed_results(document):
+    """Made again from docs/example, nothing differs: python docs/make_example.py."""
+    path = REPOSITORY / document
+    assert path.read_text(encoding="utf-8") == make_example.documents()[path]
+
+
+def test_the_figures_that_it_shows_are_there():
+    for document in (README, REPOSITORY / "docs" / "example" / "README.md"):
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+        assert shown and all((document.parent / figure).exists() for figure in shown)
