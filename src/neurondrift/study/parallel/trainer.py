@@ -7,14 +7,12 @@ is the same whatever number of processes wrote it, and any number goes on from i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from neurondrift.base.processes import Joined, lost_as_error
 from neurondrift.models.architecture.packing import draws
@@ -111,11 +109,23 @@ class ResponseTrainer(Trainer):
         super()._save(output_dir, state_dict if self._whole is None else self._whole[0])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._whole is None:
+        optimiser = self.optimizer
+        if self._whole is not None:
+            self.optimizer = _State(self._whole[1])
+        try:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        torch.save(self._whole[1], Path(output_dir) / OPTIMIZER_NAME)
-        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        finally:
+            self.optimizer = optimiser
+
+
+class _State:
+    """What the Trainer asks an optimiser for when it saves it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
 
 
 class _Collator:
