@@ -371,7 +371,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tune_allocator()
+    if not options.worker:  # which keeps freed memory, and memory is what is measured there
+        tune_allocator()
     if options.cut:
         (cut_worker if options.worker else cut)(options)
     elif options.llama2_7b:
