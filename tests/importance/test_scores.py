@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.distributed_score import CASES
 from helpers.families import FAMILIES, build, examples
 from helpers.processes import in_two_processes
 from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.base.processes import Joined
+from neurondrift.importance.cut import CutAccumulators
 from neurondrift.importance.methods import METHODS
 from neurondrift.importance.scores import ScoreFile, plan_passes, score
 from neurondrift.models.sites import linear_sites
@@ -192,14 +195,29 @@ def test_errors_name_what_is_wrong():
         linear_sites(strange)
 
 
-@pytest.mark.parametrize("method", ["snip", "wanda", "gradient"])
-def test_two_processes_agree_with_one(method, tmp_path):
-    done = in_two_processes("helpers.distributed_score", tmp_path / "scores", method)
+def test_two_processes_agree_with_one(tmp_path):
+    """Each with the whole model, and with a part of it and of the sums."""
+    done = in_two_processes("helpers.distributed_score", tmp_path / "scores")
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = score(build("llama"), examples(), method=method)
-    for rank in (0, 1):
-        for name, values in ScoreFile(tmp_path / f"scores.{rank}").items():
-            assert relative_error(torch.from_numpy(values.copy()), expected[name]) < 1e-6, (rank, name)
+    for strategy, cases in CASES.items():
+        for family, method in cases:
+            expected = score(build(family), examples(), method=method)
+            for rank in (0, 1):
+                found = ScoreFile(tmp_path / f"scores.{strategy}.{family}.{method}.{rank}")
+                assert list(found) == list(expected)
+                for name, values in found.items():
+                    error = relative_error(torch.from_numpy(values.copy()), expected[name])
+                    assert error < 1e-6, (strategy, family, method, rank, name)
+
+
+def test_the_sums_of_a_cut_model_are_kept_by_all_in_equal_parts(monkeypatch):
+    sites = linear_sites(build("llama"))
+    monkeypatch.setattr("neurondrift.importance.cut.joined", lambda: Joined(1, 3))
+    sizes = {name: 4 * math.prod(site.shape) for name, site in sites.items()}
+    kept = CutAccumulators(METHODS["snip"], sites, lambda site: torch.zeros(site.shape), sizes, 0.0)
+    assert not kept.on_device
+    shares = [sum(size for name, size in sizes.items() if kept.keeper[name] == number) for number in range(3)]
+    assert sum(shares) == sum(sizes.values()) and max(shares) - min(shares) <= max(sizes.values())
 
 
 def test_passes_over_subsets_of_sites_give_the_same_scores(monkeypatch):

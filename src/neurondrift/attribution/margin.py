@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from neurondrift.attribution.openings import Openings, openings_for, tree_of
 from neurondrift.base.errors import DataError, ModelError
+from neurondrift.base.processes import in_shares
 from neurondrift.behaviour.requests import render
 from neurondrift.importance.capture import run
 from neurondrift.importance.scores import pad_token_id_of
@@ -381,15 +382,23 @@ def values_of(model: nn.Module, function: Function, *, batch_size: int = 8) -> t
 
     The model computes as it does where its gradients are taken (16 bits: sums over blocks in float32).
     """
+    batches = function.batches(batch_size)
+
+    def values(own: Sequence[Batch]) -> list[list[float]]:
+        known: list[list[float]] = []
+
+        def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
+            values_B = function(model, batch)
+            known.append(values_B.detach().double().tolist())
+            return values_B
+
+        run(model, {}, own, lambda site, tokens: None, backward=False, objective=objective)
+        return known
+
     found = torch.zeros(function.count, dtype=torch.float64)
-
-    def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
-        values_B = function(model, batch)
+    for batch, own in zip(batches, in_shares(batches, values), strict=True):
         rows = torch.tensor([int(name) for name in batch.names])
-        found.index_add_(0, rows, values_B.detach().double().cpu())
-        return values_B
-
-    run(model, {}, function.batches(batch_size), lambda site, tokens: None, backward=False, objective=objective)
+        found.index_add_(0, rows, torch.tensor(own, dtype=torch.float64))
     return found
 
 

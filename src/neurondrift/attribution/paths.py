@@ -22,6 +22,7 @@ from neurondrift.attribution.changes import Change, change_along, change_from
 from neurondrift.attribution.margin import Function, values_of
 from neurondrift.attribution.states import Delta, State, Vessel
 from neurondrift.base.errors import ConfigError, ModelError
+from neurondrift.base.processes import add_up, gathered, sharers
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import check_loaded
@@ -318,6 +319,8 @@ def _at_point(
     rows = {name: _zeros(site, site.shape[0]) for name, site in moved.items()}
     columns = {name: _zeros(site, site.shape[1]) for name, site in moved.items() if name in downs}
 
+    number, count = sharers()
+
     def record(site: Site, tokens: Tokens) -> None:
         delta = vessel.delta(first, second, site.name)
         if delta is None or tokens.gradients is None or tokens.inputs is None:
@@ -332,22 +335,32 @@ def _at_point(
         run(
             vessel.sites.model,
             moved,
-            function.batches(batch_size),
+            function.batches(batch_size)[number::count],
             record,
             backward=True,
             objective=function,
             kept=parameters,
         )
-        outside = {
-            name: float((parameter.grad.to(part.dtype) * part).sum(dtype=torch.float64)) / function.count
-            for (name, part), parameter in zip(elsewhere, parameters, strict=True)
-            if parameter.grad is not None
-        }
+        outside = _over_all(
+            {
+                name: float((parameter.grad.to(part.dtype) * part).sum(dtype=torch.float64)) / function.count
+                for (name, part), parameter in zip(elsewhere, parameters, strict=True)
+                if parameter.grad is not None
+            }
+        )
+    add_up([*rows.values(), *columns.values()])
     return _Sums(
         {name: (found / function.count).cpu() for name, found in rows.items()},
         {name: (found / function.count).cpu() for name, found in columns.items()},
         outside,
     )
+
+
+def _over_all(parts: dict[str, float]) -> dict[str, float]:
+    """The sums over the processes that share the items."""
+    told = gathered(parts) if sharers().total > 1 else [parts]
+    names = dict.fromkeys(name for own in told for name in own)
+    return {name: math.fsum(own.get(name, 0.0) for own in told) for name in names}
 
 
 def _zeros(site: Site, size: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from neurondrift.attribution.changes import Change, change_from
 from neurondrift.attribution.paths import compounds_from, downs_of
 from neurondrift.attribution.states import Delta, Vessel
+from neurondrift.base.processes import add_up, sharers
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens, for_each_block_of_gradient
 from neurondrift.importance.scores import check_loaded, pad_token_id_of, split_into_passes
@@ -145,7 +146,9 @@ def _gradients(
     def record(site: Site, tokens: Tokens) -> None:
         for_each_block_of_gradient(sums[site.name], tokens, lambda block, gradient: block.add_(gradient.float()))
 
-    run(vessel.sites.model, sites, batches, record, backward=True, on_batch=on_batch)
+    number, sharing = sharers()
+    run(vessel.sites.model, sites, batches[number::sharing], record, backward=True, on_batch=on_batch)
+    add_up(sums.values())
     return {name: total.div_(count) for name, total in sums.items()}
 
 

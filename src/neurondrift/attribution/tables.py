@@ -32,6 +32,7 @@ from neurondrift.attribution.provenance import provenance
 from neurondrift.attribution.states import Vessel
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, read_json, write_json
+from neurondrift.base.processes import in_step
 from neurondrift.models.data import Example, data_fingerprint, encode
 
 NEURONS, UNITS, SUMMARY = "neurons.parquet", "units.parquet", "attribution.json"
@@ -127,7 +128,6 @@ def measure(
     outputs = functional_drift(change, safety, utility, shared=asked.shared, **how)
     say("provenance")
     origins = provenance(change, safety, utility, **how)
-    make_folder(folder)
     columns: dict[str, dict[str, Mapping[str, torch.Tensor]]] = {"rows": {}, "units": {}}
     for kind, table in columns.items():
         for prefix, attributions in taken.items():
@@ -138,8 +138,6 @@ def measure(
         for name in ("safety", "utility", "difference", "directional"):
             table[f"provenance_{name}"] = {one: getattr(m, name) for one, m in getattr(origins, kind).items()}
     files = folder / NEURONS, folder / UNITS, folder / SUMMARY
-    _write(files[0], columns["rows"], "site", "row")
-    _write(files[1], columns["units"], "mlp", "unit")
     summary = {
         "format": 1,
         "base": change.references[0],
@@ -165,7 +163,11 @@ def measure(
         "not_read": list(change.unknown),
         "unmoved_sites": len(change.sites) - len(change.moved()),
     }
-    write_json(files[2], json_safe(summary))
+    if in_step().number == 0:
+        make_folder(folder)
+        _write(files[0], columns["rows"], "site", "row")
+        _write(files[1], columns["units"], "mlp", "unit")
+        write_json(files[2], json_safe(summary))
     return Written(summary, files)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neurondrift.base.errors import ArtifactError, ConfigError, ResourceError, UserError
+from neurondrift.base.processes import from_first, in_step
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -382,6 +383,8 @@ def without_none(value: Any) -> Any:
 class Parts:
     """What is finished of work that may be killed: values by name, each in a file of its own that is written whole.
 
+    Of processes that work together the first reads and writes, and all must ask for the same.
+
     Parameters
     ----------
     folder
@@ -401,6 +404,9 @@ class Parts:
 
     def get(self, name: str) -> Any | None:
         """A value, as JSON has it (numbers that are not finite too); None where it is not there."""
+        return from_first(lambda: self._read(name))
+
+    def _read(self, name: str) -> Any | None:
         try:
             found = json.loads(self._file(name).read_text(encoding="utf-8"))
             whole = found["inputs"] == self.inputs and found["sha256"] == sha256_of_value(found["value"])
@@ -411,10 +417,13 @@ class Parts:
     def put(self, name: str, value: Any) -> None:
         """Keep a value."""
         kept = {"inputs": self.inputs, "sha256": sha256_of_value(value), "value": value}
-        write_text(self._file(name), json.dumps(kept, ensure_ascii=False))
+        if in_step().number == 0:
+            write_text(self._file(name), json.dumps(kept, ensure_ascii=False))
 
     def remove(self) -> None:
         """Delete all that is kept under the prefix, and the folder where nothing is left in it."""
+        if in_step().number:
+            return
         for file in self.folder.glob(f"{glob.escape(self.prefix)}*.json"):
             _remove(file)
         with contextlib.suppress(OSError):

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.models.batches import batches_without_padding, token_losses
+from neurondrift.base.processes import in_shares
+from neurondrift.models.batches import Batch, batches_without_padding, token_losses
 from neurondrift.models.data import Example, encode
 from neurondrift.models.text.templates import prompt_ids
 
@@ -32,10 +33,14 @@ def perplexity(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoded = encode(examples, tokenizer, max_length=max_length)
     batches = batches_without_padding(model, encoded, batch_size=batch_size, pad_token_id=pad)
+
+    def sums(own: Sequence[Batch]) -> list[tuple[float, int]]:
+        losses = (token_losses(model, batch.to(device)).losses for batch in own)
+        return [(float(losses_N.sum(dtype=torch.float64)), len(losses_N)) for losses_N in losses]
+
     total, count = 0.0, 0
-    for batch in batches:
-        losses_N, _ = token_losses(model, batch.to(device))
-        total, count = total + float(losses_N.sum(dtype=torch.float64)), count + len(losses_N)
+    for of_batch, tokens in in_shares(batches, sums):
+        total, count = total + of_batch, count + tokens
     return math.exp(total / count)
 
 

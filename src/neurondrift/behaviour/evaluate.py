@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neurondrift.base.errors import ConfigError, DataError
 from neurondrift.base.files import Parts, atomic_path
+from neurondrift.base.processes import in_shares
 from neurondrift.behaviour.classifiers import THRESHOLD, Kind, ModelJudge
 from neurondrift.behaviour.decoding.beginning import common_beginning
 from neurondrift.behaviour.generate import Backend, answer
@@ -374,7 +375,8 @@ class Panel:
         harmful = [index for index, (kind, _, _) in enumerate(answers) if kind == "harmful" and said[index] is not None]
         for name, model in self.models.items():
             given = [(answers[index][1], said[index] or "") for index in harmful]
-            scores[name] = dict(zip(harmful, model.scores(given, batch_size=batch_size, advance=advance), strict=True))
+            ask = partial(model.scores, batch_size=batch_size, advance=advance)
+            scores[name] = dict(zip(harmful, in_shares(given, ask), strict=True))
         result = []
         for index, (kind, prompt, text) in enumerate(answers):
             opinions = []

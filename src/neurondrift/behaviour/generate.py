@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from neurondrift.base.errors import ConfigError, DataError, ModelError
+from neurondrift.base.processes import in_shares, sharers
 from neurondrift.behaviour.decoding.beginning import Beginning, common_beginning, parts_of_like_length
 from neurondrift.behaviour.decoding.cache import GrowingLayer, is_filled, selects
 from neurondrift.behaviour.decoding.draws import Draws, end_tokens
@@ -99,7 +100,8 @@ def answer(
     decoding
         How answers are drawn. Penalties and other settings of the model's own generation config are not applied.
     batch_size
-        Requests that are answered together; they are sorted by length first.
+        Requests that are answered together; they are sorted by length first. Processes that share work answer
+        whole batches each, and smaller ones where there are fewer batches than processes.
     max_length
         Longest prompt in tokens, template included.
     decided
@@ -135,14 +137,30 @@ def answer(
     context = context_length(model)
     _check_lengths(requests, ids, min(max_length, context - decoding.max_new_tokens), context)
     order = sorted(range(len(requests)), key=lambda index: (-len(ids[index]), index))
+    each = min(batch_size, -(-len(order) // sharers().total))
+    parts = [order[first : first + each] for first in range(0, len(order), each)]
+    done = 0
+
+    def answered(own: Sequence[Sequence[int]]) -> list[list[str]]:
+        nonlocal done
+        found = []
+        with _Loop(model, tokenizer, decoding, decided) as loop:
+            loop.beginning = common_beginning(ids) if beginning is None else beginning
+            for part in own:
+                texts = [""] * len(part)
+                for row, text in loop.run([requests[index] for index in part], [ids[index] for index in part]):
+                    texts[row] = text
+                    done += 1
+                    advance(1)
+                found.append(texts)
+        return found
+
     answers = [""] * len(requests)
-    with _Loop(model, tokenizer, decoding, decided) as loop:
-        loop.beginning = common_beginning(ids) if beginning is None else beginning
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
-            for row, text in loop.run([requests[index] for index in part], [ids[index] for index in part]):
-                answers[part[row]] = text
-                advance(1)
+    for part, texts in zip(parts, in_shares(parts, answered), strict=True):
+        for index, text in zip(part, texts, strict=True):
+            answers[index] = text
+    if done < len(order):  # what other processes have answered
+        advance(len(order) - done)
     return answers
 
 

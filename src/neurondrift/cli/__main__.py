@@ -16,6 +16,7 @@ from cyclopts import CycloptsError
 
 from neurondrift.base.errors import UserError
 from neurondrift.base.files import storage_error
+from neurondrift.base.processes import says
 from neurondrift.base.progress import progress
 from neurondrift.base.terminal import PlainFormatter, give_up_output, open_streams, plain
 from neurondrift.cli.app import app
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _end_with(error: Exception) -> NoReturn:
-    print(f"neurondrift: {plain(str(error))}", file=sys.stderr)
+    if says(str(error)):
+        print(f"neurondrift: {plain(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
 

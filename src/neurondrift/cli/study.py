@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from neurondrift.base.errors import ConfigError, ResourceError
 from neurondrift.base.locks import only_one
-from neurondrift.base.processes import tune_allocator
+from neurondrift.base.processes import is_first_process, tune_allocator
 from neurondrift.base.terminal import plain
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flag, Flags, SettingFlags, Source, app, study_of
 from neurondrift.study.settings import Section, Study, merge, nested, validated
@@ -47,8 +47,9 @@ def run_experiment(name: str, study: Study, output_dir: Path, show: Callable[[],
 
 
 def say(line: str) -> None:
-    """A line on the screen at once, without what a terminal would act on."""
-    print(plain(line), flush=True)
+    """A line on the screen at once, without what a terminal would act on; of several processes the first says it."""
+    if is_first_process():
+        print(plain(line), flush=True)
 
 
 Keep = Annotated[bool, Parameter(help="keep the scores after the groups are formed", negative="")]

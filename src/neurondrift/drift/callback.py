@@ -27,7 +27,7 @@ from neurondrift.drift.meter import DriftMeter, WeightMeter
 from neurondrift.groups.group import Group
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.parts import as_weights
-from neurondrift.models.sites import is_sharded
+from neurondrift.models.sites import fingerprint_of, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,17 @@ class DriftCallback(TrainerCallback):
         self._prepare(model)
         if state.is_world_process_zero:
             self._guard(state.global_step, lambda: self._begin(state.global_step))
-        if state.global_step % self.every and self.log.steps() and not self._sharded:
+        if state.global_step % self.every and self._first_says(model, bool(self.log.steps())):
             return  # a checkpoint between two snapshots
         self._snapshot(args, state, control)
+
+    def _first_says(self, model: nn.Module, flag: bool) -> bool:
+        """What the first process sees in the folder, where all must do the same."""
+        if not self._sharded:
+            return flag
+        told = torch.tensor(int(flag), device=next(model.parameters()).device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The last step's snapshot is not left to on_train_end: reporters have closed by then, and
@@ -135,7 +143,10 @@ class DriftCallback(TrainerCallback):
     def _prepare(self, model: nn.Module) -> None:
         """What holds for all snapshots: the meters, the metadata and the neurons before training."""
         self._meter = meter = DriftMeter(model, initial=self._initial)
-        sites, every_site, name = meter.sites, meter.every_site, meter.every_site.fingerprint
+        sites, every_site = meter.sites, meter.every_site
+        # Of the weights before training, also where a checkpoint has been loaded that has moved them.
+        all_trained = self._initial is not None and sites is every_site
+        name = fingerprint_of((site, meter.base(site)) for site in sites) if all_trained else every_site.fingerprint
         measured = {key: as_weights(group, every_site) for key, group in self.groups.items()}
         followed = {key: group for key, group in self.groups.items() if group.granularity != "neuron"}
         of_weights = {key: measured[key] for key in followed}

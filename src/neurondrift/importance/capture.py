@@ -23,7 +23,7 @@ from neurondrift.importance.observer import Observer, Record
 from neurondrift.importance.unseen import record_unseen
 from neurondrift.models.architecture.conventions import check_causal
 from neurondrift.models.batches import Batch, as_laid_out, attention_for, is_checkpointing, response_losses
-from neurondrift.models.sites import Site, is_quantised, unwrap
+from neurondrift.models.sites import Site, is_quantised, is_sharded, unwrap
 
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -79,6 +79,7 @@ def run(
     """
     device = unwrap(model).get_input_embeddings().weight.device
     narrow = _narrow_dtype(model, sites)
+    is_cut = any(is_sharded(site.tensor) for site in sites.values())
     observer = Observer(record=record, backward=backward)
     with contextlib.ExitStack() as changed:
         changed.enter_context(_frozen_in_evaluation_mode(model))
@@ -106,6 +107,13 @@ def run(
                     losses_B.sum().backward()
             observer.finish()
             unseen = observer.unseen(sites)
+            if unseen and is_cut:
+                raise ModelError(
+                    "What a site sees cannot be seen by a hook, and a model that is cut among processes (FSDP2) has no "
+                    "gradient of it to ask for",
+                    received=next(iter(unseen)),
+                    fix='set parallel.strategy = "ddp"',
+                )
             if unseen:
                 losses = partial(
                     _losses, model, narrow=narrow, objective=objective, backward=True, copied=observer.writes_in_place

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import nn
 
 from neurondrift.base.errors import ArtifactError, GroupError, ModelError
-from neurondrift.base.processes import process_count
+from neurondrift.base.processes import joined, lost_as_error, process_count
 from neurondrift.importance.capture import run
+from neurondrift.importance.cut import CutAccumulators, accumulate
 from neurondrift.importance.methods import Method, Tokens, get_method
 from neurondrift.models.batches import Batch, batches_without_padding, make_batches
 from neurondrift.models.data import IGNORED, data_fingerprint
 from neurondrift.models.disk.tensors import parse_header, write_tensors
-from neurondrift.models.sites import Site, Sites, sites_of
+from neurondrift.models.sites import Site, Sites, is_sharded, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def score(
     Notes
     -----
     Where `torch.distributed` is initialised (`accelerate launch`, `torchrun`), every process scores its share of the
-    examples and all return the scores of all examples.
+    examples and all return the scores of all examples. Of a model that FSDP2 has cut each process also keeps the sums
+    of some sites only (`cut`); its parameters must not have required gradients when it was first used.
     """
     return dict(
         iterate_scores(
@@ -141,6 +143,18 @@ def iterate_scores(
         else make_batches(encoded, model=model, batch_size=batch_size, pad_token_id=pad, padding_side=padding_side)
     )
     response_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    if any(is_sharded(site.tensor) for site in sites.values()):
+        cut = CutAccumulators(
+            chosen,
+            sites,
+            lambda site: _accumulator(chosen, site, site.tensor.device),
+            {name: _accumulator_bytes(chosen, site) for name, site in sites.items()},
+            0 if accumulate_on == "cpu" else free_memory(next(iter(sites.values())).tensor.device) * (1 - RESERVE),
+        )
+        how: dict[str, Any] = {"checkpoint_activations": checkpoint_activations, "on_batch": on_batch}
+        accumulate(model, cut, batches, backward=chosen.needs == "backward", **how)
+        yield from cut.finished(len(encoded), response_tokens, generator)
+        return
     plan = plan_passes(chosen, sites, accumulate_on=accumulate_on)
     for names in plan.passes:
         part = {name: sites[name] for name in names}
@@ -253,7 +267,7 @@ def free_memory(device: torch.device) -> int:
         import psutil
 
         free = int(psutil.virtual_memory().available) // process_count()
-    if dist.is_initialized():
+    if joined().total > 1:
         least = torch.tensor(free, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         free = int(least)
@@ -262,15 +276,15 @@ def free_memory(device: torch.device) -> int:
 
 def _own_share(batches: Sequence[Batch]) -> Sequence[Batch]:
     """The batches of this process; all where there is one."""
-    if not dist.is_initialized():
-        return batches
-    return batches[dist.get_rank() :: dist.get_world_size()]
+    number, count = joined()
+    return batches[number::count]
 
 
 def _summed(accumulator: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(accumulator)
+    if joined().total > 1:
+        with lost_as_error():
+            dist.all_reduce(accumulator)
     return accumulator
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from neurondrift.base.errors import ArtifactError
 from neurondrift.base.files import atomic_path, read_parquet
+from neurondrift.base.processes import in_step
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ LATER = ("margin",)  # columns that files of older versions lack
 
 
 class RunLog:
-    """The finished runs in one Parquet file, rewritten whole after each run."""
+    """The finished runs in one Parquet file, rewritten whole after each run; by the first of several processes, of
+    which each has all runs."""
 
     COLUMNS = (
         ("key", "string"),
@@ -68,6 +70,8 @@ class RunLog:
 
     def write(self) -> None:
         """Write all runs."""
+        if in_step().number:
+            return
         import pyarrow as pa
         import pyarrow.parquet as pq
 

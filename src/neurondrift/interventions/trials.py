@@ -19,13 +19,14 @@ from torch import nn
 
 from neurondrift.base.errors import ConfigError, GroupError
 from neurondrift.base.files import sha256_of_value
+from neurondrift.base.processes import in_shares, sharers
 from neurondrift.base.roles import Role
 from neurondrift.groups.controls import Support, comparable_part, matched
 from neurondrift.groups.doses import Importance, digest, dose_of
 from neurondrift.groups.group import Group
 from neurondrift.interventions.acting.contexts import Applied, PruneMode, prune, rewind, transplant
 from neurondrift.interventions.acting.patching import patch, patch_back
-from neurondrift.interventions.measures import Bench, joined, lacking, margins_of, measure, primary_value
+from neurondrift.interventions.measures import Bench, Part, joined, lacking, margins_of, measure, primary_value
 from neurondrift.interventions.runs import Rows, RunLog
 from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
@@ -337,6 +338,9 @@ def run_trials(
     primary outcome are left out, also those that `log` holds: what is found depends on the settings, not on what was
     run before. `log` keeps them, for settings that ask for them. `done` is told of each trial: its rows, None where it
     was left out, and whether it was made (or measured further) now.
+
+    Processes that share work make a run each at a time; where a null then turns out to be settled, `log` keeps some
+    runs more.
     """
     keys = [key_of(trial, inputs, mode) for trial in trials]
     log.keep_only(keys)
@@ -344,30 +348,56 @@ def run_trials(
     results: dict[Label, Rows] = {}
     planned = planned_draws(trials)
     outcomes: dict[Cell, list[float]] = {}  # of the group, then of its draws
-    for trial, key in zip(trials, keys, strict=True):
+    fresh: set[str] = set()
+
+    def lacks(at: int) -> list[Part]:
+        trial = trials[at]
+        return lacking(log.runs.get(keys[at], []), bench, whole=trial.whole, is_draw=trial.draw is not None)
+
+    def make(places: Sequence[int]) -> list[Rows]:
+        return [made(at) for at in places]
+
+    def made(at: int) -> Rows:
+        trial, stood = trials[at], log.runs.get(keys[at], [])
+        began = time.perf_counter()
+        with acted(subject, trial, mode) as (model, applied):
+            rows = measure(model, subject.tokenizer, bench, whole=trial.whole, margins=margins, parts=lacks(at))
+        seconds = time.perf_counter() - began + (stood[0]["seconds"] if stood else 0.0)
+        about = {
+            "key": keys[at],
+            "intervention": trial.intervention,
+            "group": trial.name,
+            "granularity": trial.group.granularity if trial.group is not None else "",
+            "dose": trial.dose,
+            "draw": trial.draw,
+            **applied._asdict(),
+            "seconds": round(seconds, 2),
+        }
+        return [row | about for row in joined(stood, rows)]
+
+    for at, (trial, key) in enumerate(zip(trials, keys, strict=True)):
         known = outcomes.setdefault(trial.cell, [])
         if stops(trial.intervention) and known and is_settled(known[0], known[1:], planned=planned[trial.cell]):
             done(trial, None, False)
             continue
-        made = log.runs.get(key, [])
-        parts = lacking(made, bench, whole=trial.whole, is_draw=trial.draw is not None)
-        if parts:
-            began = time.perf_counter()
-            with acted(subject, trial, mode) as (model, applied):
-                rows = measure(model, subject.tokenizer, bench, whole=trial.whole, margins=margins, parts=parts)
-            seconds = time.perf_counter() - began + (made[0]["seconds"] if made else 0.0)
-            about = {
-                "key": key,
-                "intervention": trial.intervention,
-                "group": trial.name,
-                "granularity": trial.group.granularity if trial.group is not None else "",
-                "dose": trial.dose,
-                "draw": trial.draw,
-                **applied._asdict(),
-                "seconds": round(seconds, 2),
-            }
-            log.add(key, [row | about for row in joined(made, rows)])
+        if lacks(at):
+            together = _next(at, trials, keys, lacks)
+            for place, rows in zip(together, in_shares(together, make), strict=True):
+                fresh.add(keys[place])
+                log.add(keys[place], rows)
         results[*trial.cell, trial.draw] = log.runs[key]
         known.append(primary_value(log.runs[key], bench))
-        done(trial, log.runs[key], bool(parts))
+        done(trial, log.runs[key], key in fresh)
+        fresh.discard(key)
     return results
+
+
+def _next(at: int, trials: Sequence[Trial], keys: Sequence[str], lacks: Callable[[int], list[Part]]) -> list[int]:
+    """The places of the next runs of one intervention that are to be made, one for each process that shares work."""
+    found: dict[str, int] = {}
+    for place in range(at, len(trials)):
+        if len(found) == sharers().total or trials[place].intervention != trials[at].intervention:
+            break
+        if keys[place] not in found and lacks(place):
+            found[keys[place]] = place
+    return list(found.values())

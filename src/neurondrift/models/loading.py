@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from neurondrift.base.errors import ModelError, UserError
-from neurondrift.base.processes import local_rank, process_count, release_memory
+from neurondrift.base.processes import from_first, local_rank, release_memory
 from neurondrift.models.architecture.classes import auto_class, configuration, first_line
 from neurondrift.models.batches import positions_of
 from neurondrift.models.checked.gguf import dequantised, gguf_file, is_gguf, keep, kept_folder, parameter_count
@@ -104,7 +105,14 @@ def resolve_device(device: str) -> torch.device:
                 "This device cannot be used", received=device, allowed="auto, cpu, cuda, cuda:N, mps"
             ) from error
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank()) if process_count() > 1 else torch.device("cuda")
+        number = local_rank()
+        if number is not None and number >= torch.cuda.device_count():
+            raise ModelError(
+                "There are more processes than GPUs on this machine",
+                received=f"process {number}, {torch.cuda.device_count()} GPUs",
+                fix="start no more processes than there are GPUs (--nproc-per-node), or set model.device to cpu",
+            )
+        return torch.device("cuda") if number is None else torch.device("cuda", number)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -147,16 +155,23 @@ def _from_gguf(reference: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     """The model of a GGUF file, from the plain folder in float32 that is kept for the next time."""
     path = gguf_file(reference)
     kept = kept_folder(reference, path)
-    if not (kept / "config.json").exists():
-        with quiet_transformers():
-            model, tokenizer = dequantised(path)
-        try:
+    if not from_first((kept / "config.json").exists):
+        made: list[Any] = []  # where it cannot be kept
+
+        def dequantise() -> None:
             with quiet_transformers():
-                keep(model, tokenizer, kept)
-        except (OSError, UserError) as error:
-            logger.warning("the de-quantised model cannot be kept in %s (%s)", kept, error)
-            return model.to(dtype), tokenizer
-        del model, tokenizer
+                model, tokenizer = dequantised(path)
+                try:
+                    keep(model, tokenizer, kept)
+                except (OSError, UserError) as error:
+                    logger.warning("the de-quantised model cannot be kept in %s (%s)", kept, error)
+                    made.extend([model.to(dtype), tokenizer])
+
+        from_first(dequantise)
+        if not made and not (kept / "config.json").exists():  # another process could not keep it
+            dequantise()
+        if made:
+            return made[0], made[1]
         release_memory()
     return _from_pretrained(str(kept), dtype, None, False)
 
@@ -227,8 +242,9 @@ def folder_of(reference: str | Path) -> Iterator[Path]:
             yield kept
             return
         with tempfile.TemporaryDirectory(prefix="neurondrift-") as temporary:
-            with quiet_transformers():
-                model.save_pretrained(temporary)
+            with quiet_transformers():  # not by `save_pretrained`, which writes nothing but in the first process
+                model.config.save_pretrained(temporary)
+                save_model(model, str(Path(temporary) / "model.safetensors"), metadata={"format": "pt"})
             del model
             yield Path(temporary)
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -114,9 +114,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
     Gathering is a collective operation: every process must call this, for the same parameters in the same order.
     """
-    detached: Any = tensor.detach()
-    whole: torch.Tensor = detached.full_tensor() if is_sharded(tensor) else detached
-    return whole
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if is_sharded(tensor) else whole
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -237,18 +236,22 @@ class Sites(Mapping[str, Site]):
     def fingerprint(self) -> str:
         """A short hash that tells models apart: names and shapes of all sites, and 256 values of each.
 
-        The values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was loaded in
-        float32 or bfloat16. An adapter on top does not change it; merged weights, and base weights that were trained
-        or written to, do: it is of the weights as they are when it is first asked for. Under FSDP2 a collective call.
+        The values are rounded to bfloat16 first, so that a checkpoint has one fingerprint in float32 and in bfloat16.
+        An adapter on top does not change it; writing to the base weights does: it is of the weights as they are when it
+        is first asked for. Under FSDP2 a collective call.
         """
-        digest = hashlib.sha256()
-        for name, site in self._sites.items():
-            weight = site.weight
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            picks = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
-            rows, columns = picks // weight.shape[1], picks % weight.shape[1]
-            digest.update(weight[rows, columns].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of((name, site.weight) for name, site in self._sites.items())
+
+
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`Sites.fingerprint` of the weights of all sites, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        picks = torch.linspace(0, weight.numel() - 1, 256, dtype=torch.float64).long().to(weight.device)
+        picked = weight[picks // weight.shape[1], picks % weight.shape[1]]
+        digest.update(picked.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def linear_sites(model: nn.Module) -> Sites:

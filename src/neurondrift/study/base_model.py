@@ -16,16 +16,20 @@ from neurondrift.study.folder import StudyFolder
 from neurondrift.study.settings import Study
 
 
-def load_named(study: Study, *, dtype: str | None = None, adapter: Path | None = None) -> tuple[Any, Any]:
+def load_named(
+    study: Study, *, dtype: str | None = None, device: str | None = None, adapter: Path | None = None
+) -> tuple[Any, Any]:
     """The model that the study's section `model` names, as it is before any alignment, and its tokenizer."""
-    return _load(study, study.model.reference, dtype, revision=study.model.revision, adapter=adapter)
+    return _load(study, study.model.reference, dtype, device, revision=study.model.revision, adapter=adapter)
 
 
-def load_base(study: Study, folder: StudyFolder, *, dtype: str | None = None) -> tuple[Any, Any]:
+def load_base(
+    study: Study, folder: StudyFolder, *, dtype: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
     """The model that is scored and fine-tuned (aligned, where the study aligns), and its tokenizer."""
     if not study.align.enabled:
-        return load_named(study, dtype=dtype)
-    return _load(study, folder.base_model, dtype)
+        return load_named(study, dtype=dtype, device=device)
+    return _load(study, folder.base_model, dtype, device)
 
 
 def change_of_alignment(study: Study, folder: StudyFolder, sites: Sites, tokenizer: Any) -> Change:
@@ -48,12 +52,16 @@ def change_of_alignment(study: Study, folder: StudyFolder, sites: Sites, tokeniz
     return Change(both.vessel, (first, last), unknown=both.unknown, kept=both.kept)
 
 
-def _load(study: Study, reference: str | Path, dtype: str | None, **more: Any) -> tuple[Any, Any]:
+def _load(
+    study: Study, reference: str | Path, dtype: str | None, device: str | None = None, **more: Any
+) -> tuple[Any, Any]:
     settings = study.model
+    if device is not None and dtype is None:  # the dtype is that of the device where the model is used
+        dtype = str(dtype_of(study)).removeprefix("torch.")
     model, tokenizer = load_model(
         reference,
         dtype=dtype or settings.dtype,
-        device=settings.device,
+        device=device or settings.device,
         trust_remote_code=settings.trust_remote_code,
         **more,
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from neurondrift.base.files import (
     write_text,
 )
 from neurondrift.base.locks import only_one
-from neurondrift.base.processes import is_first_process, leaving_busy_cores, process_count, release_memory
+from neurondrift.base.processes import (
+    from_first,
+    is_first_process,
+    joined_processes,
+    leaving_busy_cores,
+    release_memory,
+)
 from neurondrift.base.progress import duration, progress
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
@@ -98,7 +105,7 @@ class StudyRun:
             _check_same_study(study, standing, Path(output_dir))
             study = _with_what_was_asked(study, standing)
         self.study = study
-        self.folder, self.say = StudyFolder(Path(output_dir), study), say
+        self.folder, self.say = StudyFolder(Path(output_dir), study), say if is_first_process() else _silent
         self._said: set[str] = set()
 
     def run(self, stages: Sequence[str] | None = None, *, force: Sequence[str] = (), keep_scores: bool = False) -> None:
@@ -114,31 +121,32 @@ class StudyRun:
                 raise ConfigError("There is no such stage", received=name, allowed=", ".join(TABLE))
         wanted = [name for name in TABLE if self._is_asked(name) or name in force] if stages is None else stages
         asked = [name for name in TABLE if name in wanted]
-        together = [name for name, stage in TABLE.items() if stage.in_processes]
-        if process_count() > 1 and not set(asked) <= set(together):
-            raise ConfigError(
-                f"Only the stage {' or '.join(together)} runs in several processes",
-                received=f"{', '.join(asked)} in {process_count()} processes",
-                fix=f"torchrun ... -m neurondrift.cli {together[0]}, then neurondrift run in one process",
-            )
         for stage in (TABLE[name] for name in asked):
             if stage.checks is not None and not all(self.is_done(step) for step in self.steps(stage.name)):
                 stage.checks(self.study)
-        with only_one(self.folder.root) if is_first_process() else nullcontext():
+        with joined_processes(), ExitStack() as held:
+            from_first(lambda: self._begin(held))
             self._run(asked, force, keep_scores)
 
+    def _begin(self, held: ExitStack) -> None:
+        held.enter_context(only_one(self.folder.root))
+        self._write_study_file()
+        for name in StudyFolder.MADE:
+            remove_partial(self.folder.root / name)
+        remove_partial(self.folder.scratch)
+
     def _run(self, asked: Sequence[str], force: Sequence[str], keep_scores: bool) -> None:
-        if is_first_process():
-            self._write_study_file()
-            for name in StudyFolder.MADE:
-                remove_partial(self.folder.root / name)
-            remove_partial(self.folder.scratch)
+        """Of several processes the first looks at the folder: the others do what it has seen."""
         for name in asked:
-            for step in self.steps(name):
-                self._require(name, asked)
-                self._do(step, force=name in force)
+            steps: list[tuple[str, int | None]] = from_first(partial(self._inputs_and_seeds, name))
+            for inputs, seed in steps:
+                from_first(partial(self._require, name, asked))
+                self._do(Step(stage=TABLE[name], inputs=inputs, seed=seed), force=name in force)
             if not keep_scores and any(stage.scratch_until == name for stage in TABLE.values()):
-                remove_scratch(self.folder.root)
+                from_first(partial(_remove_scratch, self.folder.root))
+
+    def _inputs_and_seeds(self, name: str) -> list[tuple[str, int | None]]:
+        return [(step.inputs, step.seed) for step in self.steps(name)]
 
     def _say_once(self, line: str) -> None:
         """What holds for one stage after the other is said once."""
@@ -153,31 +161,38 @@ class StudyRun:
 
     def _do(self, step: Step, *, force: bool) -> None:
         stage, manifest = step.stage, self.folder.manifest(step.stage.name, step.seed)
-        if not force and self.is_done(step):
-            self.say(f"{step.title:<20} stands")
-            return
-        root = stage.root(self.folder)
-        if not force and (changed := changed_file(manifest, root=root, inputs=step.inputs)) is not None:
-            self.say(f"{step.title:<20} is done again: {changed} is not as it was made")
-        if is_first_process():
+
+        def stands() -> bool:
+            if not force and self.is_done(step):
+                self.say(f"{step.title:<20} stands")
+                return True
+            root = stage.root(self.folder)
+            if not force and (changed := changed_file(manifest, root=root, inputs=step.inputs)) is not None:
+                self.say(f"{step.title:<20} is done again: {changed} is not as it was made")
             manifest.unlink(missing_ok=True)
+            return False
+
+        def end() -> None:
+            write_manifest(
+                manifest,
+                root=stage.root(self.folder),
+                stage=stage.name,
+                inputs=step.inputs,
+                outputs=stage.outputs(*of),
+                details={"seconds": round(seconds, 1), "summary": summary},
+            )
+            self.say(f"{step.title:<20} {duration(seconds):>7}  {summary}")
+
+        if from_first(stands):
+            return
         of: tuple[Any, ...] = (self.study, self.folder, *([] if step.seed is None else [step.seed]))
         given = {"key": step.inputs, "shared_key": self.shared_key(stage.name), "say": self.say}
         began = time.perf_counter()
         with leaving_busy_cores(self._say_once), progress(step.title):
-            summary = stage.run(*of, **{name: given[name] for name in stage.wants})
+            work = partial(stage.run, *of, **{name: given[name] for name in stage.wants})
+            summary = work() if stage.in_processes else from_first(work)
         seconds = time.perf_counter() - began
-        if not is_first_process():
-            return
-        write_manifest(
-            manifest,
-            root=stage.root(self.folder),
-            stage=stage.name,
-            inputs=step.inputs,
-            outputs=stage.outputs(*of),
-            details={"seconds": round(seconds, 1), "summary": summary},
-        )
-        self.say(f"{step.title:<20} {duration(seconds):>7}  {summary}")
+        from_first(end)
         release_memory()
 
     def _stands(self, step: Step) -> bool:
@@ -277,6 +292,14 @@ class StudyRun:
         require_space(self.folder.root, 50_000_000, purpose="the study")
         text = self.study.to_toml() + "\n" + tomli_w.dumps({"record": record()})
         write_text(self.folder.configuration, text)
+
+
+def _silent(line: str) -> None:
+    """Of several processes the first speaks."""
+
+
+def _remove_scratch(root: Path) -> None:
+    remove_scratch(root)
 
 
 def _check_same_study(study: Study, standing: dict[str, Any], root: Path) -> None:

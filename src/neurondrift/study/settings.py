@@ -33,6 +33,7 @@ from neurondrift.study.sections.experiments import Experiment as Experiment
 from neurondrift.study.sections.experiments import StabilitySection as StabilitySection
 from neurondrift.study.sections.experiments import SubspacesSection as SubspacesSection
 from neurondrift.study.sections.finetuning import FinetuneSection as FinetuneSection
+from neurondrift.study.sections.parallel import ParallelSection as ParallelSection
 from neurondrift.study.sections.scoring import GroupsSection as GroupsSection
 from neurondrift.study.sections.scoring import ScoreSection as ScoreSection
 from neurondrift.study.sections.scoring import check_score
@@ -225,6 +226,10 @@ class Study(Section):
     dose_response: DoseResponseSection = DoseResponseSection()
     subspaces: SubspacesSection = SubspacesSection()
     stability: StabilitySection = StabilitySection()
+    parallel: ParallelSection = ParallelSection()
+
+    def unsaid(self) -> Collection[str]:
+        return () if self.parallel.strategy else ["parallel"]
 
     @field_validator("seeds")
     @classmethod

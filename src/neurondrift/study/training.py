@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,16 +25,17 @@ from transformers import (
     set_seed,
 )
 
-from neurondrift.base.errors import ArtifactError, ModelError
+from neurondrift.base.errors import ArtifactError, FreezeError, ModelError
 from neurondrift.base.files import atomic_path, manifest_stands, write_manifest
+from neurondrift.base.processes import alone, from_first, is_first_process, joined
 from neurondrift.groups.group import Group
 from neurondrift.interventions.acting.freezing import FreezeCallback
-from neurondrift.models.architecture.packing import draws
-from neurondrift.models.batches import Batch, batches_without_padding, check_lengths, token_losses
-from neurondrift.models.data import IGNORED
+from neurondrift.models.batches import check_lengths
 from neurondrift.models.loading import quiet_transformers
-from neurondrift.models.sites import Sites, unwrap
+from neurondrift.models.sites import Sites
 from neurondrift.study.folder import saved_step, saved_steps
+from neurondrift.study.parallel.sharding import is_cut, whole_state
+from neurondrift.study.parallel.trainer import Encoded, ResponseTrainer
 from neurondrift.study.settings import AlignSection, FinetuneSection
 
 logger = logging.getLogger(__name__)
@@ -45,47 +44,6 @@ logger = logging.getLogger(__name__)
 SEAL = "neurondrift.json"
 
 Advance = Callable[[int], None]
-Encoded = Sequence[Mapping[str, Any]]
-
-
-class ResponseTrainer(Trainer):
-    """A Trainer whose loss is the mean over the response tokens of the (accumulated) batch, with logits computed at
-    those positions only."""
-
-    loss_is_scaled_for_ga = True
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        parts = [part.labels[:, 1:] for batch in batch_samples for part in batch["parts"]]
-        count = torch.stack([(labels != IGNORED).sum() for labels in parts]).sum().to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        device = next(model.parameters()).device
-        losses_N = torch.cat([token_losses(model, part.to(device)).losses for part in inputs["parts"]])
-        loss = losses_N.sum() / (len(losses_N) if num_items_in_batch is None else num_items_in_batch)
-        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        return (loss, {}) if return_outputs else loss
-
-
-class _Collator:
-    """The rows of a step's batch to what the model computes at once: all of them without padding, or rows of one
-    length each."""
-
-    def __init__(self, model: nn.Module, pad_token_id: int) -> None:
-        self.model, self.pad_token_id = model, pad_token_id
-        self.share = not draws(model, unwrap(model))
-
-    def __call__(self, rows: Encoded) -> dict[str, list[Batch]]:
-        parts = batches_without_padding(
-            self.model, rows, batch_size=len(rows), pad_token_id=self.pad_token_id, share=self.share
-        )
-        return {"parts": parts}
 
 
 class _Advance(TrainerCallback):
@@ -112,16 +70,19 @@ class _SaveAdapters(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         # After a resume, later adapters will be made again.
-        for step in saved_steps(self.folder):
+        for step in saved_steps(self.folder) if state.is_world_process_zero else ():
             if step > state.global_step:
                 shutil.rmtree(saved_step(self.folder, step))
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step in self.steps and state.is_world_process_zero:
+        if state.global_step not in self.steps:
+            return
+        how = {"state_dict": whole_state(model)} if is_cut(model) else {}  # all processes help
+        if state.is_world_process_zero:
             with atomic_path(saved_step(self.folder, state.global_step)) as partial, quiet_transformers():
-                model.save_pretrained(str(partial))
+                model.save_pretrained(str(partial), **how)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(str(partial))
 
@@ -167,30 +128,29 @@ def align(
     scratch: Path,
     autocast: bool = False,
     advance: Advance = lambda n: None,
+    shard_on: torch.device | None = None,
 ) -> list[dict[str, float]]:
     """Supervised fine-tuning in place: of all weights, or of a LoRA adapter that is merged into them at the end.
 
     The model must be in float32; `autocast` computes in bfloat16, but the adapter is merged in float32. Returns the
-    Trainer's log: step, loss, learning rate.
+    Trainer's log: step, loss, learning rate. `shard_on`: as in `finetune`, of all weights.
     """
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError("Alignment changes all weights and needs them in float32", received=str(model.dtype))
     check_lengths(model, encoded)
     set_seed(seed)
     trained = _with_lora(model, settings) if settings.method == "lora" else model
-    arguments = _arguments(
-        scratch,
-        model,
-        seed=seed,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        max_steps=settings.max_steps,
-        warmup_steps=settings.warmup_steps,
-        lr_scheduler_type="linear",
-        bf16=autocast,
-        save_strategy="no",
-    )
-    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)])
+    arguments: dict[str, Any] = {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "max_steps": settings.max_steps,
+        "warmup_steps": settings.warmup_steps,
+        "lr_scheduler_type": "linear",
+        "bf16": autocast,
+        "save_strategy": "no",
+    }
+    log = _train(trained, encoded, arguments, seed=seed, callbacks=[_Advance(advance)], shard_on=shard_on)
     if trained is not model:
         trained.merge_and_unload()
         _free_again(trained)
@@ -213,6 +173,7 @@ def finetune(
     resumable: bool = True,
     beside: Sequence[Path] = (),
     tracked_in: Path | None = None,
+    shard_on: torch.device | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Fine-tune on responses, with LoRA or in full, resuming from the last checkpoint in `folder` if there is one.
 
@@ -246,6 +207,8 @@ def finetune(
     beside
         Further folders that a resumed run goes on from (drift snapshots): a checkpoint is whole while what lay there
         is as it was.
+    shard_on
+        The device among whose like the joined processes cut the model, which lies in main memory; None: each has all.
 
     Returns
     -------
@@ -262,25 +225,29 @@ def finetune(
     set_seed(seed)
     if settings.method == "lora":
         model = _with_lora(model, settings)
-    interval = settings.checkpoint_interval or settings.drift_interval
-    arguments = _arguments(
-        folder / "trainer",
-        model,
-        seed=seed,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=settings.scheduler,
+    if shard_on is not None and (freeze is not None or any(isinstance(each, FreezeCallback) for each in callbacks)):
+        raise FreezeError(
+            "A group cannot be held still in a model that is cut among processes (FSDP2): none has all of its weights",
+            fix='set parallel.strategy = "ddp", or run in one process',
+        )
+    if not is_first_process():
+        tracked_in = None
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.scheduler,
         **_optimiser(settings),
         **({} if tracked_in is None else _trackers(settings.report_to, folder)),
-        bf16=autocast,
-        save_strategy="steps" if resumable else "no",
-        save_steps=interval,
-    )
+        "bf16": autocast,
+        "save_strategy": "steps" if resumable else "no",
+        "save_steps": settings.checkpoint_interval or settings.drift_interval,
+    }
     added = [
         *(_tensorboard(tracked_in) if tracked_in is not None and "tensorboard" in settings.report_to else []),
         *([FreezeCallback(freeze)] if freeze is not None else []),
@@ -289,8 +256,8 @@ def finetune(
         _SealCheckpoint(folder / "trainer", (folder, *beside)),
         _Advance(advance),
     ]
-    resume = last_checkpoint(folder / "trainer", (folder, *beside))
-    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume)
+    resume = from_first(lambda: str(last_checkpoint(folder / "trainer", (folder, *beside)) or ""))
+    log = _train(model, encoded, arguments, seed=seed, callbacks=added, resume=resume, shard_on=shard_on)
     return model, log
 
 
@@ -382,49 +349,57 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
     return [callback]
 
 
-def _arguments(folder: Path, model: Any, *, seed: int, **settings: Any) -> TrainingArguments:
+def _arguments(device: torch.device, *, seed: int, **settings: Any) -> TrainingArguments:
     settings = {"optim": "adamw_torch_fused", "report_to": [], **settings}
-    return TrainingArguments(
-        output_dir=str(folder),
+    made = TrainingArguments(
         seed=seed,
         data_seed=seed,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=device.type == "cpu",
         logging_steps=5,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         **settings,
     )
+    if device.type == "cuda":  # the one that the model is on, rather than the first, or all of them
+        torch.cuda.set_device(device)
+        made.__dict__["_setup_devices"], made._n_gpu = torch.device("cuda", torch.cuda.current_device()), 1
+    return made
 
 
 def _train(
     model: Any,
     encoded: Encoded,
-    arguments: TrainingArguments,
+    arguments: Mapping[str, Any],
     *,
     seed: int,
     callbacks: Sequence[TrainerCallback],
-    resume: Path | None = None,
+    resume: str = "",
+    shard_on: torch.device | None = None,
 ) -> list[dict[str, float]]:
+    """Train, together with the other processes that have come here; `resume` names a checkpoint to go on from."""
     set_seed(seed)
-    pad = model.config.pad_token_id
+    group = joined()
+    shard_on = shard_on if group.total > 1 else None
+    device = next(model.parameters()).device if shard_on is None else shard_on
     try:
-        with quiet_transformers():
+        with alone(), quiet_transformers():
             trainer = ResponseTrainer(
+                group=group,
+                shard_on=shard_on,
                 model=model,
-                args=arguments,
+                args=_arguments(device, seed=seed, **arguments),
                 train_dataset=list(encoded),
-                data_collator=_Collator(model, 0 if pad is None else pad),
                 callbacks=list(callbacks),
             )
             for kind in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(kind)
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=resume or None)
     except Exception as error:
-        if resume is not None and type(error).__name__ == "UnpicklingError":  # torch reads numbers only
+        if resume and type(error).__name__ == "UnpicklingError":  # torch reads numbers only
             raise ArtifactError(
                 "The checkpoint holds something other than numbers, and nothing is ever unpickled",
-                received=str(resume),
+                received=resume,
                 fix="find out who put it there, then delete the folder: training begins again",
             ) from error
         raise

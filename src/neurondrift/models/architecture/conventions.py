@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neurondrift.base.errors import ModelError
 
 TOKENS = 6
+NOTED_WHEN_SAVED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 class Conventions(NamedTuple):
@@ -35,7 +36,19 @@ _GONE_THROUGH: dict[tuple[type, str], int] = {}  # the longest text that has
 
 
 def _kind(model: Any) -> tuple[type, str]:
-    return type(model), repr(model.config.to_dict())
+    return kind_of(model), settings_of(model)
+
+
+def kind_of(model: Any) -> type:
+    """The class of a model, of one that FSDP2 has cut too, which has made it a class of its own."""
+    return next(each for each in type(model).__mro__ if not any(b.__name__ == "FSDPModule" for b in each.__mro__))
+
+
+def settings_of(model: Any) -> str:
+    """What the configuration of an (unwrapped) model says, but what is written into it when the model is saved: of
+    several processes one saves, and all must ask the same questions. And the dtype of its weights."""
+    said = {name: value for name, value in model.config.to_dict().items() if name not in NOTED_WHEN_SAVED}
+    return repr((said, next((parameter.dtype for parameter in model.parameters()), None)))
 
 
 def conventions_of(model: Any) -> Conventions:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neurondrift.models.architecture.conventions import close, conventions_of, some_tokens, taken
+from neurondrift.models.architecture.conventions import close, conventions_of, kind_of, settings_of, some_tokens, taken
 
 NAME = "neurondrift_packed"
 #: Attention that is given each row's queries, keys and values, whatever their order in memory.
@@ -202,7 +202,7 @@ def packs(model: nn.Module, inner: Any) -> bool:
     if len(kinds) != 1 or not kinds <= set(KINDS):
         return False
     adapters = tuple(repr(type(each)) for each in getattr(model, "peft_config", {}).values())
-    key = type(model), type(inner), repr(inner.config.to_dict()), adapters, *kinds
+    key = kind_of(model), kind_of(inner), settings_of(inner), adapters, *kinds
     if key not in _KNOWN:
         _KNOWN[key] = _holds(model, inner)
     return _KNOWN[key]

@@ -16,6 +16,7 @@ from torch import nn
 from neurondrift.attribution.openings import Openings, openings_for
 from neurondrift.base.errors import ArtifactError, ConfigError, UserError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
+from neurondrift.base.processes import in_step, sharing_work
 from neurondrift.base.progress import progress
 from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
 from neurondrift.groups.controls import unlike
@@ -130,7 +131,8 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
     bench = _bench(study, options, None if options.adapter else openings_of_seed(study, folder, seed))
     log = RunLog(runs_file(folder))
     say(_announce(trials, bench, draws))
-    results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
+    with sharing_work():
+        results = _run(trials, subject, bench, log, _inputs(study, seed, base, adapter, bench), options, say)
     findings: Interventions = json_safe(
         {
             "schema_version": SCHEMA_VERSION,
@@ -154,7 +156,8 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
             "versions": record()["versions"],
         }
     )
-    write_json(results_file(folder), findings)
+    if in_step().number == 0:
+        write_json(results_file(folder), findings)
     return findings
 
 

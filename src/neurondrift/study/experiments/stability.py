@@ -7,12 +7,14 @@ the figures come from `groups.overlap`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from neurondrift.base.errors import DataError
 from neurondrift.base.files import json_safe, read_json, write_json
+from neurondrift.base.processes import alone, from_first, gathered, in_step
 from neurondrift.base.progress import progress
 from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import as_rows, overlap, overlap_by, stability
@@ -61,8 +63,9 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
     change = change_of_alignment(study, folder, sites, tokenizer) if study.score.of_change else None
     made: dict[tuple[str, str], list[Group]] = {}
     total = draws * sum(sizes.values())
-    with progress("stability", total) as advance:
-        for draw in range(draws):
+    number, count = in_step()
+    with alone(), progress("stability", -(-total // count)) as advance:
+        for draw in range(number, draws, count):
             scores = {}
             wanted = purposes(_redrawn(study, sizes, draw), seed=study.seed + draw)
             for name, purpose in wanted.items():
@@ -81,16 +84,44 @@ def redraw(study: Study, folder: StudyFolder, *, draws: int) -> Stability:
             )
             for name, group in of_change.groups.items():
                 made.setdefault((name, "neuron"), []).append(group)
-    figures: dict[str, dict[str, StabilityFigures]] = {}
-    for (name, kind), groups in made.items():
-        figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(groups)._asdict())
+    all_draws = _of_all(made, folder.parts("stability"))
     return {
         "model_fingerprint": sites.fingerprint,
         "draws": draws,
         "pool": pools,
         "examples": sizes,
-        "groups": figures,
+        "groups": from_first(lambda: _figures(all_draws)),
     }
+
+
+def _figures(made: Mapping[tuple[str, str], Sequence[Group]]) -> dict[str, dict[str, StabilityFigures]]:
+    figures: dict[str, dict[str, StabilityFigures]] = {}
+    for (name, kind), groups in made.items():
+        figures.setdefault(name, {})[kind] = cast(StabilityFigures, stability(list(groups))._asdict())
+    return figures
+
+
+def _of_all(made: dict[tuple[str, str], list[Group]], kept: Path) -> dict[tuple[str, str], list[Group]]:
+    """The groups of all draws, in their order: each process tells the first its own, by files in a folder `kept`."""
+    number, count = in_step()
+    if count == 1:
+        return made
+    from_first(lambda: shutil.rmtree(kept) if kept.is_dir() else None)
+    files = {
+        (name, kind): [kept / f"{name}.{kind}.{number + at * count}.parquet" for at in range(len(groups))]
+        for (name, kind), groups in made.items()
+    }
+    for key, groups in made.items():
+        for file, group in zip(files[key], groups, strict=True):
+            group.save(file)
+    told = gathered([[*key, [file.name for file in own]] for key, own in files.items()])
+    found: dict[tuple[str, str], list[Group]] = {}
+    for name, kind, _ in told[0]:
+        names = [file for own in told for *key, own_files in own if key == [name, kind] for file in own_files]
+        names.sort(key=lambda file: int(file.split(".")[-2]))
+        found[name, kind] = [load_group(kept / file) for file in names] if number == 0 else made[name, kind]
+    from_first(lambda: shutil.rmtree(kept))
+    return found
 
 
 def _pool(study: Study, purpose: str) -> DataReference:
@@ -113,7 +144,9 @@ def _redrawn(study: Study, sizes: Mapping[str, int], draw: int) -> Study:
 
 def of_study(study: Study, folder: StudyFolder) -> str:
     """The optional stage: `results/stability.json` as the study's section `stability` asks for it."""
-    write_json(results_file(folder), json_safe(redraw(study, folder, draws=study.stability.draws)))
+    found = redraw(study, folder, draws=study.stability.draws)
+    if in_step().number == 0:
+        write_json(results_file(folder), json_safe(found))
     return f"{study.stability.draws} draws"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import Parts, atomic_path
+from neurondrift.base.processes import from_first, sharing_work
 from neurondrift.base.progress import progress
 from neurondrift.behaviour.capability import capability, check_tasks, perplexity
 from neurondrift.behaviour.evaluate import Panel, count_answers, judge_answers, write_answers
@@ -36,9 +37,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
     judging = _judging(study)  # a missing judge, file of suffixes or task is an error before anything is generated
     manager = check_tasks(settings.capability_tasks) if settings.capability_tasks else None
     target = folder.behaviour(seed)
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+    from_first(lambda: _emptied(target))
     steps = [0, *saved_steps(folder.adapters(seed))]
     own, shared = Parts(folder.parts("evaluate", seed), key), Parts(folder.parts("evaluate"), shared_key)
     ends = {"max_new_tokens": longest_answer(settings), "whole": True}  # what is compared is judged alike
@@ -49,7 +48,7 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
         long = step in (steps[0], steps[-1]) or bool(judging["panel"].models)  # a model reads to the end anyway
         how = (judging | ends if long else judging) | {"short": settings.max_new_tokens}
         points.append(_Point(step, sets, how, own if step else shared))
-    with progress(f"evaluate, seed {seed}", sum(point.answers for point in points)) as advance:
+    with sharing_work(), progress(f"evaluate, seed {seed}", sum(point.answers for point in points)) as advance:
         for point in points:
             found = point.parts.get(point.name)
             if found is not None:
@@ -60,6 +59,31 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
                 point.parts.put(point.name, found)
                 point.parts.below(point.name).remove()
             point.found = found
+
+    def finish() -> None:
+        _write(study, target, seed, points)
+        own.remove()
+        if all(other == seed or folder.manifest("evaluate", other).exists() for other in study.seeds):
+            shared.remove()
+
+    from_first(finish)
+    rates, undecided = [], 0
+    for point in (point for point in points if point.step is not None):
+        prompts = per_prompt(point.found["answers"])
+        rates.append(refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate)
+        undecided += sum(row["undecided"] for row in prompts)
+    line = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in rates)
+    return f"{line}; {undecided} answers undecided (thoughts alone, or not in English)" if undecided else line
+
+
+def _emptied(target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+
+
+def _write(study: Study, target: Path, seed: int, points: Sequence[_Point]) -> None:
+    """The tables of all points."""
     for point in points:
         file = target / "before_alignment.parquet" if point.step is None else saved_step(target, point.step, ".parquet")
         write_answers(file, point.found["answers"], step=point.step, seed=None if point.step is None else seed)
@@ -69,19 +93,9 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
     _write_rows(
         target / "perplexity.parquet", [at | {"perplexity": value} for at, value in zip(of, values, strict=True)]
     )
-    if settings.capability_tasks:
+    if study.evaluate.capability_tasks:
         rows = [at | row for at, point in zip(of, compared, strict=True) for row in point.found["capability"]]
         _write_rows(target / "capability.parquet", rows)
-    own.remove()
-    if all(other == seed or folder.manifest("evaluate", other).exists() for other in study.seeds):
-        shared.remove()
-    rates, undecided = [], 0
-    for point in compared:
-        prompts = per_prompt(point.found["answers"])
-        rates.append(refusal_rate([row["refused"] for row in prompts if row["kind"] == "harmful"]).rate)
-        undecided += sum(row["undecided"] for row in prompts)
-    line = "refusals of harmful requests " + " → ".join(f"{rate:.2f}" for rate in rates)
-    return f"{line}; {undecided} answers undecided (thoughts alone, or not in English)" if undecided else line
 
 
 @dataclass(eq=False)
@@ -133,9 +147,8 @@ def _measured(
         return {"answers": rows}
     of_tasks: list[dict[str, Any]] = []
     if settings.capability_tasks:
-        of_tasks = capability(
-            model, tokenizer, settings.capability_tasks, batch_size=settings.batch_size, manager=manager
-        )
+        how: dict[str, Any] = {"batch_size": settings.batch_size, "manager": manager}
+        of_tasks = from_first(lambda: capability(model, tokenizer, settings.capability_tasks, **how))
     return {"answers": rows, "perplexity": value, "capability": of_tasks}
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from neurondrift.base.errors import ArtifactError, ConfigError
 from neurondrift.base.files import json_safe, read_json, write_json
+from neurondrift.base.processes import from_first
 from neurondrift.base.progress import progress
 from neurondrift.drift.callback import DriftCallback
 from neurondrift.groups.group import Group, load_group
@@ -24,6 +25,7 @@ from neurondrift.models.disk.initial import CheckpointWeights
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import autocasts, load_base
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.parallel.checks import check_strategy, cut_on, enough_for_each
 from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.grouping import weight_groups
@@ -50,9 +52,10 @@ class Finetuned(NamedTuple):
     frozen: FreezeReport | None
 
 
-def load_trainee(study: Study, folder: StudyFolder) -> Trainee:
+def load_trainee(study: Study, folder: StudyFolder, *, device: str | None = None) -> Trainee:
     """The study's base and training examples; in float32 where all of its weights are trained."""
-    return trainee_of(study, *load_base(study, folder, dtype="float32" if study.finetune.method == "full" else None))
+    dtype = "float32" if study.finetune.method == "full" else None
+    return trainee_of(study, *load_base(study, folder, dtype=dtype, device=device))
 
 
 def trainee_of(study: Study, model: Any, tokenizer: Any) -> Trainee:
@@ -73,6 +76,7 @@ def finetune_study(
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[[int], None] = lambda steps: None,
     tracked_in: Path | None = None,
+    shard_on: torch.device | None = None,
 ) -> Finetuned:
     """Fine-tune as the study says, with one training seed.
 
@@ -87,7 +91,7 @@ def finetune_study(
         Default: nothing is kept.
     beside
         Further folders that a resumed run goes on from.
-    callbacks, advance, tracked_in
+    callbacks, advance, tracked_in, shard_on
         As in `training.finetune`.
     """
     hold = None if freeze is None else FreezeCallback(freeze)
@@ -106,6 +110,7 @@ def finetune_study(
             resumable=keep_in is not None,
             beside=beside,
             tracked_in=tracked_in,
+            shard_on=shard_on,
         )
     return Finetuned(trained, log, None if hold is None else hold.report)
 
@@ -125,7 +130,8 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             received=folder.base_model,
             fix="download the model and name its folder as the reference",
         )
-    trainee = load_trainee(study, folder)
+    shard_on = cut_on(study, folder.base_model, of_training=full)
+    trainee = load_trainee(study, folder, device=None if shard_on is None else "cpu")
     total = total_steps(len(trainee.encoded), settings)
     drift = DriftCallback(
         folder.drift(seed),
@@ -135,7 +141,7 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
         on_full_disk="stop",  # the command is run again and resumes
     )
     target = folder.adapters(seed)
-    _start_over_if_changed(target, folder.drift(seed), key)
+    from_first(lambda: _start_over_if_changed(target, folder.drift(seed), key))
     with _threads_as_begun(target), progress(f"finetune, seed {seed}", total) as advance:
         _, log, frozen = finetune_study(
             study,
@@ -148,21 +154,30 @@ def finetune(study: Study, folder: StudyFolder, seed: int, key: str) -> str:
             callbacks=[drift],
             advance=advance,
             tracked_in=folder.trackers(seed),
+            shard_on=shard_on,
         )
-    write_json(target / "training_log.json", json_safe(log))
-    trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
-    shutil.rmtree(target / "trainer", ignore_errors=True)
+
+    def finish() -> int:
+        write_json(target / "training_log.json", json_safe(log))
+        trainee.tokenizer.save_pretrained(str(target / "tokenizer"))
+        shutil.rmtree(target / "trainer", ignore_errors=True)
+        return len(drift.log.steps())
+
+    snapshots = from_first(finish)
     loss = f", loss {log[0]['loss']:.2f} → {log[-1]['loss']:.2f}" if log else ""
     held = "" if frozen is None else f"; {frozen}"
-    return f"{total} steps, {len(drift.log.steps())} drift snapshots{loss}{held}"
+    return f"{total} steps, {snapshots} drift snapshots{loss}{held}"
 
 
 def outputs(study: Study, folder: StudyFolder, seed: int) -> list[Path]:
     return [folder.adapters(seed), folder.drift(seed)]
 
 
-def check_trackers(study: Study) -> None:
-    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed."""
+def check(study: Study) -> None:
+    """Raise `ConfigError` where a tracker that fine-tuning is to report to is not installed, where there are more
+    processes than rows in a batch, or FSDP2 cannot do it."""
+    check_strategy(study)
+    enough_for_each(study.finetune.batch_size, "rows in a batch", "finetune.batch_size")
     for name in study.finetune.report_to:
         packages = TRACKERS[name]
         if not any(importlib.util.find_spec(package) for package in packages):
@@ -189,10 +204,14 @@ def _threads_as_begun(target: Path) -> Iterator[None]:
     """As many threads as the training began with: sums are rounded in an order that depends on it, and a resumed run
     gives the bits of one that was never stopped."""
     file, now = target / "threads.json", torch.get_num_threads()
-    begun = _read_or_none(file) if file.exists() else None
-    if not isinstance(begun, int) or begun < 1:
-        write_json(file, begun := now)
-    torch.set_num_threads(begun)
+
+    def known() -> int:
+        begun = _read_or_none(file) if file.exists() else None
+        if not isinstance(begun, int) or begun < 1:
+            write_json(file, begun := now)
+        return begun
+
+    torch.set_num_threads(from_first(known))
     try:
         yield
     finally:

@@ -13,9 +13,9 @@ import torch
 from neurondrift.attribution.changes import Change
 from neurondrift.attribution.measures.material import Material
 from neurondrift.attribution.measures.registry import get_measure, take
-from neurondrift.base.errors import ResourceError
+from neurondrift.base.errors import ConfigError, ResourceError
 from neurondrift.base.files import remove_scratch, require_space, scratch_directory
-from neurondrift.base.processes import is_first_process, joined_processes, process_count
+from neurondrift.base.processes import is_first_process, joined, process_count
 from neurondrift.base.progress import progress
 from neurondrift.importance.methods import METHODS
 from neurondrift.importance.scores import iterate_scores, score_header, write_scores
@@ -24,6 +24,8 @@ from neurondrift.models.data import DataReference, Example, encode, load_example
 from neurondrift.models.sites import Sites
 from neurondrift.study.base_model import change_of_alignment, load_base
 from neurondrift.study.folder import StudyFolder
+from neurondrift.study.parallel.checks import cut_on, enough_for_each
+from neurondrift.study.parallel.sharding import shard
 from neurondrift.study.settings import Study
 
 
@@ -77,26 +79,29 @@ def score(study: Study, folder: StudyFolder) -> str:
     """
     settings = study.score
     wanted = purposes(study)
-    model, tokenizer = load_base(study, folder)
+    shard_on = None if _beyond_methods(study) else cut_on(study, folder.base_model)
+    model, tokenizer = load_base(study, folder, device=None if shard_on is None else "cpu")
+    if shard_on is not None:
+        shard(model.requires_grad_(False), shard_on)
     sites = Sites(model)
+    sites.fingerprint  # noqa: B018  # gathered by all, for what the first writes
     change = None
     # A base that does not fit is told before scores are taken.
-    if study.score.of_change or study.model.base is not None:
+    if study.score.of_change or (study.model.base is not None and shard_on is None):
         change = change_of_alignment(study, folder, sites, tokenizer)
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     if is_first_process():
         needed = 4 * (2 * weights + 2 * sum(site.shape[0] for site in sites.values()))
         scratch = scratch_directory(folder.root, needed=needed)
         require_space(scratch, needed, purpose="the scores")
-    with joined_processes():
-        for name, purpose in wanted.items():
-            encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
-            with progress(f"score {name}", -(-len(encoded) // process_count())) as advance:
-                scores = scores_for(name, wanted, study, sites, tokenizer, change, encoded, _advancing(advance))
-                if not is_first_process():
-                    collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
-                    continue
-                _write(folder, name, purpose, scores, sites, encoded)
+    for name, purpose in wanted.items():
+        encoded = encode(purpose.examples, tokenizer, max_length=purpose.max_length)
+        with progress(f"score {name}", -(-len(encoded) // joined().total)) as advance:
+            scores = scores_for(name, wanted, study, sites, tokenizer, change, encoded, _advancing(advance))
+            if not is_first_process():
+                collections.deque(scores, maxlen=0)  # the sums are shared; one process writes them
+                continue
+            _write(folder, name, purpose, scores, sites, encoded)
     return f"{settings.method}, {weights / 1e6:.1f} million weights in {len(sites)} sites; {_of_neurons(wanted)}"
 
 
@@ -183,3 +188,26 @@ def _advancing(advance: Callable[[int], None]) -> Callable[[Batch], None]:
 
 def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.score_file(purpose) for purpose in purpose_names(study)]
+
+
+def _beyond_methods(study: Study) -> bool:
+    """Whether a score is none of a pass over one set of examples, so that it needs the whole model."""
+    return study.score.of_change or study.score.method not in METHODS
+
+
+def check(study: Study) -> None:
+    """Raise `ConfigError` where there are more processes than examples to score, or FSDP2 cannot do it."""
+    if process_count() > 1:
+        if study.parallel.strategy == "fsdp2" and _beyond_methods(study):
+            raise ConfigError(
+                "Scores of this kind need the whole model in each process",
+                received=f'score.method = "{study.score.method}", parallel.strategy = "fsdp2"',
+                allowed=", ".join(METHODS),
+                fix='set parallel.strategy = "ddp"',
+            )
+        for name, purpose in purposes(study).items():
+            enough_for_each(len(purpose.examples), f"{name} examples", _setting_of(name))
+
+
+def _setting_of(purpose: str) -> str:
+    return "score.gradient_examples" if purpose == "gradient" else f"score.{purpose}"

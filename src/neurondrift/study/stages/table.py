@@ -50,7 +50,7 @@ class Stage:
     root: Callable[[StudyFolder], Path] = lambda folder: folder.root
     #: Its files are scratch: they are deleted, and need not stand, once this stage is done.
     scratch_until: str | None = None
-    #: Whether several processes can do it together.
+    #: Whether several processes do it together; otherwise the first does it, and the others wait.
     in_processes: bool = False
     #: Of `key` (its fingerprint, by which it knows what an interrupted run has left), `shared_key` (the same of what is
     #: one and the same for all seeds) and `say` (takes lines of text).
@@ -144,6 +144,8 @@ STAGES = (
         run=alignment.align,
         outputs=alignment.outputs,
         when=lambda study: study.align.enabled,
+        checks=alignment.check,
+        in_processes=True,
         extra_inputs=first_seed,
     ),
     Stage(
@@ -151,6 +153,7 @@ STAGES = (
         reads=("align",),
         section="score",
         no_result=frozenset({"checkpoint_activations"}),  # less memory, the same scores
+        checks=scoring.check,
         run=scoring.score,
         outputs=scoring.outputs,
         extra_inputs=lambda study: first_seed(study) | gradient_data(study) | base_of_scores(study),
@@ -171,9 +174,10 @@ STAGES = (
         reads=("align", "groups"),
         section="finetune",
         no_result=frozenset({"report_to"}),
-        checks=finetuning.check_trackers,
+        checks=finetuning.check,
         per_seed=True,
         run=finetuning.finetune,
+        in_processes=True,
         outputs=finetuning.outputs,
         extra_inputs=_frozen_group,
         wants=("key",),
@@ -184,6 +188,7 @@ STAGES = (
         section="evaluate",
         per_seed=True,
         run=evaluation.evaluate,
+        in_processes=True,
         outputs=evaluation.outputs,
         extra_inputs=lambda study: _suffixes(study) | _openings(study),
         wants=("key", "shared_key"),
@@ -196,6 +201,7 @@ STAGES = (
         per_seed=True,
         when=lambda study: study.attribute.enabled,
         run=measuring.attribute,
+        in_processes=True,
         outputs=measuring.outputs,
         extra_inputs=_openings,
         wants=("say",),

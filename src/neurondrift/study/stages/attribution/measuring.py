@@ -10,6 +10,7 @@ from typing import Any
 from neurondrift.attribution.changes import change_along
 from neurondrift.attribution.openings import Openings
 from neurondrift.attribution.tables import Asked, measure
+from neurondrift.base.processes import from_first, sharing_work
 from neurondrift.behaviour.requests import system_prompt
 from neurondrift.models.data import DataReference, Example, load_examples
 from neurondrift.study.base_model import load_base
@@ -30,8 +31,7 @@ def attribute(study: Study, folder: StudyFolder, seed: int, say: Callable[[str],
     """
     settings, evaluated = study.attribute, study.evaluate
     target, adapters = folder.attribution(seed), folder.adapters(seed)
-    if target.is_dir():
-        shutil.rmtree(target)
+    from_first(lambda: shutil.rmtree(target) if target.is_dir() else None)
     steps = saved_steps(adapters)
     asked = Asked(
         safety=load_examples(study.score.safety)[: settings.examples],
@@ -55,7 +55,8 @@ def attribute(study: Study, folder: StudyFolder, seed: int, say: Callable[[str],
     root = folder.root.resolve()
     base = _within(root, folder.aligned) if study.align.enabled else folder.base_model
     change.references = [base, *(_within(root, saved_step(adapters, step)) for step in along)]
-    found = measure(change, tokenizer, asked, target).summary["margin"]
+    with sharing_work():
+        found = measure(change, tokenizer, asked, target).summary["margin"]
     for name, margin in found.items():
         if margin["adds_up"] is False:
             say(f"the parts of margin_{name} miss {margin['missed']:.1%} of its change: that is written beside them")

@@ -1,0 +1,1 @@
+"""Training in one or several processes: whose rows are whose, and how gradients add up."""
