@@ -42,6 +42,7 @@ class ResponseTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    optimizer: Any
 
     def __init__(self, *, group: Joined, shard_on: torch.device | None = None, **given: Any) -> None:
         self.group, self.shard_on = group, shard_on
