@@ -281,7 +281,7 @@ def in_readme(results: dict) -> str:
             f"Refusals of harmful requests {shown(results['behaviour'], 'harmful')} (before alignment, after it, after "
             f"fine-tuning), of ordinary ones {shown(results['behaviour'], 'ordinary')} (the last two).",
             "",
-            f"**{conclusion} {hypothesis()}**",
+            f"**{conclusion} {hypothesis()}**{out_of_sample()}",
         ]
     )
 
@@ -339,12 +339,48 @@ README_GROUPS = (
 )
 
 
+ARMS = {"budget": "by the budget", "norm": "by the norm of the change", "safety_score": "by the safety score (SNIP)"}
+
+
+def of_doses(found: dict) -> str:
+    """A table: share of the lost margin that comes back on the other half of the prompts, by ranking and dose."""
+    effects = {(e["intervention"], e["arm"], e["dose"]): e for e in found["effects"]}
+    lines = [
+        f"| undone, of each site | {' | '.join(ARMS.values())} | random, same site and norm | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for dose in sorted({dose for kind, _, dose in effects if kind == "rewind"}):
+        shares = " | ".join(_number(effects["rewind", arm, dose]["share"]) for arm in ARMS)
+        null = effects["rewind", "budget", dose]["random"]["matched"]
+        span = f"{_number(null['share_low'])} to {_number(null['share_high'])}"
+        lines.append(f"| {100 * dose:g} % | {shares} | {span} | {_number(null['p'], '.3f')} |")
+    return "\n".join(lines)
+
+
+def out_of_sample() -> str:
+    """One sentence on the doses, for the README; empty where there are none."""
+    file = EXAMPLE / "dose_response.json"
+    if not file.exists():
+        return ""
+    effects = {
+        (e["arm"], e["dose"]): e["share"]
+        for e in json.loads(file.read_text())["effects"]
+        if e["intervention"] == "rewind"
+    }
+    said = "; ".join(
+        f"{words} {_number(effects[arm, 0.01])} and {_number(effects[arm, 0.05])}" for arm, words in ARMS.items()
+    )
+    return f" Undoing the change of the first 1 % and 5 % of neurons, ranked on half of the prompts, brings back of the margin lost on the other half: {said}."
+
+
 def page(folder: Path, results: dict) -> str:
     """`docs/example/README.md`, whole."""
     acted = causes(folder)
     parts = ["<!-- made by docs/make_example.py: do not edit -->", "# The demo, as committed", example(results)]
     if (folder / "dose_response.json").exists():
+        doses = json.loads((folder / "dose_response.json").read_text())
         parts += ["## Out of sample", "![Dose-response of the refusal margin](figures/out_of_sample_doses.png)"]
+        parts += [of_doses(doses), " ".join(doses["sentences"])]
     return "\n\n".join([*parts, *(["## Is it the cause?", acted] if acted else [])]) + "\n"
 
 
