@@ -113,7 +113,7 @@ def test_what_a_model_writes_cannot_act_on_the_terminal_or_the_page():
     row = dict(seed=0, step=3, judge="refusal", verdict="none", coherent=True, prompt="<b>?", response=nasty)
     text, page = render_text({}, [row]), render_page({}, [], [row])
     assert "\x1b" not in text + page and "\u202e" not in text + page
-    assert "&lt;script&gt;alert(1)" in page and "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page and page.count("<script>") == 1  # its own
     assert "ANSWERS TO HARMFUL REQUESTS, SEED 0, STEP 3" in text
     assert "alert(1)" not in render_text({}) + render_page({}, [])
 

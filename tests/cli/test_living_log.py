@@ -16,7 +16,13 @@ main(sys.argv[1:])
 
 def test_a_study_to_a_pipe_says_how_far_it_is(tmp_path):
     command = [sys.executable, "-c", SCRIPT, "align", "--preset", "smoke", "--output-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"FORCE_COLOR": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"},
+    )  # busy cores would be said too
     assert re.fullmatch(r"align +\S+  4 steps on \d+ examples.*\n", done.stdout)
     said = [line for line in done.stderr.splitlines() if re.match(r"  (neurondrift align|align): ", line)]
     assert re.fullmatch(r"  (neurondrift )?align: [\d.]+s so far", said[0])  # before anything can be counted
