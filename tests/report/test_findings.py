@@ -18,6 +18,7 @@ from neurondrift.report.findings.statistical import Analysis, Findings, WeightRo
 from neurondrift.report.findings.subspaces import Subspaces
 from neurondrift.report.reading import sentences_of, weaknesses_of
 from neurondrift.report.text import render_text
+from neurondrift.statistics.design.shares import ShareVerdict
 from neurondrift.statistics.null import CauseVerdict, Direction, Standing
 from neurondrift.statistics.results import Cluster, ComparisonName, Expected, Incomparable, Verdict
 from neurondrift.statistics.weaknesses import WeaknessKind
@@ -34,6 +35,7 @@ ENUMERATIONS = {
     "ComparisonName": ComparisonName,
     "Expected": Expected,
     "Incomparable": Incomparable,
+    "ShareVerdict": ShareVerdict,
 }
 
 
