@@ -245,7 +245,7 @@ def test_all_that_a_command_prints_goes_through_one_function():
     ]
     assert sorted(printed) == [
         ("__main__.py", 'print("neurondrift: stopped; run the command again to go on from here", file=sys.stderr)'),
-        ("__main__.py", 'print(f"neurondrift: {plain(str(error))}", file=sys.stderr)'),
+        ("__main__.py", 'print(f"neurondrift: {plain(str(error))}", file=sys.stderr, flush=True)'),
         ("study.py", "print(plain(line), flush=True)"),
     ]
 
