@@ -72,6 +72,9 @@ class LocalEngine:
     def begin(self, name: str) -> None:
         command = [sys.executable, "-m", "neurondrift.study.sweep.point", str(self.folder.root), name]
         make_folder(self.folder.log(name).parent)
+        # As Ray does: the last bits of results depend on how many threads there are.
+        cpus = self.settings.num_cpus
+        threads = {} if cpus is None else {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
         with self.folder.log(name).open("ab") as log:
             # In a group of its own: Ctrl-C reaches it from us alone. Its standard input ends when we do.
             process = subprocess.Popen(
@@ -80,7 +83,7 @@ class LocalEngine:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_threads(self.settings) | os.environ,
+                env=threads | os.environ,
             )
         self._process = (name, process)
 
@@ -129,7 +132,7 @@ class RayEngine:
         gpus = settings.num_gpus
         if gpus is None:
             gpus = 0.0 if on_cpu or there.get("GPU", 0) < 1 else 1.0
-        cpus = settings.num_cpus or 1
+        cpus = _cpus(settings)
         asked = {"CPU": cpus, "GPU": gpus}
         for kind, amount in asked.items():
             if there.get(kind, 0) < amount:
@@ -173,9 +176,8 @@ class RayEngine:
         self._ray.shutdown()
 
 
-def _threads(settings: EngineSection) -> dict[str, str]:
-    """What tells a process how many threads it has, in its environment."""
-    return {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
+def _cpus(settings: EngineSection) -> float:
+    return settings.num_cpus or 1
 
 
 def _task(root: str, name: str, place: str) -> int:
@@ -201,7 +203,7 @@ def _connect(settings: EngineSection) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if settings.address is None:
-            cpus = math.ceil((settings.num_cpus or 1) * settings.workers) if settings.workers else None
+            cpus = math.ceil(_cpus(settings) * settings.workers) if settings.workers else None
             ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
         else:
             ray.init(address=settings.address, **quiet)

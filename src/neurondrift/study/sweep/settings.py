@@ -37,12 +37,6 @@ class EngineSection(Section):
     )
     tries: Count = Field(3, description="how often a point is begun whose process dies")
 
-    @property
-    def threads(self) -> int | None:
-        """Threads of a point, or None for what it finds: the last bits of its results depend on them."""
-        cpus = self.num_cpus or (1 if self.kind == "ray" else None)
-        return None if cpus is None else max(1, int(cpus))
-
 
 class SweepSection(Section):
     """A sweep file as it is written."""
