@@ -34,6 +34,23 @@ class RatioCell(NamedTuple):
     sites: int
 
 
+class RatioMaps(NamedTuple):
+    """The maps of several groups: where their cells lie, each group's own, the log ratio at the end of the colours, and
+    whether some cells lie beyond it."""
+
+    axes: Axes
+    cells: dict[str, dict[Place, RatioCell]]
+    limit: float
+    beyond: bool
+
+
+def ratio_maps(effects: Sequence[Effect]) -> RatioMaps:
+    """The maps of some effects, at least one, on common axes and colours."""
+    cells = {effect["group"]: ratio_cells(effect) for effect in effects}
+    sizes = [abs(cell.log_ratio) for own in cells.values() for cell in own.values() if cell.log_ratio is not None]
+    return RatioMaps(axes_of(effects), cells, *colour_limit(sizes))
+
+
 def mapped_effects(results: Findings, metric: str) -> list[Effect]:
     """The effects in one metric that have ratios of sites, in the order of the groups."""
     return [e for e in effects_of(results, metric) if any("ratio" in cell for cell in e["by_site"])]

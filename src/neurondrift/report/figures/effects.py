@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from neurondrift.report import wording
-from neurondrift.report.figures.cells import axes_of, colour_limit, mapped_effects, ratio_cells
+from neurondrift.report.figures.cells import mapped_effects, ratio_maps
 from neurondrift.report.figures.style import (
     BAND,
     FULL_WIDTH,
@@ -178,10 +178,7 @@ def layer_module_effects(results: Findings) -> Figure | None:
     effects = [effect for effect in mapped_effects(results, metric) if effect["group"] in drawn]
     if not effects:
         return None
-    layers, modules = axes_of(effects)
-    cells = {effect["group"]: ratio_cells(effect) for effect in effects}
-    sizes = [abs(c.log_ratio) for own in cells.values() for c in own.values() if c.log_ratio is not None]
-    limit, beyond = colour_limit(sizes)
+    (layers, modules), cells, limit, beyond = ratio_maps(effects)
     rows = math.ceil(len(effects) / MOST_PANELS)
     columns = math.ceil(len(effects) / rows)
     width = max(LEAST_WIDTH, min(FULL_WIDTH, 1.2 + 1.5 * columns))

@@ -7,15 +7,7 @@ from collections.abc import Sequence
 
 from neurondrift.report import wording
 from neurondrift.report.blocks import Cell, Map, Panel
-from neurondrift.report.figures.cells import (
-    RatioCell,
-    axes_of,
-    by_place,
-    colour_limit,
-    layers_of,
-    mapped_effects,
-    ratio_cells,
-)
+from neurondrift.report.figures.cells import RatioCell, by_place, layers_of, mapped_effects, ratio_maps
 from neurondrift.report.findings.attribution import AttributionFindings, SiteShare
 from neurondrift.report.findings.statistical import Findings
 from neurondrift.report.reading import primary_of
@@ -31,10 +23,7 @@ def of_effects(results: Findings) -> tuple[Map, ...]:
     effects = mapped_effects(results, metric)
     if not effects:
         return ()
-    layers, modules = axes_of(effects)
-    cells = {effect["group"]: ratio_cells(effect) for effect in effects}
-    sizes = [abs(cell.log_ratio) for own in cells.values() for cell in own.values() if cell.log_ratio is not None]
-    limit, beyond = colour_limit(sizes)
+    (layers, modules), cells, limit, beyond = ratio_maps(effects)
     panels = [
         Panel(
             title=clean(effect["group"]),

@@ -14,7 +14,7 @@ DRAWN = frozenset(
     "svg g defs path use rect circle line polyline polygon clipPath text tspan pattern image".split(),
 )
 LEFT_OUT = frozenset({"metadata", "style", "title"})
-#: How the ids of curves begin that can be switched on and off: series/<name>/<number>; see `figures.style.series`.
+#: How the ids of curves begin that can be switched on and off: series/<name>/<number>; see `figures.style.as_series`.
 SERIES = "series/"
 COLOUR = re.compile(r"#([0-9a-f]{6})\b")
 REFERENCE = re.compile(r"url\(#([^)]*)\)")
