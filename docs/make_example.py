@@ -170,6 +170,11 @@ def moved(found: dict) -> str:
     return words
 
 
+def effects_of(analysis: dict) -> dict[str, dict]:
+    """Group -> its effect in the primary metric."""
+    return {e["group"]: e for e in analysis["effects"] if e["metric"] == analysis["primary_metric"]}
+
+
 def example(results: dict) -> str:
     """The README's section, from the findings."""
     analysis, behaviour = results["analysis"], results["behaviour"]
@@ -185,7 +190,7 @@ def example(results: dict) -> str:
         "| group of neurons | matched on site, norm, utility score, gradient scale | on site and norm only | compared / without control | called further from, 80 % power | moved |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    effects = {e["group"]: e for e in analysis["effects"] if e["metric"] == analysis["primary_metric"]}
+    effects = effects_of(analysis)
     for effect in effects.values():
         found = effect["effect_matched"] or effect["effect_norm"]
         lines.append(
@@ -259,9 +264,7 @@ def shown(behaviour: dict, kind: str) -> str:
 
 def in_readme(results: dict) -> str:
     """One figure and one table, for the README."""
-    effects = {
-        e["group"]: e for e in results["analysis"]["effects"] if e["metric"] == results["analysis"]["primary_metric"]
-    }
+    effects = effects_of(results["analysis"])
     does = {found["group"]: found for found in results.get("attribution", {}).get("groups", [])}
     seeds = len(results["study"]["seeds"])
     conclusion = results["analysis"]["sentences"][0].partition(" By groups")[0]
@@ -342,16 +345,21 @@ README_GROUPS = (
 ARMS = {"budget": "by the budget", "norm": "by the norm of the change", "safety_score": "by the safety score (SNIP)"}
 
 
+def rewound(found: dict) -> dict[tuple[str, float], dict]:
+    """(ranking, dose) -> what came back when the change of the neurons that rank first was undone."""
+    return {(e["arm"], e["dose"]): e for e in found["effects"] if e["intervention"] == "rewind"}
+
+
 def of_doses(found: dict) -> str:
     """A table: share of the lost margin that comes back on the other half of the prompts, by ranking and dose."""
-    effects = {(e["intervention"], e["arm"], e["dose"]): e for e in found["effects"]}
+    effects = rewound(found)
     lines = [
         f"| undone, of each site | {' | '.join(ARMS.values())} | random, same site and norm | p |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for dose in sorted({dose for kind, _, dose in effects if kind == "rewind"}):
-        shares = " | ".join(_number(effects["rewind", arm, dose]["share"]) for arm in ARMS)
-        null = effects["rewind", "budget", dose]["random"]["matched"]
+    for dose in sorted({dose for _, dose in effects}):
+        shares = " | ".join(_number(effects[arm, dose]["share"]) for arm in ARMS)
+        null = effects["budget", dose]["random"]["matched"]
         span = f"{_number(null['share_low'])} to {_number(null['share_high'])}"
         lines.append(f"| {100 * dose:g} % | {shares} | {span} | {_number(null['p'], '.3f')} |")
     return "\n".join(lines)
@@ -362,13 +370,10 @@ def out_of_sample() -> str:
     file = EXAMPLE / "dose_response.json"
     if not file.exists():
         return ""
-    effects = {
-        (e["arm"], e["dose"]): e["share"]
-        for e in json.loads(file.read_text())["effects"]
-        if e["intervention"] == "rewind"
-    }
+    effects = rewound(json.loads(file.read_text()))
     said = "; ".join(
-        f"{words} {_number(effects[arm, 0.01])} and {_number(effects[arm, 0.05])}" for arm, words in ARMS.items()
+        f"{words} {_number(effects[arm, 0.01]['share'])} and {_number(effects[arm, 0.05]['share'])}"
+        for arm, words in ARMS.items()
     )
     return f" Undoing the change of the first 1 % and 5 % of neurons, ranked on half of the prompts, brings back of the margin lost on the other half: {said}."
 
