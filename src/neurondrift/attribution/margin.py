@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -217,29 +218,32 @@ class Margin:
 
     def _quick(self, model: nn.Module, batch_size: int, chosen: Sequence[int] | None = None) -> torch.Tensor:
         """The values of the chosen prompts (default: all), NaN of the others."""
-        inner, count = unwrap(model), self._common
-        device = inner.get_input_embeddings().weight.device
+        order = sorted(range(self.count) if chosen is None else chosen, key=lambda index: -len(self._ids[index]))
+        parts = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         found = torch.full((self.count,), float("nan"), dtype=torch.float64)
-        training, order = model.training, sorted(range(self.count), key=lambda index: -len(self._ids[index]))
-        order = [index for index in order if chosen is None or index in chosen]
+        for part, values in zip(parts, in_shares(parts, partial(self._quick_parts, model)), strict=True):
+            found[part] = torch.tensor(values, dtype=torch.float64)
+        return found
+
+    def _quick_parts(self, model: nn.Module, parts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The values of some prompts at a time, behind what all begin with."""
+        inner, count, found = unwrap(model), self._common, []
+        device, training = inner.get_input_embeddings().weight.device, model.training
         model.eval()
         try:
             begun = DynamicCache(config=inner.config)
             head = torch.tensor([self._ids[0][:count]], device=device)
             given = taken(inner, {"position_ids": torch.arange(count, device=device)[None], "logits_to_keep": 1})
             model(input_ids=head, past_key_values=begun, use_cache=True, **given)
-            for first in range(0, len(order), batch_size):
-                part = order[first : first + batch_size]
+            for part in parts:
                 whole = self._batch(part, in_tree=True).to(device)
                 mask_BT, rest = self._behind(whole, part)
                 cache = copy.deepcopy(begun)
                 cache.batch_repeat_interleave(len(part))
-                given = {
-                    "attention_mask": self._tree_mask(model, mask_BT)[:, :, count:],
-                    "position_ids": self._tree_positions(mask_BT)[:, count:],
-                }
-                logits = self._read(model, rest, self._reads(rest, in_tree=True), given | {"past_key_values": cache})
-                found[part] = self._margins(logits).double().cpu()
+                seen, places = self._tree_mask(model, mask_BT)[:, :, count:], self._tree_positions(mask_BT)[:, count:]
+                given = {"attention_mask": seen, "position_ids": places, "past_key_values": cache}
+                logits = self._read(model, rest, self._reads(rest, in_tree=True), given)
+                found.append(self._margins(logits).double().tolist())
         finally:
             model.train(training)
         return found
