@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
-from neurondrift.base.processes import gathered, joined, joined_processes, release_memory, tune_allocator
+from neurondrift.base.processes import from_all, joined, joined_processes, release_memory, tune_allocator
 from neurondrift.models.batches import make_batches, token_losses
 
 
@@ -327,7 +327,7 @@ def cut_worker(options) -> None:
         grown = growth_of_memory(lambda: collections.deque(scores, maxlen=0))
         seconds = time.perf_counter() - began
         line = f"| {count} | {number} | {weights / 1e6:.0f} | {before:.2f} | {before + grown:.2f} | {seconds:.0f} |"
-        lines = gathered(line)
+        lines = from_all(line)
         if number == 0:
             print("\n".join(lines), flush=True)
 

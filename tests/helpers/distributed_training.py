@@ -14,8 +14,8 @@ from helpers.groups import group_of
 from helpers.training import KillAt, Killed
 from neurondrift.base.processes import (
     StoppedElsewhere,
+    from_all,
     from_first,
-    gathered,
     in_shares,
     is_first_process,
     joined,
@@ -100,7 +100,7 @@ def share(folder):
             "mistake": met(lambda: in_shares([1, None], shares)),
         }
     found |= {"first": from_first(lambda: joined().number), "failed": met(lambda: from_first(fail))}
-    found["gathered"] = gathered(joined().number)
+    found["gathered"] = from_all(joined().number)
     found["alone"] = in_shares([1.5], lambda numbers: list(numbers))
     (folder / f"shares.{joined().number}.json").write_text(json.dumps(found))
 

@@ -22,7 +22,7 @@ from neurondrift.attribution.changes import Change, change_along, change_from
 from neurondrift.attribution.margin import Function, values_of
 from neurondrift.attribution.states import Delta, State, Vessel
 from neurondrift.base.errors import ConfigError, ModelError
-from neurondrift.base.processes import add_up, gathered, sharers
+from neurondrift.base.processes import add_up, from_all, sharers
 from neurondrift.importance.capture import run
 from neurondrift.importance.methods import Tokens
 from neurondrift.importance.scores import check_loaded
@@ -358,7 +358,7 @@ def _at_point(
 
 def _over_all(parts: dict[str, float]) -> dict[str, float]:
     """The sums over the processes that share the items."""
-    told = gathered(parts) if sharers().total > 1 else [parts]
+    told = from_all(parts) if sharers().total > 1 else [parts]
     names = dict.fromkeys(name for own in told for name in own)
     return {name: math.fsum(own.get(name, 0.0) for own in told) for name in names}
 

@@ -32,7 +32,7 @@ from neurondrift.attribution.provenance import provenance
 from neurondrift.attribution.states import Vessel
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, read_json, write_json
-from neurondrift.base.processes import in_step
+from neurondrift.base.processes import from_first
 from neurondrift.models.data import Example, data_fingerprint, encode
 
 NEURONS, UNITS, SUMMARY = "neurons.parquet", "units.parquet", "attribution.json"
@@ -163,11 +163,14 @@ def measure(
         "not_read": list(change.unknown),
         "unmoved_sites": len(change.sites) - len(change.moved()),
     }
-    if in_step().number == 0:
+
+    def write() -> None:
         make_folder(folder)
         _write(files[0], columns["rows"], "site", "row")
         _write(files[1], columns["units"], "mlp", "unit")
         write_json(files[2], json_safe(summary))
+
+    from_first(write)
     return Written(summary, files)
 
 

@@ -110,7 +110,7 @@ def joined_processes() -> Iterator[None]:
     _STATE.in_step = True
     try:
         yield
-        gathered(None)  # none leaves while another still talks to it
+        from_all(None)  # none leaves while another still talks to it
     finally:
         _STATE.in_step = False
 
@@ -178,7 +178,7 @@ def in_shares(items: Sequence[Items], do: Callable[[Sequence[Items]], Sequence[R
             own = do(share) if share else []
         except Exception as raised:
             error = raised
-    told = gathered(None if error is not None else list(own or ()))
+    told = from_all(None if error is not None else list(own or ()))
     if error is not None:
         raise error
     if any(part is None for part in told):
@@ -196,7 +196,7 @@ class StoppedElsewhere(SystemExit):
         super().__init__(2)
 
 
-def gathered(value: Any) -> list[Any]:
+def from_all(value: Any) -> list[Any]:
     """What each of the joined processes has to say, in their order: anything that JSON knows, numbers to the bit."""
     number, count = joined()
     if count == 1:
@@ -230,7 +230,7 @@ def from_first(make: Callable[[], Result]) -> Result:
                 made = make()
             except Exception as raised:
                 error = raised
-    told = gathered({"made": made, "failed": error is not None})[0]
+    told = from_all({"made": made, "failed": error is not None})[0]
     if error is not None:
         raise error
     if told["failed"]:

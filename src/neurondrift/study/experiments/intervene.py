@@ -16,7 +16,7 @@ from torch import nn
 from neurondrift.attribution.openings import Openings, openings_for
 from neurondrift.base.errors import ArtifactError, ConfigError, UserError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
-from neurondrift.base.processes import in_step, sharing_work
+from neurondrift.base.processes import from_first, sharing_work
 from neurondrift.base.progress import progress
 from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
 from neurondrift.groups.controls import unlike
@@ -156,8 +156,7 @@ def intervene(study: Study, folder: StudyFolder, options: InterveneSection, *, s
             "versions": record()["versions"],
         }
     )
-    if in_step().number == 0:
-        write_json(results_file(folder), findings)
+    from_first(lambda: write_json(results_file(folder), findings))
     return findings
 
 

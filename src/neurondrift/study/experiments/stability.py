@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from neurondrift.base.errors import DataError
 from neurondrift.base.files import json_safe, read_json, write_json
-from neurondrift.base.processes import alone, from_first, gathered, in_step
+from neurondrift.base.processes import alone, from_all, from_first, in_step
 from neurondrift.base.progress import progress
 from neurondrift.groups.group import Group, load_group
 from neurondrift.groups.overlap import as_rows, overlap, overlap_by, stability
@@ -114,7 +114,7 @@ def _of_all(made: dict[tuple[str, str], list[Group]], kept: Path) -> dict[tuple[
     for key, groups in made.items():
         for file, group in zip(files[key], groups, strict=True):
             group.save(file)
-    told = gathered([[*key, [file.name for file in own]] for key, own in files.items()])
+    told = from_all([[*key, [file.name for file in own]] for key, own in files.items()])
     found: dict[tuple[str, str], list[Group]] = {}
     for name, kind, _ in told[0]:
         names = [file for own in told for *key, own_files in own if key == [name, kind] for file in own_files]
@@ -145,8 +145,7 @@ def _redrawn(study: Study, sizes: Mapping[str, int], draw: int) -> Study:
 def of_study(study: Study, folder: StudyFolder) -> str:
     """The optional stage: `results/stability.json` as the study's section `stability` asks for it."""
     found = redraw(study, folder, draws=study.stability.draws)
-    if in_step().number == 0:
-        write_json(results_file(folder), json_safe(found))
+    from_first(lambda: write_json(results_file(folder), json_safe(found)))
     return f"{study.stability.draws} draws"
 
 
