@@ -78,7 +78,6 @@ def test_processes_share_what_there_is_to_do(trained):
     assert [found["failed"] for found in both] == ["ValueError", "StoppedElsewhere"]
 
 
-@pytest.mark.skipif("NEURONDRIFT_LONG" not in os.environ, reason="three whole studies: with NEURONDRIFT_LONG=1")
 def test_a_study_that_is_killed_in_two_processes_ends_as_in_one(copy, tmp_path):
     """One of two is killed while it trains: a message, and a folder that goes on; what they then answer, attribute,
     intervene in and draw again together is what one process does."""

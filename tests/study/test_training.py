@@ -271,3 +271,22 @@ def test_what_cannot_be_detached_is_an_error(tmp_path):
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged into the base model"):
         detach_adapter(model)
+
+
+def test_a_killed_run_logs_as_if_it_had_never_been_stopped(tmp_path):
+    """Killed between two lines of the log, behind a checkpoint: the loss since the last line is not forgotten."""
+    section = SMALL.model_copy(update={"max_steps": 6, "drift_interval": 2})
+    given = {"seed": 0, "save_at": []}
+    _, straight = finetune(build("llama"), None, examples(8), section, folder=tmp_path / "a", **given)
+    seen = []
+
+    def kill(n):
+        seen.append(n)
+        if sum(seen) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(build("llama"), None, examples(8), section, folder=tmp_path / "b", advance=kill, **given)
+    _, resumed = finetune(build("llama"), None, examples(8), section, folder=tmp_path / "b", **given)
+    assert [line["step"] for line in straight] == [5]
+    assert resumed == straight

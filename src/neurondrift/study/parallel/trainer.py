@@ -7,13 +7,15 @@ is the same whatever number of processes wrote it, and any number goes on from i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from neurondrift.base.files import read_json, write_json
 from neurondrift.base.processes import Joined, lost_as_error
 from neurondrift.models.architecture.packing import draws
 from neurondrift.models.batches import Batch, batches_without_padding, token_losses
@@ -23,6 +25,8 @@ from neurondrift.study.parallel.gradients import start_alike, sum_gradients
 from neurondrift.study.parallel.sharding import cut_state, shard, whole_optimiser, whole_state
 
 Encoded = Sequence[Mapping[str, Any]]
+#: In a checkpoint: the sum of the losses since the last line of the log, and that line's step.
+UNLOGGED = "unlogged.json"
 
 
 class ResponseTrainer(Trainer):
@@ -50,6 +54,7 @@ class ResponseTrainer(Trainer):
         pad = given["model"].config.pad_token_id
         collator = _Collator(given["model"], 0 if pad is None else pad, group, alike=shard_on is not None)
         super().__init__(data_collator=collator, **given)
+        self.add_callback(_GoesOnLogging(self))
 
     def is_world_process_zero(self) -> bool:
         return self.group.number == 0
@@ -108,6 +113,8 @@ class ResponseTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict if self._whole is None else self._whole[0])
+        if output_dir is not None:
+            write_json(Path(output_dir) / UNLOGGED, [float(self._tr_loss), self._globalstep_last_logged])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimiser = self.optimizer
@@ -117,6 +124,19 @@ class ResponseTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
             self.optimizer = optimiser
+
+
+class _GoesOnLogging(TrainerCallback):
+    """A resumed training logs the mean loss since it last did, as if it had never stopped: transformers forgets it."""
+
+    def __init__(self, trainer: ResponseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / UNLOGGED
+        if state.global_step and file.exists():
+            loss, self.trainer._globalstep_last_logged = read_json(file)
+            self.trainer._tr_loss += loss
 
 
 class _State:
