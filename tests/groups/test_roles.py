@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import neurondrift
+from helpers.paths import REPOSITORY
 from neurondrift.base.roles import ROLES, role_of_name
 from neurondrift.groups.controls import matched
 from neurondrift.groups.doses import dose_of
@@ -81,7 +82,7 @@ def test_a_name_is_asked_only_where_the_provenance_is_silent(provenance, name, r
 
 
 def test_the_roles_are_those_that_the_document_names():
-    document = next(p / "docs" / "results.md" for p in Path(__file__).parents if (p / "docs").is_dir()).read_text()
+    document = (REPOSITORY / "docs" / "results.md").read_text()
     assert all(f"`{role}`" in document for role in ROLES)
     assert role_of_name("") is None
 
