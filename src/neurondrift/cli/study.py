@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from neurondrift.base.errors import ConfigError, ResourceError
 from neurondrift.base.locks import only_one
@@ -130,13 +130,20 @@ def analyze(
 
 
 @app.command
-def verify(source: Source = NO_SOURCE, flags: Flags = NO_FLAGS) -> None:
+def verify(
+    source: Source = NO_SOURCE,
+    flags: Flags = NO_FLAGS,
+    *,
+    processes: Annotated[
+        int, Parameter(help="that are to share the study, as torchrun starts them", validator=validators.Number(gte=1))
+    ] = 1,
+) -> None:
     """Check that this machine can run the study: packages, device, memory, disk, model, data; and what it will cost."""
     study = study_of(source, flags)
     from neurondrift.study.verify import verify as check
 
     tune_allocator()
-    check(study, source.output_dir, say=say)
+    check(study, source.output_dir, say=say, processes=processes)
 
 
 @app.command

@@ -5,22 +5,24 @@ Prints what it finds and raises one `UserError` at the end if something is missi
 
 from __future__ import annotations
 
-import contextlib
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from neurondrift import __version__
-from neurondrift.base.errors import ModelError, ResourceError, UserError
+from neurondrift.base.errors import ResourceError, UserError
 from neurondrift.base.files import SHARED_MEMORY, free_bytes
 from neurondrift.base.processes import leaving_busy_cores
 from neurondrift.base.progress import duration
 from neurondrift.models.data import DataReference, Example, PromptKind
 from neurondrift.study.settings import Study
+
+if TYPE_CHECKING:
+    from neurondrift.study.cost.estimate import Cost
 
 Say = Callable[[str], None]
 
@@ -55,16 +57,17 @@ KINDS: dict[str, PromptKind] = {
 PROMPTS_ONLY = frozenset(name for name in KINDS if name.startswith("evaluate."))
 
 
-class Cost(NamedTuple):
-    """An estimate: seconds of each stage, peak bytes of memory (on the device where there is one), bytes on disk."""
-
-    stages: dict[str, float]
-    memory: float
-    disk: float
-
-
-def verify(study: Study, output_dir: Path, *, say: Say) -> None:
+def verify(study: Study, output_dir: Path, *, say: Say, processes: int = 1) -> None:
     """Check packages, device, memory, disk, model and data, and estimate the study's cost.
+
+    Parameters
+    ----------
+    study, output_dir
+        The resolved configuration, and where it is to lie.
+    say
+        Is given each line.
+    processes
+        How many are to share the study: of GPUs like the one that is here each has one, of CPUs its part of the cores.
 
     Raises
     ------
@@ -79,15 +82,27 @@ def verify(study: Study, output_dir: Path, *, say: Say) -> None:
     parameters, positions = _model(study, say, problems)
     _data(study, positions, say, problems)
     if parameters and device:
+        from neurondrift.study.cost.estimate import estimate
+
         with leaving_busy_cores(lambda line: say(f"threads       {line}")):
-            cost = estimate(study, parameters, device=device, dtype=dtype, tokenizer=_tokenizer(study))
-        size = f"{cost.memory / 1e9:.1f} GB of memory, {cost.disk / 1e9:.1f} GB of disk"
+            how: dict[str, Any] = {
+                "device": device,
+                "dtype": dtype,
+                "tokenizer": _tokenizer(study),
+                "processes": processes,
+            }
+            cost = estimate(study, parameters, **how)
+        largest = max(cost.memory, key=lambda stage: cost.memory[stage])
+        size = f"{cost.peak / 1e9:.1f} GB of memory ({largest}), {cost.disk / 1e9:.1f} GB of disk"
+        if processes > 1:
+            shared = "fsdp2: each has a part of the model" if cost.is_cut else "ddp: each has the model"
+            size += f"; each of {processes} processes ({shared})"
         stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in cost.stages.items())
         whole = duration(sum(cost.stages.values())) if stages else "no time, as no block of this model runs by itself"
         say(f"estimate      {whole}, {size}")
         if stages:
             say(f"              {stages}")
-        _compare(cost, device, output_dir, problems)
+        _compare(cost, device, output_dir, processes, problems)
     if problems:
         raise ResourceError(
             f"This machine cannot run the study {study.name} yet: " + "; ".join(problems),
@@ -247,59 +262,11 @@ def _shortened(text: str, limit: int = 240) -> str:
     return repr(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")
 
 
-def estimate(study: Study, parameters: int, *, device: str, dtype: str, tokenizer: Any = None) -> Cost:
-    """What the study will take: its tokens, stage by stage, at the pace of this machine, of which one block of the
-    model and one product with its LM head are timed."""
-    import torch
-
-    from neurondrift.study.cost.pace import measured
-    from neurondrift.study.cost.work import seconds_of_stages
-    from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
-
-    tune = study.finetune
-    stages: dict[str, float] = {}
-    # Its files have been looked at: it is only its blocks that may be of another kind.
-    with contextlib.suppress(ModelError):
-        pace = measured(_skeleton(study), device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
-        stages = seconds_of_stages(study, pace, tokenizer, parameters=parameters)
-    total = total_steps(tune.data.limit or 500, tune)
-    points = len(evaluated_steps(total, tune.drift_interval, tune.evaluated_steps))
-    full = tune.method == "full" or (study.align.enabled and study.align.method == "full")
-    bytes_each = 4 if dtype == "float32" else 2
-    memory = parameters * max(bytes_each + 4 + 0.5, 18 if full else 0) + 1.5e9
-    adapters = 12 * 0.02 * parameters * (points + 1) if tune.method == "lora" else 4 * parameters * points
-    disk = (4 * parameters if study.align.enabled else 0) + len(study.seeds) * adapters + 8 * parameters + 1e8
-    return Cost(stages, memory, disk)
-
-
-def _skeleton(study: Study) -> Any:
-    """The study's model with all its modules and no numbers."""
-    from transformers import AutoConfig
-
-    from neurondrift.models.architecture.classes import configuration, skeleton
-    from neurondrift.models.checked.gguf import is_gguf, where_to_read
-    from neurondrift.models.loading import load_model, quiet_transformers
-
-    source = study.model
-    reference = source.reference
-    with quiet_transformers():
-        if reference.startswith("tiny:"):
-            return load_model(reference, dtype="float32", device="cpu")[0].to("meta")
-        if is_gguf(reference):
-            folder, how = where_to_read(reference)
-            config = AutoConfig.from_pretrained(folder, **how)
-        else:
-            config = configuration(reference, revision=source.revision, trust_remote_code=source.trust_remote_code)
-        return skeleton(config, reference)
-
-
-def _compare(cost: Cost, device: str, output_dir: Path, problems: list[str]) -> None:
+def _compare(cost: Cost, device: str, output_dir: Path, processes: int, problems: list[str]) -> None:
     if free_bytes(output_dir) < cost.disk:
         problems.append(f"about {cost.disk / 1e9:.1f} GB of disk are needed where the study lies")
-    available: float = psutil.virtual_memory().available
-    if device == "cuda":
-        import torch
+    from neurondrift.study.cost.estimate import room_on
 
-        available = torch.cuda.mem_get_info()[0]
-    if available < cost.memory:
-        problems.append(f"about {cost.memory / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    needed, available = cost.peak * (1 if device == "cuda" else processes), room_on(device)
+    if available < needed:
+        problems.append(f"about {needed / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")

@@ -45,6 +45,8 @@ class Pace(NamedTuple):
         Decoding one token: for any batch, and for each of its rows.
     order
         Putting one number in order among many, as groups do.
+    score_row
+        An example that is scored, beside its tokens; 0 where `score` holds it.
     """
 
     train: float
@@ -58,6 +60,7 @@ class Pace(NamedTuple):
     step: float
     row: float
     order: float
+    score_row: float = 0.0
 
 
 def measured(skeleton: Any, *, device: torch.device, dtype: torch.dtype, rank: int) -> Pace:

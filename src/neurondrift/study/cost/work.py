@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 
 from neurondrift.base.errors import UserError
 from neurondrift.models.data import DataReference, Example, PromptKind, encode, is_local, load_examples
+from neurondrift.study.cost.devices import ALONE, Devices
 from neurondrift.study.cost.pace import Pace
+from neurondrift.study.cost.shape import Shape
+from neurondrift.study.sections.finetuning import evaluated_steps, snapshot_steps, total_steps
 from neurondrift.study.settings import Study
+from neurondrift.study.stages.evaluation import longest_answer
 
 
 class Rows(NamedTuple):
@@ -24,52 +28,60 @@ class Rows(NamedTuple):
 
 
 USUAL = Rows(500, 100.0, 50.0, 0)  # short chat turns, as in the built-in sets
-LOADING = 4.0  # seconds to start and to read a model of 135 million parameters
+STARTING = 4.0  # seconds until a program has begun
+READING = 5e8  # bytes of a model that are read in a second
 SORTS = 2.5  # how often groups put each score in order
 ANALYSIS = 20.0  # seconds of the analysis with 2,000 resamples, and of the report
 SPOKEN = 0.55  # share of the longest answer that answers run to, where they do not end early
 OPENINGS = 8.0  # tokens of the margin's openings that are computed behind each prompt, all of them together
 
 
-def seconds_of_stages(study: Study, pace: Pace, tokenizer: Any, *, parameters: int) -> dict[str, float]:
+class On(NamedTuple):
+    """What a stage runs on: the pace of a process, the model's sizes, the processes, and bytes of a weight as it is
+    loaded."""
+
+    pace: Pace
+    shape: Shape
+    devices: Devices = ALONE
+    itemsize: int = 4
+
+
+def seconds_of_stages(study: Study, on: On, tokenizer: Any) -> dict[str, float]:
     """Stage -> about how many seconds it will take.
 
     Parameters
     ----------
     study
         The resolved configuration.
-    pace
-        From `measured`.
+    on
+        The pace from `measured` (or `pace_on`), the model's sizes, and how many processes there are.
     tokenizer
         Of the study's model; None: usual lengths are taken.
-    parameters
-        Of the model.
     """
-    loading = 1.0 + LOADING * max(1.0, parameters / 1.35e8)
+    loading = STARTING + on.itemsize * on.shape.parameters / READING
     found = {}
     if study.align.enabled:
-        found["align"] = loading + _alignment(study, pace, tokenizer, parameters)
-    found["score"] = loading + _scoring(study, pace, tokenizer)
-    found["groups"] = 2 * SORTS * pace.order * parameters
+        found["align"] = loading + _alignment(study, on, tokenizer)
+    found["score"] = loading + _scoring(study, on, tokenizer)
+    found["groups"] = 2 * SORTS * on.pace.order * on.shape.parameters
     seeds = len(study.seeds)
-    found["finetune"] = seeds * (loading + _finetuning(study, pace, tokenizer, parameters))
-    found["evaluate"] = seeds * loading + _evaluation(study, pace, tokenizer)
-    if (attribute := getattr(study, "attribute", None)) is not None and attribute.enabled:
-        found["attribute"] = seeds * (loading + _attribution(study, attribute, pace, tokenizer))
+    found["finetune"] = seeds * (loading + _finetuning(study, on, tokenizer))
+    found["evaluate"] = seeds * loading + _evaluation(study, on, tokenizer)
+    if study.attribute.enabled:
+        found["attribute"] = seeds * (loading + _attribution(study, on, tokenizer))
     found["analyze, report"] = ANALYSIS * (0.5 + 0.5 * study.analyze.resamples / 2000)
     return found
 
 
-def _alignment(study: Study, pace: Pace, tokenizer: Any, parameters: int) -> float:
+def _alignment(study: Study, on: On, tokenizer: Any) -> float:
     settings = study.align
     sets = [
         rows_of(source, tokenizer, settings.max_length, kind=kind)
         for kind, source in _alignment_sets(study).items()
         if source is not None
     ]
-    return _training(
-        pace, _together(sets), settings.max_steps, settings.batch_size, settings.method == "full", parameters
-    )
+    trained = _trained(on.shape, None if settings.method == "full" else settings.lora_r)
+    return _training(on._replace(itemsize=4), _together(sets), settings.max_steps, settings.batch_size, trained)
 
 
 def _alignment_sets(study: Study) -> Mapping[PromptKind, DataReference | None]:
@@ -77,44 +89,61 @@ def _alignment_sets(study: Study) -> Mapping[PromptKind, DataReference | None]:
     return {"harmful": settings.refusals, "ordinary": settings.ordinary, "borderline": settings.borderline}
 
 
-def _finetuning(study: Study, pace: Pace, tokenizer: Any, parameters: int) -> float:
-    from neurondrift.study.sections.finetuning import snapshot_steps, total_steps
+def _trained(shape: Shape, rank: int | None) -> int:
+    """How many weights are trained: all, or those of an adapter."""
+    return shape.parameters if rank is None else rank * shape.widths * shape.layers
 
+
+def _finetuning(study: Study, on: On, tokenizer: Any) -> float:
     settings = study.finetune
     rows = rows_of(settings.data, tokenizer, settings.max_length)
     steps = total_steps(rows.size, settings)
     full = settings.method == "full"
-    batches = steps * settings.gradient_accumulation
     snapshots = len(snapshot_steps(steps, settings.drift_interval))
-    measuring = snapshots * (0.3 + 2 * pace.update * parameters * (1 if full else 0.25))
-    return measuring + _training(pace, rows, batches, settings.batch_size, full, parameters if full else 0)
+    measuring = snapshots * (0.3 + 2 * on.pace.update * on.shape.parameters * (1 if full else 0.25))
+    trained = _trained(on.shape, None if full else settings.lora_r)
+    on = on._replace(itemsize=4) if full else on
+    return measuring + _training(on, rows, steps, settings.batch_size, trained, batches=settings.gradient_accumulation)
 
 
-def _training(pace: Pace, rows: Rows, steps: int, size: int, full: bool, updated: int) -> float:
-    """Forward and back of so many batches, what all rows begin with once, and the steps of the optimizer."""
-    size = min(size, rows.size)
-    tokens = steps * (size * rows.tokens - (size - 1) * rows.beginning)
-    positions = steps * size * rows.answer
+def _training(on: On, rows: Rows, steps: int, size: int, trained: int, *, batches: int = 1) -> float:
+    """Forward and back of so many batches a step, what all rows begin with once; the steps of the optimizer; and what
+    processes exchange: gradients once a step, and of a model that is cut its weights twice a batch."""
+    pace, shape, devices = on.pace, on.shape, on.devices
+    full = trained == shape.parameters
+    size = int(devices.share(min(size, rows.size)))
+    tokens = steps * batches * (size * rows.tokens - (size - 1) * rows.beginning)
+    positions = steps * batches * size * rows.answer
     layers, head = (pace.train, pace.train_head) if full else (pace.adapt, pace.adapt_head)
-    return tokens * layers + positions * head + (steps * updated * pace.update if full else 0.0)
+    updated = (trained / devices.total if devices.is_cut else trained) if full else 0
+    exchanged = devices.summing(4 * trained)
+    if devices.is_cut:
+        exchanged += batches * 2 * devices.gathering(on.itemsize * shape.parameters)
+    return tokens * layers + positions * head + steps * (updated * pace.update + exchanged)
 
 
-def _scoring(study: Study, pace: Pace, tokenizer: Any) -> float:
-    settings, tune = study.score, study.finetune
+def _scoring(study: Study, on: On, tokenizer: Any) -> float:
+    settings, tune, pace, devices = study.score, study.finetune, on.pace, on.devices
     sets = [rows_of(source, tokenizer, settings.max_length) for source in (settings.safety, settings.utility)]
     sets += [rows_of(settings.style, tokenizer, settings.max_length)] if settings.style else []
     gradient = rows_of(tune.data, tokenizer, tune.max_length)
     sets.append(gradient._replace(size=min(gradient.size, settings.gradient_examples)))
-    seconds = sum(rows.size * (rows.tokens * pace.score + rows.answer * pace.adapt_head) for rows in sets)
-    return seconds * (4 / 3 if settings.checkpoint_activations else 1)
+    seconds = 0.0
+    for rows in sets:
+        each = rows.tokens * pace.score + rows.answer * pace.adapt_head + pace.score_row
+        seconds += devices.share(rows.size) * each * (4 / 3 if settings.checkpoint_activations else 1)
+        sums = 4 * on.shape.blocks
+        if devices.is_cut:  # of every batch: the weights twice, and what it adds to the scores
+            batches = -(-devices.share(rows.size) // settings.batch_size)
+            seconds += batches * (2 * devices.gathering(on.itemsize * on.shape.parameters) + devices.gathering(sums))
+        else:
+            seconds += devices.summing(sums)
+    return seconds
 
 
-def _evaluation(study: Study, pace: Pace, tokenizer: Any) -> float:
+def _evaluation(study: Study, on: On, tokenizer: Any) -> float:
     """Answers of all points: before alignment harmful prompts alone; at both ends in full; between them shortly."""
-    from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
-    from neurondrift.study.stages.evaluation import longest_answer
-
-    asked, tune = study.evaluate, study.finetune
+    asked, tune, pace, devices = study.evaluate, study.finetune, on.pace, on.devices
     sets = {
         kind: rows_of(getattr(asked, kind), tokenizer, asked.max_length, prompts=True)
         for kind in ("harmful", "ordinary", "borderline")
@@ -127,45 +156,47 @@ def _evaluation(study: Study, pace: Pace, tokenizer: Any) -> float:
     longest, short = longest_answer(asked), asked.max_new_tokens
     every = list(sets.values())
     answers = rows_of(asked.answers, tokenizer, asked.max_length)
-    read = answers.size * (answers.tokens * pace.read + answers.answer * pace.read_head)
+    read = devices.share(answers.size) * (answers.tokens * pace.read + answers.answer * pace.read_head)
     ends, between = min(points, 2), max(points - 2, 0)
 
     def said(rows: Sequence[Rows], tokens: int, share: float) -> float:
-        prompts = sum(each.size for each in rows)
+        prompts = sum(devices.share(each.size) for each in rows)
         batches = -(-prompts // asked.batch_size)
-        lengths = sum(each.size * (each.tokens - each.beginning) for each in rows)
+        lengths = sum(devices.share(each.size) * (each.tokens - each.beginning) for each in rows)
         return lengths * pace.read + batches * tokens * pace.step + prompts * tokens * share * pace.row
 
     seconds = len(study.seeds) * (
         ends * said(every, longest, SPOKEN) + between * said(every, short, 0.7) + points * read
     )
-    seconds += len(study.seeds) * points * _margins(every, pace)
+    seconds += len(study.seeds) * points * _margins(every, on)
     if study.align.enabled:
-        seconds += said([sets["harmful"]], longest, 0.9) + _margins([sets["harmful"]], pace)
+        seconds += said([sets["harmful"]], longest, 0.9) + _margins([sets["harmful"]], on)
     return seconds
 
 
-def _margins(sets: Sequence[Rows], pace: Pace) -> float:
+def _margins(sets: Sequence[Rows], on: On) -> float:
     """The refusal margin of every prompt: what all begin with once, the openings behind each, and their logits."""
-    tokens = sum(rows.size * (rows.tokens - rows.beginning + OPENINGS) for rows in sets)
-    return tokens * pace.read + sum(rows.size for rows in sets) * (OPENINGS + 1) * pace.read_head
+    sizes = [on.devices.share(rows.size) for rows in sets]
+    tokens = sum(size * (rows.tokens - rows.beginning + OPENINGS) for size, rows in zip(sizes, sets, strict=True))
+    return tokens * on.pace.read + sum(sizes) * (OPENINGS + 1) * on.pace.read_head
 
 
-def _attribution(study: Study, settings: Any, pace: Pace, tokenizer: Any) -> float:
+def _attribution(study: Study, on: On, tokenizer: Any) -> float:
     """The margin's parts: gradients at each point of the straight way, and once between any two saved steps; of the
-    examples outputs of both models, and the update that each set asks for."""
-    asked, tune = study.evaluate, study.finetune
+    examples outputs of both models (every process by itself), and the update that each set asks for."""
+    asked, tune, settings = study.evaluate, study.finetune, study.attribute
+    pace, share = on.pace, on.devices.share
     prompts = [rows_of(getattr(asked, kind), tokenizer, 512, prompts=True) for kind in ("harmful", "ordinary")]
-    size = sum(min(settings.prompts, rows.size) for rows in prompts)
-    tokens = sum(min(settings.prompts, rows.size) * (rows.tokens + OPENINGS) for rows in prompts)
+    size = sum(share(min(settings.prompts, rows.size)) for rows in prompts)
+    tokens = sum(share(min(settings.prompts, rows.size)) * (rows.tokens + OPENINGS) for rows in prompts)
     gradients = settings.points + (tune.evaluated_steps - 1 if settings.along_steps else 0)
     back = pace.train if tune.method == "full" else pace.adapt
     examples = 0.0
     for source in (study.score.safety, study.score.utility):
         rows = rows_of(source, tokenizer, study.score.max_length)
-        examples += min(settings.examples, rows.size) * (
-            rows.tokens * (2 * pace.read + back) + rows.answer * pace.adapt_head
-        )
+        count = min(settings.examples, rows.size)
+        examples += count * rows.tokens * 2 * pace.read
+        examples += share(count) * (rows.tokens * back + rows.answer * pace.adapt_head)
     return gradients * (tokens * back + size * (OPENINGS + 1) * pace.adapt_head) + examples
 
 
