@@ -44,8 +44,10 @@ def test_a_whole_model_is_acted_on_and_given_back():
     with torch.no_grad():
         for site in linear_sites(after).values():
             site.weight.add_(1.0)
-    subject, group = Subject(before=before, after=after, tokenizer=None), some_rows(before)
     old, new = weights_of(before), weights_of(after)
+    first = {name: weight - 2.0 for name, weight in old.items()}
+    subject = Subject(before=before, after=after, tokenizer=None, unaligned=lambda name: first[name])
+    group = some_rows(before)
 
     def seen(what, members):
         with acted(subject, trial(what, members), "zero") as (model, applied):
@@ -56,6 +58,7 @@ def test_a_whole_model_is_acted_on_and_given_back():
     assert seen("before", None)[1] == Applied(0, 0, 0)
     for what, inside, outside in (
         ("prune", {name: torch.zeros_like(value) for name, value in old.items()}, old),
+        ("unalign", first, old),
         ("rewind", old, new),
         ("transplant", new, old),
     ):
@@ -68,6 +71,28 @@ def test_a_whole_model_is_acted_on_and_given_back():
             assert torch.equal(weight[others], outside[name][others]), (what, name)
         for model, kept in ((before, old), (after, new)):
             assert all(torch.equal(weight, kept[name]) for name, weight in weights_of(model).items())
+
+
+def test_the_alignment_of_a_group_is_undone_below_an_adapter_that_is_off():
+    model = random_lora("llama")
+    old = weights_of(model)
+    group = some_rows(model)
+    subject = Subject(before=model, after=model, tokenizer=None, unaligned=lambda name: old[name] + 1.0)
+    with acted(subject, trial("unalign", group), "zero") as (given, applied):
+        assert applied == Applied(len(group), len(group), 0)
+        found = weights_of(given)
+        for name, weight in found.items():
+            rows = group.members[name]
+            assert torch.equal(weight[rows], old[name][rows] + 1.0)
+            assert (weight != old[name]).any(dim=1).sum() == len(rows)
+    assert all(torch.equal(weight, old[name]) for name, weight in weights_of(model).items())
+
+
+def test_undoing_the_alignment_needs_the_model_from_before_it():
+    model = build("llama")
+    subject = Subject(before=model, after=model, tokenizer=None)
+    with pytest.raises(ConfigError, match="not known"), acted(subject, trial("unalign", some_rows(model)), "zero"):
+        pass
 
 
 def test_freeze_needs_a_training_that_can_be_repeated():
@@ -112,7 +137,8 @@ def test_where_nothing_has_changed_every_intervention_changes_nothing_bit_for_bi
             for name, parameter in after.named_parameters():
                 if "lora_B" in name:
                     parameter.zero_()
-    subject = Subject(before=before, after=after, tokenizer=TOKENIZER)
+    own = weights_of(before)
+    subject = Subject(before=before, after=after, tokenizer=TOKENIZER, unaligned=lambda name: own[name])
     expected, kept = answers_of(after), [bits_of(before), bits_of(after)]
     with acted(subject, trial(what, group), "zero") as (model, applied):
         assert applied.acted_on == len(group)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import neurondrift as nd
 from helpers.studies import run, smoke, stands
@@ -12,9 +13,12 @@ from neurondrift.base.errors import ConfigError
 from neurondrift.base.roles import ALIGNMENT_GROUPS, PUBLISHED_GROUPS
 from neurondrift.groups.group import load_group
 from neurondrift.groups.selection import select_top
+from neurondrift.interventions.trials import Trial, acted
+from neurondrift.study.experiments.intervene import intervene, subject_of
 from neurondrift.study.experiments.stability import redraw
 from neurondrift.study.folder import StudyFolder
 from neurondrift.study.runner import StudyRun
+from neurondrift.study.settings import InterveneSection
 from neurondrift.study.stages.attribution.alignment import SCORES, spread
 from neurondrift.study.stages.grouping import weight_groups
 
@@ -85,6 +89,27 @@ def test_controls_moved_in_the_alignment_about_as_far(finished):
     own = abs(mean_log(of(folder, "safety_paying", matched=True)) - mean_log(group))
     plain = np.mean([abs(mean_log(c) - mean_log(group)) for c in matched(group, norms, seed=0, draws=20, bins=4)])
     assert own < 0.6 * plain
+
+
+def test_undoing_the_alignment_of_a_group_gives_it_the_weights_of_the_base(copy):
+    study, place = smoke(), StudyFolder(copy, smoke())
+    base = {name: site.weight for name, site in nd.linear_sites(nd.load_model(BASE, dtype="float32")[0]).items()}
+    subject, _ = subject_of(study, place, InterveneSection(), study.seed)
+    group = of(copy, "safety_acquired")
+    aligned = {name: site.weight.clone() for name, site in subject.sites_before.items()}
+    with acted(subject, Trial("unalign", "safety_acquired", 1.0, None, group, True), "zero") as (model, _):
+        for name, site in nd.linear_sites(model).items():
+            rows = group.members.get(name, np.empty(0, dtype=np.int64))
+            torch.testing.assert_close(site.weight[rows], base[name][rows], rtol=0, atol=1e-7)
+            others = np.setdiff1d(np.arange(len(site.weight)), rows)
+            assert torch.equal(site.weight[others], aligned[name][others])
+            assert not len(rows) or (aligned[name][rows] - base[name][rows]).abs().max() > 1e-5
+    small = {"draws": 2, "doses": [1.0], "outcome": "margin", "harmful": 4, "ordinary": 2}
+    asked = InterveneSection(groups=["safety_acquired"], interventions=["unalign"], **small)
+    found = intervene(study, place, asked, say=lambda line: None)
+    (effect,) = found["effects"]
+    assert effect["intervention"] == "unalign" and effect["margin_share"]["of"].startswith("margin gone")
+    assert "Undoing only the alignment of safety_acquired before fine-tuning" in found["conclusion"]
 
 
 def test_without_a_base_there_are_none_and_it_is_said_once(tmp_path):

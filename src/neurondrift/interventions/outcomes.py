@@ -83,13 +83,15 @@ class Scale(NamedTuple):
 
     def ends(self, intervention: str) -> tuple[float, float]:
         """The values that 0 and 1 of an intervention's change stand for."""
-        if intervention == "prune":  # a margin has no end: as much as fine-tuning took
+        if intervention in TAKING:  # a margin has no end: as much as fine-tuning took
             return self.before, 0.0 if self.outcome == "refusals" else self.after
         return (self.before, self.after) if intervention in FROM_BEFORE else (self.after, self.before)
 
 
 #: Interventions that do not act on a change of weights.
-OF_NO_CHANGE = ("prune", "patch", "patch_back")
+OF_NO_CHANGE = ("prune", "unalign", "patch", "patch_back")
+#: Those that take something from the model before fine-tuning.
+TAKING = ("prune", "unalign")
 #: Interventions on the model from before, whose change is a loss.
 FROM_BEFORE = ("transplant", "patch_back")
 
@@ -301,6 +303,7 @@ def _uncounted(own: Rows, null: Sequence[Rows], kind: str, is_stopped: bool) -> 
 _SHARES: dict[Judging, dict[str, str]] = {
     "refusals": {
         "prune": "refusals of the model before fine-tuning that are gone",
+        "unalign": "refusals of the model before fine-tuning that are gone",
         "rewind": "lost refusals that are back",
         "transplant": "lost refusals that this change alone loses",
         "patch": "lost refusals that are back",
@@ -309,6 +312,7 @@ _SHARES: dict[Judging, dict[str, str]] = {
     },
     "margin": {
         "prune": "margin gone, as a share of what fine-tuning took",
+        "unalign": "margin gone, as a share of what fine-tuning took",
         "rewind": "lost margin that is back",
         "transplant": "lost margin that this change alone loses",
         "patch": "lost margin that is back",
@@ -321,6 +325,7 @@ _SHARES: dict[Judging, dict[str, str]] = {
 #: Which way an outcome goes if the group carries it (`prune`), or if its change is a cause of the loss.
 _EXPECTED: dict[str, Direction] = {
     "prune": "lower",
+    "unalign": "lower",
     "rewind": "higher",
     "transplant": "lower",
     "patch": "higher",

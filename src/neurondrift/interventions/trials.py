@@ -33,7 +33,7 @@ from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
 # In the order in which they are run: freezing takes the measured adapter off the model, and comes last.
-Intervention = Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]
+Intervention = Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]
 INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 Cell = tuple[str, str, float]  # intervention, group, dose
 Label = tuple[str, str, float, int | None]  # the same and the draw
@@ -48,13 +48,15 @@ class Subject:
     """The model before and after fine-tuning; one PEFT model is both, with its adapter off and on.
 
     `train_frozen(group)` is a context that gives the model trained from `before` with the group held; None where the
-    training cannot be repeated.
+    training cannot be repeated. `unaligned` gives each site's weight from before the alignment; None where that model
+    is not known.
     """
 
     before: nn.Module
     after: nn.Module
     tokenizer: Any
     train_frozen: Callable[[Group], Acted] | None = None
+    unaligned: Weights | None = None
 
     @property
     def is_adapted(self) -> bool:
@@ -250,6 +252,19 @@ def _pruned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[n
 
 
 @contextmanager
+def _unaligned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
+    if subject.unaligned is None:
+        raise ConfigError(
+            "Undoing the alignment of a group needs the model from before it, which is not known",
+            received="unalign",
+            allowed=", ".join(one for one in INTERVENTIONS if one != "unalign"),
+            fix="name it: [model] base",
+        )
+    with _without_change(subject) as model, rewind(subject.sites_before, group, initial=subject.unaligned) as applied:
+        yield model, applied
+
+
+@contextmanager
 def _rewound(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
     initial = None if subject.is_adapted else _weights_of(subject.sites_before)
     with rewind(subject.sites_after, group, initial=initial) as applied:
@@ -290,6 +305,7 @@ def _frozen(subject: Subject, group: Group, mode: PruneMode) -> Acted:
 REFERENCES: dict[str, Callable[[Subject], Acted]] = {"before": _before, "after": _after}
 ACTIONS: dict[str, Callable[[Subject, Group, PruneMode], Acted]] = {
     "prune": _pruned,
+    "unalign": _unaligned,
     "rewind": _rewound,
     "transplant": _transplanted,
     "patch": _patched,

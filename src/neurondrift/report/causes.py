@@ -70,7 +70,7 @@ class Words(NamedTuple):
     share: str
     difference: str
     smallest: str
-    carried: str  # what a pruned group carries
+    carried: str  # what a group carries that something is taken from
     does: Mapping[str, str]
     cause: str
 
@@ -84,6 +84,7 @@ OUTCOMES = {
         carried="margin that fine-tuning took",
         does={
             "prune": "takes {share} as much margin as fine-tuning did",
+            "unalign": "takes {share} as much margin as fine-tuning did",
             "rewind": "brings {share} of the lost margin back",
             "transplant": "loses {share} of it",
             "patch": "brings {share} of the lost margin back",
@@ -108,8 +109,11 @@ OUTCOMES = {
         cause="refusals",
     ),
 }
+#: Of the model before fine-tuning something is taken.
+TAKING = ("prune", "unalign")
 ACTS = {
     "prune": "Pruning {group} before fine-tuning",
+    "unalign": "Undoing only the alignment of {group} before fine-tuning",
     "rewind": "Undoing only the change of {group}",
     "transplant": "Putting only the change of {group} into the model from before",
     "patch": "Giving only {group} back its outputs from before",
@@ -180,7 +184,7 @@ def _intervention_sentence(effect: InterventionEffect, outcome: Words, *, lost: 
     if value is None:
         return f"{acts} leaves no answer that can be read."
     is_margin = outcome.measure != "harmful"
-    if intervention == "prune" and not (is_margin and lost > 0):
+    if intervention in TAKING and not (is_margin and lost > 0):
         number = f"the margin at {value:+.2f} nats" if is_margin else f"refusals at {value:.2f}"
         text = f"{acts} leaves {number} ({_beside(effect, measure, _mean(measure, is_margin), tests)})"
         return text + _what_else_broke(effect) + _standing_of_pruned(effect, outcome) + "."
@@ -190,7 +194,7 @@ def _intervention_sentence(effect: InterventionEffect, outcome: Words, *, lost: 
     found: ShareOfChange = effect[outcome.share]  # type: ignore[literal-required]
     does = outcome.does[intervention].format(share=_share(found["group"]))
     text = f"{acts} {does} ({_beside(effect, measure, _share(found['null']), tests)})"
-    if intervention == "prune":
+    if intervention in TAKING:
         return text + _what_else_broke(effect) + _standing_of_pruned(effect, outcome) + "."
     return f"{text}{_specific(effect, outcome)}{_other_outcome(effect, outcome)}{_passes_on(effect)}."
 

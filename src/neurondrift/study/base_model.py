@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 
 from neurondrift.attribution.changes import Change, change_along, change_from
 from neurondrift.attribution.measures.material import base_of
-from neurondrift.models.loading import load_model, resolve_device, resolve_dtype
+from neurondrift.models.disk.checkpoints import Checkpoint
+from neurondrift.models.disk.initial import CheckpointWeights, Weights
+from neurondrift.models.loading import folder_of, load_model, resolve_device, resolve_dtype
 from neurondrift.models.sites import Sites
 from neurondrift.models.text.templates import set_template_arguments
 from neurondrift.study.folder import StudyFolder
@@ -50,6 +54,24 @@ def change_of_alignment(study: Study, folder: StudyFolder, sites: Sites, tokeniz
     both = change_along(sites, [base, reference])
     first, last = both.states[-2:]
     return Change(both.vessel, (first, last), unknown=both.unknown, kept=both.kept)
+
+
+def weights_before_alignment(study: Study, sites: Sites, tokenizer: Any) -> Weights:
+    """The weights of the loaded model's sites from before the alignment, `[out, in]` in the dtype on disk.
+
+    The base is looked for when the first is asked for, with the errors of `change_of_alignment`.
+    """
+
+    @cache
+    def stored() -> tuple[ExitStack, CheckpointWeights]:
+        assert study.base is not None
+        base = base_of(study.base, tokenizer)
+        with ExitStack() as stack:
+            folder = stack.enter_context(folder_of(base))
+            weights = CheckpointWeights(folder, sites, checkpoint=Checkpoint(folder, base))
+            return stack.pop_all(), weights  # a temporary folder is there as long as they are
+
+    return lambda site: stored()[1](site)
 
 
 def _load(

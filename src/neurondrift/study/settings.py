@@ -165,7 +165,7 @@ class InterveneSection(Experiment):
 
     granularity: Literal["neuron", "weight", "unit"] = "neuron"
     groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups that judge")
-    interventions: list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] = Field(
+    interventions: list[Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]] = Field(
         [], description="empty: all that can be run"
     )
     outcome: Literal["margin", "refusals", "both"] = Field(

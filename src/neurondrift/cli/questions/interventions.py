@@ -34,7 +34,7 @@ class InterveneFlags(SettingFlags):
         list[str] | None, asked("intervene.groups", "group's name or file; default: the safety groups")
     ] = None
     intervention: Annotated[
-        list[Literal["prune", "rewind", "transplant", "patch", "patch_back", "freeze"]] | None,
+        list[Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]] | None,
         asked("intervene.interventions", "may be repeated; default: all"),
     ] = None
     outcome: Annotated[

@@ -27,7 +27,7 @@ from neurondrift.report.wording import finite, role_of
 NULL_BAND = "#D9D9D9"
 ENDS: tuple[Literal["before"], Literal["after"]] = ("before", "after")
 #: The panels, in order.
-PANELS = ("prune", "rewind", "transplant", "patch", "patch_back", "freeze")
+PANELS = ("prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze")
 
 
 def intervention_doses(results: Findings) -> Figure | None:

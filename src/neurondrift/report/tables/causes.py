@@ -31,6 +31,7 @@ STOP = "stopped"
 WAYS: tuple[Literal["incoherent"], Literal["undecided"]] = ("incoherent", "undecided")
 WHAT = {
     "prune": "the group is set to zero (or to its site's mean) in the model before fine-tuning",
+    "unalign": "the group gets its values from before the alignment, in the model before fine-tuning",
     "rewind": "the group alone gets its values from before fine-tuning back; all else stays fine-tuned",
     "transplant": "the change of the group alone is put into the model from before fine-tuning",
     "patch": "the fine-tuned model runs with the group's outputs of the model from before, at the same tokens",
@@ -129,7 +130,7 @@ def margin_table(interventions: Interventions) -> Table:
             "random: mean of matched random groups, which may hold members of the group; interval: of the group minus "
             "them, over prompts and draws",
             "share of the margin that fine-tuning took: what the intervention brings back (rewind, patch, freeze), "
-            "loses (transplant, patch_back), or takes (prune)",
+            "loses (transplant, patch_back), or takes (prune, unalign)",
             *_tests(interventions, "margin_harmful"),
             *_corrected(interventions, "margin"),
             *_support(interventions),

@@ -75,7 +75,8 @@ def bytes_of_stages(
     found["evaluate"] = whole + asked.batch_size * (
         longest * shape.cached * itemsize + shape.vocabulary * (itemsize + LOGIT)
     )
-    if study.attribute.enabled:
-        found["attribute"] = whole + behind(rows, study.attribute.batch_size * devices.total)
-        found["attribute"] += 4 * (shape.blocks if full else tune.lora_r * shape.widths * shape.layers)
+    if study.attribute.enabled:  # most for provenance: gradients of two sets, and their product with the change
+        rows = rows_of(score.utility, tokenizer, score.max_length)
+        found["attribute"] = whole + behind(rows, study.attribute.batch_size * devices.total) + 4 * block
+        found["attribute"] += 3 * 4 * shape.blocks
     return found

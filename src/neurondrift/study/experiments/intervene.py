@@ -47,7 +47,7 @@ from neurondrift.report.causes import intervention_findings
 from neurondrift.report.findings.interventions import Interventions
 from neurondrift.statistics.design.levels import ALPHA
 from neurondrift.statistics.null import draws_needed, smallest_p
-from neurondrift.study.base_model import dtype_of, load_base, load_named
+from neurondrift.study.base_model import dtype_of, load_base, load_named, weights_before_alignment
 from neurondrift.study.folder import StudyFolder, last_step, record, saved_step
 from neurondrift.study.settings import InterveneSection, Study
 from neurondrift.study.stages.attribution.measuring import openings_of_seed
@@ -168,6 +168,7 @@ def _asked(options: InterveneSection, subject: Subject, groups: Mapping[str, Gro
     if why := _no_patch(options, subject, groups):
         say(f"patch and patch_back are left out: {why}")
         left_out |= PATCHES
+    left_out |= set() if subject.unaligned is not None else {"unalign"}
     return tuple(name for name in INTERVENTIONS if name not in left_out)
 
 
@@ -192,6 +193,7 @@ def _inputs(study: Study, seed: int, base: str, adapter: str, bench: Bench) -> s
         + [[(e.id, e.prompt, e.response, *e.messages) for e in bench.answers]]
         + [study.finetune.model_dump(mode="json"), seed]
         + ([study.model.template] if study.model.template else [])
+        + ([study.model.base] if study.model.base else [])
         + ([asdict(bench.openings)] if bench.openings not in (None, openings_for()) else [])
     )
 
@@ -243,7 +245,10 @@ def subject_of(study: Study, folder: StudyFolder, options: InterveneSection, see
     else:
         before = after = attach_adapter(before, tuned).eval()
         train_frozen = partial(_trained_adapter, study, after, tokenizer, seed)
-    return Subject(before=before, after=after, tokenizer=tokenizer, train_frozen=train_frozen), _digest(tuned)
+    subject = Subject(before=before, after=after, tokenizer=tokenizer, train_frozen=train_frozen)
+    if study.base is not None:
+        subject = replace(subject, unaligned=weights_before_alignment(study, subject.sites_before, tokenizer))
+    return subject, _digest(tuned)
 
 
 def _digest(path: Path) -> str:
@@ -335,7 +340,7 @@ def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequ
         for what in asked:
             if what in PATCHES:
                 places_of(group, sites)
-            elif what != "prune":
+            elif what not in ("prune", "unalign"):
                 reach(group, sites, trained, what)
 
 
