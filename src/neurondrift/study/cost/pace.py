@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Pace(NamedTuple):
     order
         Putting one number in order among many, as groups do.
     score_row
-        An example that is scored, beside its tokens; 0 where `score` holds it.
+        An example that is scored, beside its tokens.
     """
 
     train: float
@@ -61,6 +62,10 @@ class Pace(NamedTuple):
     row: float
     order: float
     score_row: float = 0.0
+
+    def slowed(self, factor: float) -> Pace:
+        """The pace of a process that has one part of so many of the machine; numbers are put in order by one alone."""
+        return Pace(**{name: (1 if name == "order" else factor) * value for name, value in self._asdict().items()})
 
 
 def measured(skeleton: Any, *, device: torch.device, dtype: torch.dtype, rank: int) -> Pace:
@@ -139,10 +144,15 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
     adapt_head = _seconds(lambda: through_head(False), device) / PREDICTED
     read = _seconds(forward, device)
     few, many = (_decoding(model, rows, device) for rows in (FEW, MANY))
-    # The difference: what is set up for scores once is much beside so few examples, and little beside a study's.
-    once = _seconds(lambda: score(model, encoded, batch_size=rows), device)
-    twice = _seconds(lambda: score(model, 2 * encoded, batch_size=rows), device)
+    # Differences: what is set up for scores once is much beside so few examples, and little beside a study's. Twice the
+    # rows cost their tokens and what each row costs by itself, rows of twice the length the tokens alone.
+    longer = [_row(model, min(2 * TOKENS, context_length(model))) for _ in range(rows)]
+    more = sum(len(row["input_ids"]) for row in longer) - tokens
+    once, twice, long = (
+        _seconds(partial(score, model, each, batch_size=rows), device) for each in (encoded, 2 * encoded, longer)
+    )
     scored = max(twice - once, 0.5 * once)
+    of_tokens = min(max(long - once, 0.1 * scored) * tokens / more, scored) if more > 0 else scored
     model.requires_grad_(False)
     for parameter in decoder_blocks(model)[0].modules[0].parameters():
         parameter.requires_grad_(True)
@@ -161,7 +171,8 @@ def _timed(model: Any, blocks: float, rank: int) -> Pace:
     return Pace(
         train=of_token(trained, adapt_head),
         adapt=of_token(adapted, adapt_head),
-        score=of_token(scored, adapt_head),
+        score=of_token(of_tokens, adapt_head),
+        score_row=(scored - of_tokens) * blocks / rows,
         read=of_token(read, read_head),
         train_head=train_head,
         adapt_head=adapt_head,
