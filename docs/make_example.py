@@ -391,8 +391,9 @@ def page(folder: Path, results: dict) -> str:
 
 def copied(study: Path) -> None:
     """The results of a study, in docs/example instead of those that are there."""
-    shutil.rmtree(EXAMPLE, ignore_errors=True)
-    (EXAMPLE / "figures").mkdir(parents=True)
+    for old in (*(EXAMPLE / name for name in FILES), *EXAMPLE.glob("figures/*")):
+        old.unlink(missing_ok=True)
+    (EXAMPLE / "figures").mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (study / "results" / name).exists():
             shutil.copy(study / "results" / name, EXAMPLE / name)
