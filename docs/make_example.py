@@ -87,7 +87,7 @@ def causes(folder: Path) -> str:
     lines = [
         f"`neurondrift intervene` on the demo (seed {found['training_seed']}, {before['harmful']['n']} harmful prompts: "
         f"{before['harmful']['rate']:.2f} refused before fine-tuning, {after['harmful']['rate']:.2f} after it), in "
-        f"{minutes:.0f} minutes, doses included:",
+        f"{minutes:.0f} minutes{_doses(found)}:",
         "",
         "| group | intervention | refused | matched random groups: mean (range) | effect (95 %) | p (Holm) | ordinary refused | perplexity (random) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -105,6 +105,10 @@ def causes(folder: Path) -> str:
     return "\n".join([*lines, "", found["conclusion"]])
 
 
+def _doses(found: dict) -> str:
+    return ", doses included" if any(effect["dose"] < 1 for effect in found["effects"]) else ""
+
+
 def _by_margin(found: dict, minutes: float) -> str:
     """The same where the refusal margin is the primary outcome."""
     before, after = (found["references"][name] for name in ("before", "after"))
@@ -114,7 +118,7 @@ def _by_margin(found: dict, minutes: float) -> str:
     lines = [
         f"`neurondrift intervene` on the demo (seed {found['training_seed']}, {before['margin']['n']} harmful prompts: "
         f"margin {before['margin']['harmful']:+.2f} nats before fine-tuning, {after['margin']['harmful']:+.2f} after "
-        f"it{refusals}), in {minutes:.0f} minutes, doses included:",
+        f"it{refusals}), in {minutes:.0f} minutes{_doses(found)}:",
         "",
         "| group | intervention | margin | matched random groups: mean (range) | effect (95 %) | p (Holm) | share of the "
         "lost margin (random) | refused (random) | perplexity (random) |",

@@ -67,10 +67,11 @@ def intervention_doses(results: Findings) -> Figure | None:
                 ax.text(0.04, 0.04, f"{draws_made(stopped[-1])} draws", transform=ax.transAxes, fontsize=7, color=INK)
             if row == 0:
                 ax.set_title(kind)
-            if row == len(groups) - 1:
-                ax.set_xlabel("share of the group, %")
         axes[row][0].set_ylabel(f"{words(group)}\n{'margin, nats' if is_margin else 'share refused'}")
-    axes[0][0].set(xlim=(0, 106), xticks=[0, 25, 50, 75, 100])
+    labelled = axes[-1] if len(kinds) <= 3 else [axes[-1][len(kinds) // 2]]  # of many narrow panels one is enough
+    for ax in labelled:
+        ax.set_xlabel("share of the group, %")
+    axes[0][0].set(xlim=(0, 106), xticks=[0, 50, 100] if len(kinds) > 3 else [0, 25, 50, 75, 100])
     if not is_margin:
         axes[0][0].set(ylim=(-0.04, 1.04))
     if len(kinds) * len(groups) > 1:
