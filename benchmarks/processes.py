@@ -3,7 +3,7 @@
     PYTHONPATH=tests python benchmarks/processes.py [--times 10] [--seed 0]
 
 A tiny Llama (LoRA, four steps, a checkpoint at each) is killed (SIGKILL, one process of two or the only one) at a random
-moment after training has begun. Then it goes on in one process, or in two, and its adapters and drift are compared with
+moment between its first checkpoint and its end. Then it goes on in one process, or in two, and its adapters and drift are compared with
 those of a run that nothing disturbed: the largest difference is printed, and how far the killed run had come.
 """
 
@@ -23,16 +23,18 @@ from helpers.processes import children, launch
 from neurondrift.base.processes import joined_processes
 
 TOLERANCE = 1e-5
+STEPS = 4  # of the training
 
 
 def killed(folder: Path, rng: random.Random, *, two: bool) -> str:
-    """Kill a training at a random moment after its first checkpoint was begun; the steps that it had saved."""
+    """Kill a training at a random moment about a checkpoint that is drawn; the steps that it had saved."""
     worker = (__file__, "--train", str(folder))
     process = launch(*worker) if two else subprocess.Popen([sys.executable, *worker], stderr=subprocess.DEVNULL)
     trainer = folder / "llama" / "trainer"
-    while not list(trainer.glob("checkpoint-*")) and process.poll() is None:
+    first = trainer / f"checkpoint-{rng.randrange(1, STEPS)}"
+    while not first.exists() and process.poll() is None:
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 1.0))
+    time.sleep(rng.uniform(0, 0.2))
     if process.poll() is None:
         os.kill(children(process)[rng.randrange(2)] if two else process.pid, signal.SIGKILL)
     process.communicate()
