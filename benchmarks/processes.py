@@ -3,8 +3,9 @@
     PYTHONPATH=tests python benchmarks/processes.py [--times 10] [--seed 0]
 
 A tiny Llama (LoRA, four steps, a checkpoint at each) is killed (SIGKILL, one process of two or the only one) at a random
-moment between its first checkpoint and its end. Then it goes on in one process, or in two, and its adapters and drift are compared with
-those of a run that nothing disturbed: the largest difference is printed, and how far the killed run had come.
+moment between its first checkpoint and its end. Then it goes on in one process, or in two, and its adapters and drift
+are compared with those of a run that nothing disturbed: the largest difference is printed, and how far the killed run
+had come.
 """
 
 import argparse

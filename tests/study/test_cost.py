@@ -173,7 +173,7 @@ def test_processes_share_what_stages_share():
         assert shared == pytest.approx(one / 4, rel=0.12), stage
     exchanged = at(devices=Devices(4, link=1.0))
     trained = 8 * SHAPE.widths * SHAPE.layers
-    assert trained == work._trained(SHAPE, 8)
+    assert trained == SHAPE.trained(8)
     rows = work.rows_of(study.finetune.data, tokenizer, study.finetune.max_length)
     assert work._training(exchanged, rows, 12, 4, trained) == 12 * 2 * 3 / 4 * 4 * trained
     cut = exchanged._replace(devices=Devices(4, is_cut=True, link=1.0), itemsize=2)
@@ -220,6 +220,16 @@ def test_memory_of_parts_and_of_all():
     assert 16e10 < alone["finetune"] < 17e10 and 2e10 < cut["finetune"] < 10e10
     assert alone["score"] - bytes_of_stages(study, large, None, itemsize=2, room=3e10)["score"] == 3.6e10
     assert cut["evaluate"] == alone["evaluate"] > 2e10
+
+
+def test_a_model_that_fits_may_be_cut_to_train_all_of_it():
+    full, adapted = (resolve(preset="smoke", flags={"finetune.method": how}) for how in ("full", "lora"))
+    large, eight = SHAPE._replace(parameters=10**10, blocks=9 * 10**9), Devices(8, cut_to_train=True)
+    for study, is_cut in ((full, True), (adapted, False)):
+        found = bytes_of_stages(study, large, None, itemsize=2, devices=eight)
+        assert found["score"] == bytes_of_stages(study, large, None, itemsize=2, devices=Devices(8))["score"]
+        alike = bytes_of_stages(study, large, None, itemsize=2, devices=Devices(8, is_cut=is_cut))
+        assert found["finetune"] == alike["finetune"]
 
 
 def test_scores_of_seven_billion_weights_take_what_they_took_on_a_gpu():

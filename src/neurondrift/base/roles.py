@@ -1,4 +1,5 @@
-"""What a group is to a study: about safety, about utility, drawn at random, or the control of another group."""
+"""What a group is to a study: about safety, about utility, drawn at random, or the control of another group; and what
+can be done to it."""
 
 from __future__ import annotations
 
@@ -39,10 +40,21 @@ ALIGNMENT_GROUPS = ("safety_acquired", "safety_paying")
 #: Safety groups that are reported and judge nothing: most members of the top share are those of utility's as well.
 JUDGES_NOTHING = ("safety_top",)
 
+#: In the order in which they are run and shown: freezing takes the measured adapter off the model, and comes last.
+Intervention = Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]
+INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
+#: Those that take something from the model before fine-tuning.
+TAKING: tuple[Intervention, ...] = ("prune", "unalign")
+
 
 def group_names(granularity: str) -> tuple[str, ...]:
     """The groups that a study makes of neurons; of weights and hidden units the published ones."""
     return GROUP_NAMES if granularity == "neuron" else PUBLISHED_GROUPS
+
+
+def judges(name: str, role: Role | None) -> bool:
+    """Whether a group of this name and role is one that the answer rests on."""
+    return role == "safety" and name not in JUDGES_NOTHING
 
 
 def role_of_name(name: str) -> Role | None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neurondrift.base.errors import ArtifactError
+from neurondrift.base.roles import TAKING
 from neurondrift.behaviour.rates import coherent_rate, counts
 from neurondrift.interventions.measures import Outcome as Asked
 from neurondrift.interventions.runs import Rows
@@ -89,9 +90,7 @@ class Scale(NamedTuple):
 
 
 #: Interventions that do not act on a change of weights.
-OF_NO_CHANGE = ("prune", "unalign", "patch", "patch_back")
-#: Those that take something from the model before fine-tuning.
-TAKING = ("prune", "unalign")
+OF_NO_CHANGE = (*TAKING, "patch", "patch_back")
 #: Interventions on the model from before, whose change is a loss.
 FROM_BEFORE = ("transplant", "patch_back")
 

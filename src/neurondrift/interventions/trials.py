@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from neurondrift.base.errors import ConfigError, GroupError
 from neurondrift.base.files import sha256_of_value
 from neurondrift.base.processes import in_shares, sharers
-from neurondrift.base.roles import Role
+from neurondrift.base.roles import INTERVENTIONS, Intervention, Role
 from neurondrift.groups.controls import Support, comparable_part, matched
 from neurondrift.groups.doses import Importance, digest, dose_of
 from neurondrift.groups.group import Group
@@ -32,9 +32,6 @@ from neurondrift.models.disk.initial import Weights
 from neurondrift.models.sites import Sites
 from neurondrift.statistics.null import is_settled
 
-# In the order in which they are run: freezing takes the measured adapter off the model, and comes last.
-Intervention = Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]
-INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 Cell = tuple[str, str, float]  # intervention, group, dose
 Label = tuple[str, str, float, int | None]  # the same and the draw
 StopEarly = Literal["freeze", "all", "none"]
@@ -254,12 +251,8 @@ def _pruned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[n
 @contextmanager
 def _unaligned(subject: Subject, group: Group, mode: PruneMode) -> Iterator[tuple[nn.Module, Applied]]:
     if subject.unaligned is None:
-        raise ConfigError(
-            "Undoing the alignment of a group needs the model from before it, which is not known",
-            received="unalign",
-            allowed=", ".join(one for one in INTERVENTIONS if one != "unalign"),
-            fix="name it: [model] base",
-        )
+        why = "Undoing the alignment of a group needs the model from before it, which is not known"
+        raise _cannot("unalign", why, fix="name it: [model] base")
     with _without_change(subject) as model, rewind(subject.sites_before, group, initial=subject.unaligned) as applied:
         yield model, applied
 
@@ -292,13 +285,13 @@ def _patched_back(subject: Subject, group: Group, mode: PruneMode) -> Iterator[t
 
 def _frozen(subject: Subject, group: Group, mode: PruneMode) -> Acted:
     if subject.train_frozen is None:
-        raise ConfigError(
-            "Freezing trains again, and how this adapter was trained is not known",
-            received="freeze",
-            allowed=", ".join(one for one in INTERVENTIONS if one != "freeze"),
-            fix="run it in the study's folder",
-        )
+        why = "Freezing trains again, and how this adapter was trained is not known"
+        raise _cannot("freeze", why, fix="run it in the study's folder")
     return subject.train_frozen(group)
+
+
+def _cannot(what: Intervention, why: str, *, fix: str) -> ConfigError:
+    return ConfigError(why, received=what, allowed=", ".join(one for one in INTERVENTIONS if one != what), fix=fix)
 
 
 #: The models that every effect lies between.

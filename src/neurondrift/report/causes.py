@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from neurondrift.base.roles import TAKING
 from neurondrift.report import wording
 from neurondrift.report.findings.interventions import (
     CauseFound,
@@ -109,8 +110,6 @@ OUTCOMES = {
         cause="refusals",
     ),
 }
-#: Of the model before fine-tuning something is taken.
-TAKING = ("prune", "unalign")
 ACTS = {
     "prune": "Pruning {group} before fine-tuning",
     "unalign": "Undoing only the alignment of {group} before fine-tuning",

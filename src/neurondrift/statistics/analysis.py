@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurondrift.base.errors import ConfigError, GroupError
-from neurondrift.base.roles import CONTROLS, JUDGES_NOTHING, NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, role_of_name
+from neurondrift.base.roles import CONTROLS, NEGATIVE_CONTROLS, POSITIVE_CONTROLS, Role, judges, role_of_name
 from neurondrift.statistics import estimates, inference
 from neurondrift.statistics.comparison import Chosen, Settings, compare, group_effect, permutations
 from neurondrift.statistics.descriptive import BehaviourSeries, associate
@@ -131,7 +131,7 @@ def analyze(
     settings = Settings(band, bins, resamples, rng_seed)
     roles = {name: (roles or {}).get(name, role_of_name(name)) for name in members}
     if judging is None:
-        judging = [name for name, role in roles.items() if role == "safety" and name not in JUDGES_NOTHING]
+        judging = [name for name, role in roles.items() if judges(name, role)]
     on = covariates_of_groups(population, roles, match_on or {})
     for name in (*judging, *(match_on or {})):
         if name not in members:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neurondrift.attribution.changes import Change, change_along, change_from
 from neurondrift.attribution.measures.material import base_of
@@ -56,19 +57,18 @@ def change_of_alignment(study: Study, folder: StudyFolder, sites: Sites, tokeniz
     return Change(both.vessel, (first, last), unknown=both.unknown, kept=both.kept)
 
 
-def weights_before_alignment(study: Study, sites: Sites, tokenizer: Any) -> Weights:
-    """The weights of the loaded model's sites from before the alignment, `[out, in]` in the dtype on disk.
+def weights_before_alignment(base: str, model: nn.Module, tokenizer: Any) -> Weights:
+    """The weights of a loaded model's sites from before the alignment, `[out, in]` in the dtype on disk.
 
     The base is looked for when the first is asked for, with the errors of `change_of_alignment`.
     """
 
     @cache
     def stored() -> tuple[ExitStack, CheckpointWeights]:
-        assert study.base is not None
-        base = base_of(study.base, tokenizer)
+        reference = base_of(base, tokenizer)
         with ExitStack() as stack:
-            folder = stack.enter_context(folder_of(base))
-            weights = CheckpointWeights(folder, sites, checkpoint=Checkpoint(folder, base))
+            folder = stack.enter_context(folder_of(reference))
+            weights = CheckpointWeights(folder, Sites(model), checkpoint=Checkpoint(folder, reference))
             return stack.pop_all(), weights  # a temporary folder is there as long as they are
 
     return lambda site: stored()[1](site)

@@ -25,7 +25,7 @@ from pydantic import (
 
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import read_toml, without_none
-from neurondrift.base.roles import group_names
+from neurondrift.base.roles import Intervention, group_names
 from neurondrift.models.data import DataOrNone, DataReference
 from neurondrift.study.sections.attribute import AttributeSection
 from neurondrift.study.sections.experiments import DoseResponseSection as DoseResponseSection
@@ -165,9 +165,7 @@ class InterveneSection(Experiment):
 
     granularity: Literal["neuron", "weight", "unit"] = "neuron"
     groups: list[str] = Field([], description="groups of the study, or files; empty: the safety groups that judge")
-    interventions: list[Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]] = Field(
-        [], description="empty: all that can be run"
-    )
+    interventions: list[Intervention] = Field([], description="empty: all that can be run")
     outcome: Literal["margin", "refusals", "both"] = Field(
         "both", description="the refusal margin (primary, one forward a prompt), written refusals, or both"
     )

@@ -265,8 +265,10 @@ def _shortened(text: str, limit: int = 240) -> str:
 def _compare(cost: Cost, device: str, output_dir: Path, processes: int, problems: list[str]) -> None:
     if free_bytes(output_dir) < cost.disk:
         problems.append(f"about {cost.disk / 1e9:.1f} GB of disk are needed where the study lies")
-    from neurondrift.study.cost.estimate import room_on
+    import torch
 
-    needed, available = cost.peak * (1 if device == "cuda" else processes), room_on(device)
+    from neurondrift.importance.scores import free_memory
+
+    needed, available = cost.peak * (1 if device == "cuda" else processes), free_memory(torch.device(device))
     if available < needed:
         problems.append(f"about {needed / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")

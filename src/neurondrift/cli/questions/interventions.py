@@ -1,4 +1,4 @@
-"""The command that acts on groups: prune, rewind, transplant, patch, freeze, against matched random groups."""
+"""The command that acts on groups: prune, unalign, rewind, transplant, patch, freeze, against matched random groups."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.locks import only_one
 from neurondrift.base.processes import tune_allocator
+from neurondrift.base.roles import Intervention
 from neurondrift.cli.app import NO_FLAGS, NO_SOURCE, Flags, SettingFlags, Source, app, asked, study_of
 from neurondrift.cli.study import run_experiment, say
 
@@ -34,7 +35,7 @@ class InterveneFlags(SettingFlags):
         list[str] | None, asked("intervene.groups", "group's name or file; default: the safety groups")
     ] = None
     intervention: Annotated[
-        list[Literal["prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze"]] | None,
+        list[Intervention] | None,
         asked("intervene.interventions", "may be repeated; default: all"),
     ] = None
     outcome: Annotated[

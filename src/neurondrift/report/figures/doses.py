@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from neurondrift.base.roles import INTERVENTIONS
 from neurondrift.report.figures.style import FULL_WIDTH, GREY, INK, LEAST_WIDTH, group_marks, letters, new_figure, words
 from neurondrift.report.findings.interventions import InterventionEffect, NullMeasure
 from neurondrift.report.findings.statistical import Findings
@@ -26,8 +27,6 @@ from neurondrift.report.wording import finite, role_of
 
 NULL_BAND = "#D9D9D9"
 ENDS: tuple[Literal["before"], Literal["after"]] = ("before", "after")
-#: The panels, in order.
-PANELS = ("prune", "unalign", "rewind", "transplant", "patch", "patch_back", "freeze")
 
 
 def intervention_doses(results: Findings) -> Figure | None:
@@ -38,7 +37,7 @@ def intervention_doses(results: Findings) -> Figure | None:
     effects, references = acted["effects"], acted["references"]
     is_margin = outcome_of(acted) == "margin"
     groups = list(dict.fromkeys(effect["group"] for effect in effects))
-    kinds = [kind for kind in PANELS if any(effect["intervention"] == kind for effect in effects)]
+    kinds = [kind for kind in INTERVENTIONS if any(effect["intervention"] == kind for effect in effects)]
     roles = roles_of(results)
     roles.update({effect["group"]: role_of(effect) for effect in effects if "role" in effect})
     marks = group_marks(groups, roles)

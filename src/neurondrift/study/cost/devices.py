@@ -22,11 +22,18 @@ class Devices(NamedTuple):
         Whether the model is cut among them where it is trained and scored (FSDP2); else each holds all of it.
     link
         Bytes a second that each sends and receives while all exchange.
+    cut_to_train
+        Whether it is cut where all of its weights are trained, also if it is not elsewhere.
     """
 
     total: int = 1
     is_cut: bool = False
     link: float = GLOO
+    cut_to_train: bool = False
+
+    def training(self, *, full: bool) -> Devices:
+        """The processes while an adapter or all weights are trained."""
+        return self._replace(is_cut=self.is_cut or (full and self.cut_to_train))
 
     def summing(self, size: float) -> float:
         """Seconds in which a tensor of so many bytes is summed over all, by rings: each sends it about twice."""
@@ -45,7 +52,7 @@ ALONE = Devices()
 
 
 class Hardware(NamedTuple):
-    """A device as it is sold, and how much of that is reached.
+    """A device, and what programs reach on it.
 
     Attributes
     ----------
@@ -59,8 +66,6 @@ class Hardware(NamedTuple):
         Bytes a second between its memory and its processor.
     link
         Bytes a second to the others of its machine, in one direction.
-    reached
-        Shares of the three that programs reach: in training, in element-wise work and decoding, in exchanges.
     launch
         Seconds that one block takes at least to decode one token: its kernels are started one by one.
     each_weight
@@ -74,16 +79,24 @@ class Hardware(NamedTuple):
     products: float
     traffic: float
     link: float
-    reached: tuple[float, float, float]
     launch: float
     each_weight: float
     ordering: float
 
 
-#: SXM5 with 80 GB: NVIDIA's data sheet (989 TFLOP/s without sparsity, 3.35 TB/s, NVLink 900 GB/s in both directions).
-#: The shares and `launch` are assumed; `each_weight` is from scores of Llama-2-7B that were timed on one
-#: (benchmarks/README.md); `ordering` is that of a fourth of two cores' time.
-H100 = Hardware("H100 80 GB", 80e9, 989e12, 3.35e12, 450e9, (0.4, 0.6, 0.7), 7e-4, 61.0, 3e-8)
+#: SXM5 with 80 GB. NVIDIA's data sheet (989 TFLOP/s without sparsity, 3.35 TB/s, NVLink 450 GB/s in one direction)
+#: times shares that are assumed, as is `launch`; `each_weight` is from scores of Llama-2-7B that were timed on one
+#: (benchmarks/README.md); `ordering` is a fourth of two cores' time.
+H100 = Hardware(
+    name="H100 80 GB",
+    memory=80e9,
+    products=0.4 * 989e12,
+    traffic=0.6 * 3.35e12,
+    link=0.7 * 450e9,
+    launch=7e-4,
+    each_weight=61.0,
+    ordering=3e-8,
+)
 
 
 def pace_on(shape: Shape, hardware: Hardware, *, itemsize: int = 2, cached: float = 300.0) -> Pace:
@@ -101,7 +114,7 @@ def pace_on(shape: Shape, hardware: Hardware, *, itemsize: int = 2, cached: floa
     cached
         Tokens whose keys and values are read for each token that is decoded.
     """
-    products, traffic = hardware.products * hardware.reached[0], hardware.traffic * hardware.reached[1]
+    products, traffic = hardware.products, hardware.traffic
     head = shape.vocabulary * shape.hidden
     forward, forward_head = 2 * shape.blocks / products, 2 * head / products
     return Pace(

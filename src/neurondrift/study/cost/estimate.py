@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from transformers import AutoConfig
 
 from neurondrift.base.errors import ModelError
+from neurondrift.importance.scores import free_memory
 from neurondrift.models.architecture.classes import configuration, skeleton
 from neurondrift.models.checked.gguf import is_gguf, where_to_read
 from neurondrift.models.loading import load_model, quiet_transformers
@@ -18,7 +18,7 @@ from neurondrift.study.cost.memory import bytes_of_stages
 from neurondrift.study.cost.pace import measured
 from neurondrift.study.cost.shape import shape_of
 from neurondrift.study.cost.work import On, seconds_of_stages
-from neurondrift.study.parallel.checks import MOST
+from neurondrift.study.parallel.checks import OF_TRAINING, fits
 from neurondrift.study.sections.finetuning import evaluated_steps, total_steps
 from neurondrift.study.settings import Study
 
@@ -43,18 +43,20 @@ def estimate(
 ) -> Cost:
     """What the study will take: its tokens, stage by stage, at the pace of this machine, of which one block of the
     model and one product with its LM head are timed; and memory by the model's sizes. Several processes have like
-    GPUs, or the cores of this machine among them."""
+    GPUs, linked as in a machine of H100, or the cores of this machine among them."""
     tune, on_gpu = study.finetune, device == "cuda"
     itemsize = getattr(torch, dtype).itemsize
     stages: dict[str, float] = {}
     memory = {"finetune": parameters * max(itemsize + 4.5, 18 if tune.method == "full" else 0) + 1.5e9}
-    room = room_on(device) / (1 if on_gpu else processes)
-    strategy = study.parallel.strategy
-    is_cut = processes > 1 and (strategy or ("ddp" if parameters * itemsize <= MOST * room else "fsdp2")) == "fsdp2"
-    link = H100.link * H100.reached[2] if on_gpu else GLOO
+    room = free_memory(torch.device(device)) / (1 if on_gpu else processes)
+    is_cut, cut_to_train = (
+        processes > 1 and (study.parallel.strategy or ("ddp" if fits(each * parameters, room) else "fsdp2")) == "fsdp2"
+        for each in (itemsize, OF_TRAINING)
+    )
+    devices = Devices(processes, is_cut, H100.link if on_gpu else GLOO, cut_to_train)
     # Its files have been looked at: it is only its blocks that may be of another kind.
     with contextlib.suppress(ModelError):
-        empty, devices = skeleton_of(study), Devices(processes, is_cut, link)
+        empty = skeleton_of(study)
         shape = shape_of(empty)
         memory = bytes_of_stages(study, shape, tokenizer, itemsize=itemsize, devices=devices, room=room)
         pace = measured(empty, device=torch.device(device), dtype=getattr(torch, dtype), rank=tune.lora_r)
@@ -65,13 +67,6 @@ def estimate(
     adapters = 12 * 0.02 * parameters * (points + 1) if tune.method == "lora" else 4 * parameters * points
     disk = (4 * parameters if study.align.enabled else 0) + len(study.seeds) * adapters + 8 * parameters + 1e8
     return Cost(stages, memory, is_cut, disk)
-
-
-def room_on(device: str) -> float:
-    """Free bytes of memory where the model lies."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    return float(psutil.virtual_memory().available)
 
 
 def skeleton_of(study: Study) -> Any:

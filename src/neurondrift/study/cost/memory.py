@@ -11,12 +11,12 @@ from typing import Any
 from neurondrift.study.cost.devices import ALONE, Devices
 from neurondrift.study.cost.shape import Shape
 from neurondrift.study.cost.work import Rows, rows_of
+from neurondrift.study.parallel.checks import OF_TRAINING
 from neurondrift.study.settings import Study
 from neurondrift.study.stages.evaluation import longest_answer
 
 PROGRAM = 0.7e9  # bytes of the program itself: its libraries, or a device's context
 LONGEST = 1.5  # the longest row of a set, in mean lengths
-TRAINED = 16  # bytes for each weight that is trained: weight, gradient, two moments
 LOGIT = 8  # bytes for each logit beside its own: in float32, and its gradient
 
 
@@ -37,13 +37,14 @@ def bytes_of_stages(
         Bytes that each has: what is added up for each weight stays with the model where it fits; else scores keep it in
         main memory, or sites take turns.
     """
-    found, parts = {}, devices.total if devices.is_cut else 1
+    found: dict[str, float] = {}
     block = shape.blocks / shape.layers
-    gathered = 2 * block if devices.is_cut else 0.0  # blocks that are whole for the moment
 
-    def held(each: float, computing: float = 0.0) -> float:
-        """All weights at so many bytes each, of which a part is here."""
-        return PROGRAM + shape.parameters * each / parts + gathered * (computing or each)
+    def held(each: float, computing: float, among: Devices = devices) -> float:
+        """All weights at so many bytes each; or a part of them, and two blocks that are whole to compute with."""
+        if not among.is_cut:
+            return PROGRAM + shape.parameters * each
+        return PROGRAM + shape.parameters * each / among.total + 2 * block * computing
 
     def behind(rows: Rows, size: int) -> float:
         """What a batch leaves behind for the backward pass."""
@@ -52,24 +53,25 @@ def bytes_of_stages(
         logits = size * rows.answer * LONGEST * shape.vocabulary * (itemsize + LOGIT)
         return tokens * shape.widths * shape.layers * itemsize + logits
 
+    def training(rank: int | None, loaded: int, rows: Rows, size: int) -> float:
+        """All weights (no rank), which then are in float32; or an adapter beside those that were loaded."""
+        if rank is None:
+            return held(OF_TRAINING, 4, devices.training(full=True)) + behind(rows, size)
+        return held(loaded, loaded) + OF_TRAINING * shape.trained(rank) + behind(rows, size)
+
     align, tune, score, asked = study.align, study.finetune, study.score, study.evaluate
     if align.enabled:
         rows = rows_of(align.ordinary, tokenizer, align.max_length)
-        full = align.method == "full"
-        adapter = 0 if full else TRAINED * align.lora_r * shape.widths * shape.layers
-        found["align"] = held(TRAINED if full else 4, 4) + adapter + behind(rows, align.batch_size)
+        found["align"] = training(None if align.method == "full" else align.lora_r, 4, rows, align.batch_size)
     rows = rows_of(score.utility, tokenizer, score.max_length)
     batch = behind(rows, score.batch_size * devices.total)
     if score.checkpoint_activations:
         batch = batch / shape.layers + score.batch_size * rows.tokens * shape.hidden * shape.layers * itemsize
-    sums = 4 * shape.blocks / parts
-    scored = held(itemsize) + batch + 4 * block
+    sums = 4 * shape.blocks / (devices.total if devices.is_cut else 1)
+    scored = held(itemsize, itemsize) + batch + 4 * block
     found["score"] = scored + (sums if scored + sums <= room else 0.0)
     rows = rows_of(tune.data, tokenizer, tune.max_length)
-    full = tune.method == "full"
-    adapter = 0 if full else TRAINED * tune.lora_r * shape.widths * shape.layers
-    found["finetune"] = held(TRAINED if full else itemsize, 4 if full else itemsize) + adapter
-    found["finetune"] += behind(rows, tune.batch_size)
+    found["finetune"] = training(None if tune.method == "full" else tune.lora_r, itemsize, rows, tune.batch_size)
     rows = rows_of(asked.ordinary, tokenizer, asked.max_length, prompts=True)
     whole = PROGRAM + shape.parameters * itemsize
     longest = rows.tokens * LONGEST + longest_answer(asked)

@@ -35,6 +35,10 @@ class Shape(NamedTuple):
     widths: int
     cached: int
 
+    def trained(self, rank: int | None) -> int:
+        """How many weights are trained: those of an adapter of this rank on all products; None: all."""
+        return self.parameters if rank is None else rank * self.widths * self.layers
+
 
 def shape_of(model: Any) -> Shape:
     """The sizes of a causal language model, which may be on the meta device.

@@ -80,18 +80,13 @@ def _alignment(study: Study, on: On, tokenizer: Any) -> float:
         for kind, source in _alignment_sets(study).items()
         if source is not None
     ]
-    trained = _trained(on.shape, None if settings.method == "full" else settings.lora_r)
+    trained = on.shape.trained(None if settings.method == "full" else settings.lora_r)
     return _training(on._replace(itemsize=4), _together(sets), settings.max_steps, settings.batch_size, trained)
 
 
 def _alignment_sets(study: Study) -> Mapping[PromptKind, DataReference | None]:
     settings = study.align
     return {"harmful": settings.refusals, "ordinary": settings.ordinary, "borderline": settings.borderline}
-
-
-def _trained(shape: Shape, rank: int | None) -> int:
-    """How many weights are trained: all, or those of an adapter."""
-    return shape.parameters if rank is None else rank * shape.widths * shape.layers
 
 
 def _finetuning(study: Study, on: On, tokenizer: Any) -> float:
@@ -101,7 +96,7 @@ def _finetuning(study: Study, on: On, tokenizer: Any) -> float:
     full = settings.method == "full"
     snapshots = len(snapshot_steps(steps, settings.drift_interval))
     measuring = snapshots * (0.3 + 2 * on.pace.update * on.shape.parameters * (1 if full else 0.25))
-    trained = _trained(on.shape, None if full else settings.lora_r)
+    trained = on.shape.trained(None if full else settings.lora_r)
     on = on._replace(itemsize=4) if full else on
     return measuring + _training(on, rows, steps, settings.batch_size, trained, batches=settings.gradient_accumulation)
 
@@ -109,8 +104,9 @@ def _finetuning(study: Study, on: On, tokenizer: Any) -> float:
 def _training(on: On, rows: Rows, steps: int, size: int, trained: int, *, batches: int = 1) -> float:
     """Forward and back of so many batches a step, what all rows begin with once; the steps of the optimizer; and what
     processes exchange: gradients once a step, and of a model that is cut its weights twice a batch."""
-    pace, shape, devices = on.pace, on.shape, on.devices
+    pace, shape = on.pace, on.shape
     full = trained == shape.parameters
+    devices = on.devices.training(full=full)
     size = int(devices.share(min(size, rows.size)))
     tokens = steps * batches * (size * rows.tokens - (size - 1) * rows.beginning)
     positions = steps * batches * size * rows.answer
@@ -128,11 +124,10 @@ def _scoring(study: Study, on: On, tokenizer: Any) -> float:
     sets += [rows_of(settings.style, tokenizer, settings.max_length)] if settings.style else []
     gradient = rows_of(tune.data, tokenizer, tune.max_length)
     sets.append(gradient._replace(size=min(gradient.size, settings.gradient_examples)))
-    seconds = 0.0
+    seconds, sums = 0.0, 4 * on.shape.blocks
     for rows in sets:
         each = rows.tokens * pace.score + rows.answer * pace.adapt_head + pace.score_row
         seconds += devices.share(rows.size) * each * (4 / 3 if settings.checkpoint_activations else 1)
-        sums = 4 * on.shape.blocks
         if devices.is_cut:  # of every batch: the weights twice, and what it adds to the scores
             batches = -(-devices.share(rows.size) // settings.batch_size)
             seconds += batches * (2 * devices.gathering(on.itemsize * on.shape.parameters) + devices.gathering(sums))

@@ -18,7 +18,7 @@ from neurondrift.base.errors import ArtifactError, ConfigError, UserError
 from neurondrift.base.files import json_safe, read_json, sha256_of_value, write_json
 from neurondrift.base.processes import from_first, sharing_work
 from neurondrift.base.progress import progress
-from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, JUDGES_NOTHING, PUBLISHED_GROUPS, group_names
+from neurondrift.base.roles import ALIGNMENT_GROUPS, GROUP_ROLES, PUBLISHED_GROUPS, TAKING, group_names, judges
 from neurondrift.groups.controls import unlike
 from neurondrift.groups.covariates import Covariates
 from neurondrift.groups.doses import Importance, importance_of, read_importance
@@ -30,7 +30,7 @@ from neurondrift.interventions.measures import Bench
 from neurondrift.interventions.outcomes import SCHEMA_VERSION, summarise
 from neurondrift.interventions.runs import RunLog
 from neurondrift.interventions.trials import (
-    INTERVENTIONS,
+    ACTIONS,
     Acted,
     Draws,
     Subject,
@@ -164,12 +164,12 @@ def _asked(options: InterveneSection, subject: Subject, groups: Mapping[str, Gro
     """The interventions that were named; default: all that can be run on these models and groups."""
     if options.interventions:
         return tuple(options.interventions)
-    left_out = set() if subject.train_frozen is not None else {"freeze"}
+    needed = {"freeze": subject.train_frozen, "unalign": subject.unaligned}
+    left_out = {name for name, given in needed.items() if given is None}
     if why := _no_patch(options, subject, groups):
         say(f"patch and patch_back are left out: {why}")
         left_out |= PATCHES
-    left_out |= set() if subject.unaligned is not None else {"unalign"}
-    return tuple(name for name in INTERVENTIONS if name not in left_out)
+    return tuple(name for name in ACTIONS if name not in left_out)
 
 
 def _no_patch(options: InterveneSection, subject: Subject, groups: Mapping[str, Group]) -> str:
@@ -245,10 +245,9 @@ def subject_of(study: Study, folder: StudyFolder, options: InterveneSection, see
     else:
         before = after = attach_adapter(before, tuned).eval()
         train_frozen = partial(_trained_adapter, study, after, tokenizer, seed)
-    subject = Subject(before=before, after=after, tokenizer=tokenizer, train_frozen=train_frozen)
-    if study.base is not None:
-        subject = replace(subject, unaligned=weights_before_alignment(study, subject.sites_before, tokenizer))
-    return subject, _digest(tuned)
+    unaligned = None if study.base is None else weights_before_alignment(study.base, before, tokenizer)
+    models = {"before": before, "after": after, "tokenizer": tokenizer}
+    return Subject(**models, train_frozen=train_frozen, unaligned=unaligned), _digest(tuned)
 
 
 def _digest(path: Path) -> str:
@@ -321,8 +320,7 @@ def _safety_groups(folder: StudyFolder, options: InterveneSection) -> tuple[str,
     return tuple(
         name
         for name in group_names(options.granularity)
-        if GROUP_ROLES[name] == "safety"
-        and name not in JUDGES_NOTHING
+        if judges(name, GROUP_ROLES[name])
         and (name in PUBLISHED_GROUPS or folder.group_file(name, options.granularity).exists())
     )
 
@@ -340,7 +338,7 @@ def _check(groups: Mapping[str, Group], subject: Subject, base: str, asked: Sequ
         for what in asked:
             if what in PATCHES:
                 places_of(group, sites)
-            elif what not in ("prune", "unalign"):
+            elif what not in TAKING:
                 reach(group, sites, trained, what)
 
 

@@ -58,9 +58,14 @@ def cut_on(study: Study, reference: str, *, of_training: bool = False) -> torch.
     device = resolve_device(study.model.device)
     if study.parallel.strategy is None:
         room = free_memory(device)
-        fits = from_first(lambda: _bytes(study, reference, device, of_training) <= MOST * room)
-        return None if fits else device
+        has_room = from_first(lambda: fits(_bytes(study, reference, device, of_training), room))
+        return None if has_room else device
     return device if study.parallel.strategy == "fsdp2" else None
+
+
+def fits(size: float, room: float) -> bool:
+    """Whether a model of so many bytes fits a device with so many, activations beside it."""
+    return size <= MOST * room
 
 
 def _bytes(study: Study, reference: str, device: torch.device, of_training: bool) -> int:
