@@ -1,5 +1,4 @@
-"""What a group is to a study: about safety, about utility, drawn at random, or the control of another group; and what
-can be done to it."""
+"""What a group is to a study: safety, utility, chance, or another group's control; and what can be done to it."""
 
 from __future__ import annotations
 
