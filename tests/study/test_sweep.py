@@ -16,6 +16,7 @@ from rich.console import Console
 
 from helpers.paths import REPOSITORY
 from helpers.studies import command
+from neurondrift.base.files import read_json, sha256_of_value, write_json
 from neurondrift.study.runner import StudyRun
 from neurondrift.study.sweep.driver import run_sweep
 from neurondrift.study.sweep.folder import SweepFolder, locate
@@ -79,6 +80,31 @@ def test_what_points_have_in_common_is_done_once(local):
     assert did["lora_r-4"]["finetune"] == did["lora_r-8"]["finetune"] == 1
     first, second = (folder.study(name) / "neuron_groups" / "covariates.parquet" for name in logs)
     assert os.path.samestat(first.stat(), second.stat())
+
+
+def test_answers_before_fine_tuning_are_given_once(local, file):
+    """Those that are kept are taken: altered ones are found again in a study whose evaluation is done anew."""
+    folder, _ = local
+    kept = sorted(folder.shared.glob("parts-evaluate-*/*.json"))
+    assert [part.name for part in kept] == ["before_alignment.json", "step=000000.json"]
+    name, written = "lora_r-8", {part: part.read_text() for part in kept}
+    run = StudyRun(locate(file, folder.root)[0].point(name).study, folder.study(name), common=folder.shared)
+    try:
+        for part in kept:
+            content = read_json(part)
+            for row in content["value"]["answers"]:
+                row["response"] = "as kept"
+            write_json(part, content | {"sha256": sha256_of_value(content["value"])})
+        run.run(["evaluate"], force=["evaluate"])
+        files = sorted(run.folder.behaviour(0).glob("*.parquet"))
+        answers = {file.stem: set(pd.read_parquet(file)["response"]) for file in files if file.stem != "perplexity"}
+        assert answers.pop("before_alignment") == answers.pop("step=000000") == {"as kept"}
+        assert answers and not any("as kept" in found for found in answers.values())
+    finally:
+        for part, text in written.items():
+            part.write_text(text)
+        run.run(force=["evaluate"])
+    assert run.unfinished() == []
 
 
 def test_the_studies_stand_by_themselves(local, file):

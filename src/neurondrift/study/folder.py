@@ -19,7 +19,7 @@ from neurondrift.study.settings import Study
 
 class StudyFolder:
     """Where everything of a study lies. The first training seed's files lie at the top, the others' under
-    `replicates/seed=N`."""
+    `replicates/seed=N`. `common` is a folder in which studies that have something in common keep it for each other."""
 
     GROUPS, MODELS, DRIFT, BEHAVIOUR = "neuron_groups", "finetuned_models", "drift", "behaviour"
     ATTRIBUTION = "attribution"
@@ -27,8 +27,8 @@ class StudyFolder:
     TRACKERS = "trackers"
     MADE = (GROUPS, MODELS, DRIFT, BEHAVIOUR, ATTRIBUTION, RESULTS, REPLICATES, MANIFESTS, CONFIGURATION, TRACKERS)
 
-    def __init__(self, root: Path, study: Study) -> None:
-        self.root, self.study = Path(root), study
+    def __init__(self, root: Path, study: Study, common: Path | None = None) -> None:
+        self.root, self.study, self.common = Path(root), study, common
 
     @property
     def configuration(self) -> Path:
@@ -103,6 +103,10 @@ class StudyFolder:
     def parts(self, stage: str, seed: int | None = None) -> Path:
         """What a stage that is being done has finished: for one seed, or what all seeds share."""
         return self.root / self.MANIFESTS / (f"{stage}.parts" if seed is None else f"{stage}.seed={seed}.parts")
+
+    def shared_parts(self, stage: str, key: str) -> Path:
+        """What all seeds share, by its fingerprint; so do all studies with a folder in common."""
+        return self.parts(stage) if self.common is None else self.common / f"parts-{stage}-{key}"
 
     @property
     def scratch(self) -> Path:

@@ -91,6 +91,8 @@ class StudyRun:
         The study's folder.
     say
         Receives one line per stage, and what a stage has to tell while it is done.
+    common
+        A folder in which studies (the points of a sweep) keep for each other what they have in common.
 
     Raises
     ------
@@ -98,14 +100,16 @@ class StudyRun:
         The folder holds another study.
     """
 
-    def __init__(self, study: Study, output_dir: Path, *, say: Say = lambda line: None) -> None:
+    def __init__(
+        self, study: Study, output_dir: Path, *, say: Say = lambda line: None, common: Path | None = None
+    ) -> None:
         file = Path(output_dir) / StudyFolder.CONFIGURATION
         if file.exists():
             standing = read_toml(file)
             _check_same_study(study, standing, Path(output_dir))
             study = _with_what_was_asked(study, standing)
         self.study = study
-        self.folder, self.say = StudyFolder(Path(output_dir), study), say if is_first_process() else _silent
+        self.folder, self.say = StudyFolder(Path(output_dir), study, common), say if is_first_process() else _silent
         self._said: set[str] = set()
 
     def run(self, stages: Sequence[str] | None = None, *, force: Sequence[str] = (), keep_scores: bool = False) -> None:

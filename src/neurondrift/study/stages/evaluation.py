@@ -39,7 +39,8 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
     target = folder.behaviour(seed)
     from_first(lambda: _emptied(target))
     steps = [0, *saved_steps(folder.adapters(seed))]
-    own, shared = Parts(folder.parts("evaluate", seed), key), Parts(folder.parts("evaluate"), shared_key)
+    own = Parts(folder.parts("evaluate", seed), key)
+    shared = Parts(folder.shared_parts("evaluate", shared_key), shared_key)
     ends = {"max_new_tokens": longest_answer(settings), "whole": True}  # what is compared is judged alike
     points: list[_Point] = []
     if study.align.enabled and seed == study.seed:
@@ -63,7 +64,8 @@ def evaluate(study: Study, folder: StudyFolder, seed: int, key: str, shared_key:
     def finish() -> None:
         _write(study, target, seed, points)
         own.remove()
-        if all(other == seed or folder.manifest("evaluate", other).exists() for other in study.seeds):
+        others = (other for other in study.seeds if other != seed)
+        if folder.common is None and all(folder.manifest("evaluate", other).exists() for other in others):
             shared.remove()
 
     from_first(finish)

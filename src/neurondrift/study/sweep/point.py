@@ -92,7 +92,7 @@ def _run(folder: SweepFolder, point: Point, told: Progress) -> None:
     from neurondrift.study.sweep.sharing import Store, do_shared, plan
 
     tune_allocator()
-    run = StudyRun(point.study, folder.study(point.name), say=print)
+    run = StudyRun(point.study, folder.study(point.name), say=print, common=folder.shared)
     do_shared(run, Store(folder.shared), plan(read_sweep(folder.configuration), folder).kept)
     run.run()
 

@@ -3,6 +3,8 @@
 Which these are follows from the table of stages: those that no training seed repeats and that read nothing but such.
 A stage's fingerprint holds all that its result depends on, so two points with the same one have the same files. They
 are linked (copied where the disk cannot link), which is safe as a study replaces its files and never writes into one.
+The answers before fine-tuning are a part of a stage that is each point's own; that stage finds them by itself, in the
+same folder (`StudyFolder.shared_parts`).
 """
 
 from __future__ import annotations
