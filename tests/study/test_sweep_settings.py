@@ -67,6 +67,30 @@ def test_the_folders_file_is_the_same_sweep(tmp_path):
     assert again.to_toml() == sweep.to_toml()
 
 
+MIXED = '{ source = "builtin:ordinary", mix = "builtin:refusals", share = SHARE }'
+LONG = '{ source = "builtin:ordinary", mix = "builtin:refusals", share = 0.25, limit = 100, seed = 1, split = "train" }'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[[points]]\nfinetune.data = {MIXED}\nfinetune.lora_r = 8\n[[points]]\nfinetune.lora_r = 4\nseeds = 1\n",
+        f"[grid]\nfinetune.data = [{MIXED}]\nfinetune.lora_r = [4, 8]\nseeds = [0, 1]\n",
+        f"[grid]\nscore.safety = [{LONG}]\nfinetune.data = [{MIXED}]\nseeds = [0, 1]\nevaluate.harmful = [{LONG}]\n",
+        f"[grid]\nfinetune.data = [{MIXED}, {LONG}]\nevaluate.harmful = [{MIXED}]\nfinetune.lora_r = [4]\n",
+    ],
+)
+def test_points_keep_names_and_numbers_in_the_folder(tmp_path, text):
+    """TOML has tables last, and whether a short one is a table: names and numbers do not depend on it."""
+    sweep = read_sweep(written(tmp_path, 'preset = "smoke"\n' + text.replace("SHARE", "0.1")))
+    for _ in range(2):
+        again = read_sweep(written(tmp_path, sweep.to_toml(), "again.toml"))
+        assert [(each.index, each.name, each.study) for each in again.points] == [
+            (each.index, each.name, each.study) for each in sweep.points
+        ]
+        sweep = again
+
+
 def test_a_base_configuration_lies_beside_the_sweep_file(tmp_path):
     written(tmp_path, 'name = "mine"\npreset = "smoke"\n[finetune]\nlora_alpha = 32\n', "base.toml")
     sweep = read_sweep(

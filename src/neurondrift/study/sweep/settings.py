@@ -118,7 +118,7 @@ def read_sweep(file: Path) -> Sweep:
             "settings": _base(section, Path(file)),
             "preset": None,
             "config": None,
-            "grid": dict(_axes(section.grid)),  # by dotted names, whose order TOML keeps
+            "grid": _in_order(dict(_axes(section.grid))),
             "points": named,
         }
     )
@@ -180,9 +180,21 @@ def _axes(grid: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tupl
             )
 
 
+def _in_order(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted names, whose order TOML keeps: as given, then the tables and lists of tables by their names.
+
+    TOML has those last, and names and numbers of points follow the order: so a sweep has the same ones in its folder.
+    """
+
+    def is_table(value: Any) -> bool:
+        return isinstance(value, Mapping) or (isinstance(value, list) and all(map(is_table, value)) and bool(value))
+
+    return dict(sorted(by_path.items(), key=lambda item: (is_table(item[1]), item[0] if is_table(item[1]) else "")))
+
+
 def _listed(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for own in points:
-        yield dict(_leaves({key: value for key, value in own.items() if key != "name"}))
+        yield _in_order(dict(_leaves({key: value for key, value in own.items() if key != "name"})))
 
 
 def _given(points: Sequence[Mapping[str, Any]]) -> list[str | None]:
