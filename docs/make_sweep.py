@@ -64,7 +64,7 @@ def page(found: dict) -> str:
             [
                 "<!-- made by docs/make_sweep.py: do not edit -->",
                 "# A real sweep, as committed",
-                " ".join(found["sentences"]),
+                " ".join(found["sentences"][:2]),
                 f"`neurondrift sweep benchmarks/sweep_smollm2.toml`, commit {about['commit']}: {len(found['studies'])} studies of "
                 "one model after one alignment, one training seed each. [The report](sweep_report.txt), the page "
                 "(`sweep_report.html`), [a row for each point, group and metric](../../results.md#sweeps) (`sweep.parquet`).",
@@ -73,6 +73,8 @@ def page(found: dict) -> str:
                 "\n".join(studies(found)),
                 "Over the studies (* judges):",
                 "\n".join(pooled(found)),
+                "In words:",
+                "\n".join(f"- {each}" for each in found["sentences"][2:] if not each.startswith("What weakens this")),
                 "What weakens this:",
                 "\n".join(f"- {each}" for each in found["weaknesses"]),
             ]

@@ -1,5 +1,6 @@
 """The README is short, and its figures (and those of the example's page) are those of the files in docs/example."""
 
+import json
 import re
 import sys
 
@@ -9,6 +10,7 @@ from helpers.paths import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "docs"))
 import make_example
+import make_sweep
 
 README = REPOSITORY / "README.md"
 
@@ -33,3 +35,10 @@ def test_the_figures_that_it_shows_are_there():
     for document in (README, REPOSITORY / "docs" / "example" / "README.md"):
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
         assert shown and all((document.parent / figure).exists() for figure in shown)
+
+
+def test_the_page_of_the_sweep_is_of_its_committed_results():
+    """Made again from docs/example/sweep, nothing differs: python docs/make_sweep.py."""
+    found = json.loads((make_sweep.SWEEP / "sweep_results.json").read_text())
+    assert (make_sweep.SWEEP / "README.md").read_text(encoding="utf-8") == make_sweep.page(found)
+    assert len(found["studies"]) == 6 and all(study["state"] == "done" for study in found["studies"])

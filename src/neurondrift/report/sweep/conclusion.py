@@ -134,7 +134,7 @@ def weaknesses(findings: SweepFindings) -> list[str]:
         if control["passed"] is False:
             kind = "negative control" if control["expected"] == "similar" else "positive control"
             found.append(
-                f"{clean(control['group'])}, a {kind}, came out as {verdict_words(control['effect'])} over the studies"
+                f'{clean(control["group"])}, a {kind}, came out "{verdict_words(control["effect"])}" over the studies'
             )
     missing = [study for study in findings["studies"] if study["state"] != "done"]
     if missing:

@@ -169,9 +169,9 @@ def sweep_refusals(findings: SweepFindings) -> Figure | None:
             ends = [min(x for x, _ in points), max(x for x, _ in points)]
             ax.plot(ends, [math.exp(intercept + slope * x) for x in ends], color=mark.colour, lw=1.0, zorder=2)
         ax.set_title(words(effect["group"]))
-        ax.set_xlabel("refusals lost, share of harmful requests")
         _ratio_ticks(ax.yaxis, [1 / band, band, *(value for _, points in panels for _, value in points)])
     axes[0].set_ylabel("ratio to comparable neurons")
+    figure.supxlabel("refusals lost, share of harmful requests", fontsize=axes[0].yaxis.label.get_size())
     letters(list(axes))
     return figure
 
