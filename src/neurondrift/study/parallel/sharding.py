@@ -29,7 +29,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if device.type == "cpu":  # blocks that are gathered and freed leave a third of a process's memory in gaps
+    if device.type == "cpu":  # blocks that are gathered and freed leave a quarter of a process's memory in gaps
         leave_no_gaps()
     inner = unwrap(model)
     packed = next((name for name, parameter in inner.named_parameters() if is_quantised(parameter)), None)

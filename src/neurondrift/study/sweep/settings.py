@@ -186,10 +186,13 @@ def _in_order(by_path: Mapping[str, Any]) -> dict[str, Any]:
     TOML has those last, and names and numbers of points follow the order: so a sweep has the same ones in its folder.
     """
 
-    def is_table(value: Any) -> bool:
-        return isinstance(value, Mapping) or (isinstance(value, list) and all(map(is_table, value)) and bool(value))
-
-    return dict(sorted(by_path.items(), key=lambda item: (is_table(item[1]), item[0] if is_table(item[1]) else "")))
+    tables = {
+        path: value
+        for path, value in by_path.items()
+        if isinstance(value, Mapping)
+        or (isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value))
+    }
+    return {path: value for path, value in by_path.items() if path not in tables} | dict(sorted(tables.items()))
 
 
 def _listed(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
