@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from make_example import NAMES, moved, ratio
+from study_page import NAMES, moved, ratio
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ROOT / "docs" / "example" / "sweep"

@@ -1,4 +1,4 @@
-"""The README is short, and its figures (and those of the example's page) are those of the files in docs/example."""
+"""The README is short, and its figures (and those of the studies' pages) are those of the results that are committed."""
 
 import json
 import re
@@ -24,15 +24,14 @@ def test_it_is_read_in_five_minutes():
     assert not long
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/example/README.md"])
-def test_what_it_says_of_the_demo_is_in_the_committed_results(document):
-    """Made again from docs/example, nothing differs: python docs/make_example.py."""
-    path = REPOSITORY / document
-    assert path.read_text(encoding="utf-8") == make_example.documents()[path]
+@pytest.mark.parametrize("document", make_example.documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_what_it_says_of_a_study_is_in_the_committed_results(document):
+    """Made again from docs/example and docs/studies, nothing differs: python docs/make_example.py."""
+    assert document.read_text(encoding="utf-8") == make_example.documents()[document]
 
 
 def test_the_figures_that_it_shows_are_there():
-    for document in (README, REPOSITORY / "docs" / "example" / "README.md"):
+    for document in make_example.documents():
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
         assert shown and all((document.parent / figure).exists() for figure in shown)
 
