@@ -9,12 +9,14 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class Committed:
-    """A study whose results are in the repository: where, what its page is called, what made it, and of what."""
+    """A study whose results are in the repository: where, what its page is called, what made it, of which model, and
+    what a reader should know first."""
 
     folder: Path
     title: str
     command: str
     model: str
+    about: str = ""
 
     def read(self, name: str = "statistical_results.json") -> dict:
         return json.loads((self.folder / name).read_text())
@@ -299,8 +301,7 @@ def page(committed: Committed) -> str:
     """A study's `README.md`, whole."""
     acted = causes(committed.folder)
     parts = ["<!-- made by docs/make_example.py: do not edit -->", f"# {committed.title}"]
-    if committed.has("about.md"):
-        parts.append((committed.folder / "about.md").read_text().strip())
+    parts += [committed.about] if committed.about else []
     parts.append(example(committed, committed.read()))
     if committed.has("dose_response.json"):
         doses = committed.read("dose_response.json")
