@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import types
 
 import pytest
 
@@ -81,6 +82,17 @@ def test_scratch_is_found_again_and_removed(tmp_path, monkeypatch):
     beside = files.scratch_directory(study, needed=1 << 60)
     assert beside == study / "scratch"
     assert files.remove_scratch(study) == [beside]
+
+
+def test_scratch_takes_no_memory_that_is_not_there(tmp_path, monkeypatch):
+    """A tmpfs may have a size of all of the memory, however much of it is in use: scores would end in it out of memory."""
+    monkeypatch.setattr(files, "SHARED_MEMORY", tmp_path / "shm")
+    (tmp_path / "shm").mkdir()
+    available = types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: available)
+    assert files.free_bytes(tmp_path / "shm") > 10_000
+    assert files.scratch_directory(tmp_path / "large", needed=501) == tmp_path / "large" / "scratch"
+    assert files.scratch_directory(tmp_path / "small", needed=499).parent == tmp_path / "shm"
 
 
 def test_require_space_says_how_much(tmp_path):

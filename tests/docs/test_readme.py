@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from helpers.paths import REPOSITORY
+from neurondrift.study.settings import resolve
 
 sys.path.insert(0, str(REPOSITORY / "docs"))
 import make_example
@@ -41,3 +42,11 @@ def test_the_page_of_the_sweep_is_of_its_committed_results():
     found = json.loads((make_sweep.SWEEP / "sweep_results.json").read_text())
     assert (make_sweep.SWEEP / "README.md").read_text(encoding="utf-8") == make_sweep.page(found)
     assert len(found["studies"]) == 6 and all(study["state"] == "done" for study in found["studies"])
+
+
+@pytest.mark.parametrize(
+    "file", sorted(REPOSITORY.glob("docs/studies/*/config.toml")), ids=lambda file: file.parent.name
+)
+def test_the_configuration_of_a_committed_study_is_one(file):
+    study = resolve(file=file)
+    assert study.name == file.parent.name in make_example.STUDIES

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from neurondrift.base.errors import ArtifactError, ConfigError, ResourceError, UserError
 from neurondrift.base.processes import from_first, in_step
@@ -333,17 +334,26 @@ def find_scratch(output_dir: Path) -> Path | None:
     return next((folder for folder in _scratch_candidates(output_dir) if _is_ours(folder)), None)
 
 
+def room_in_shared_memory() -> int:
+    """Bytes that may be written to `/dev/shm`: what is free there, but no more than the memory that is free.
+
+    The size of a tmpfs is a limit, not a reserve: what lies in it is taken from what processes compute with.
+    """
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return 0
+    return min(free_bytes(SHARED_MEMORY), int(psutil.virtual_memory().available))
+
+
 def scratch_directory(output_dir: Path, *, needed: int) -> Path:
     """The folder for a study's large temporary files; made where it does not exist yet.
 
-    `/dev/shm` where twice `needed` bytes are free there, else a folder beside the study. Every command
+    `/dev/shm` where twice `needed` bytes are free there and in memory, else a folder beside the study. Every command
     of one study finds the same folder again, since its name is derived from the study's path.
     """
     if (existing := find_scratch(output_dir)) is not None:
         return existing
     in_memory, beside = _scratch_candidates(output_dir)
-    roomy = os.access(SHARED_MEMORY, os.W_OK) and free_bytes(SHARED_MEMORY) > 2 * needed
-    if roomy and not (in_memory.exists() or in_memory.is_symlink()):
+    if room_in_shared_memory() > 2 * needed and not (in_memory.exists() or in_memory.is_symlink()):
         with contextlib.suppress(OSError):  # absent, foreign or without inodes: beside the study then
             in_memory.mkdir(mode=0o700)
             return in_memory

@@ -15,7 +15,7 @@ import psutil
 
 from neurondrift import __version__
 from neurondrift.base.errors import ResourceError, UserError
-from neurondrift.base.files import SHARED_MEMORY, free_bytes
+from neurondrift.base.files import SHARED_MEMORY, free_bytes, room_in_shared_memory
 from neurondrift.base.processes import leaving_busy_cores
 from neurondrift.base.progress import duration
 from neurondrift.models.data import DataReference, Example, PromptKind
@@ -143,7 +143,7 @@ def _memory(output_dir: Path, say: Say) -> None:
     say(f"memory        {memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB")
     say(f"disk          {free_bytes(output_dir) / 1e9:.1f} GB free in {Path(output_dir).absolute()}")
     if SHARED_MEMORY.is_dir():
-        say(f"/dev/shm      {free_bytes(SHARED_MEMORY) / 1e9:.1f} GB free (scratch for scores)")
+        say(f"/dev/shm      {room_in_shared_memory() / 1e9:.1f} GB free (scratch for scores of half that size)")
     else:
         say("/dev/shm      not there: scores go beside the study")
 
