@@ -6,7 +6,8 @@ Writes the study into DIR (a new temporary folder by default) and prints a table
 `neurondrift verify` said beforehand. `--busy`: the stages named (default: score and finetune) are then done again with
 one core kept busy by another process of the same priority (`yes`), and the ratio of the times is printed. `--costs`:
 everything goes into a JSON file as well, and is added to what an earlier attempt left there, so that a study that was
-broken off and resumed has its whole cost (what a killed stage took since its last half minute is lost).
+broken off and resumed has its whole cost (what a killed stage took since its last half minute is lost). Stages that
+stand are not run again.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from neurondrift.base.files import read_json, write_json
-from neurondrift.study.runner import TABLE
+from neurondrift.study.runner import StudyRun
 from neurondrift.study.settings import Study, resolve
 
 BUSY = ("score", "finetune")
@@ -88,13 +89,9 @@ def measured(arguments: list[str]) -> tuple[float, float, str]:
     return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9, output.strip()
 
 
-def stages_of(study: Study) -> list[str]:
-    """What a run of the study does, in its order."""
-    return [
-        name
-        for name, stage in TABLE.items()
-        if stage.when(study) and (not stage.optional or (stage.section and getattr(study, stage.section).enabled))
-    ]
+def stages_left(study: Study, folder: Path) -> list[str]:
+    """What a run of the study would still do, in its order."""
+    return list(dict.fromkeys(title.split()[0] for title in StudyRun(study, folder).unfinished()))
 
 
 @contextlib.contextmanager
@@ -132,12 +129,10 @@ def main() -> None:
     print(f"{study.name} in {folder}, {os.cpu_count()} cores; verify, in {took:.0f} s: {foretold}\n")
     print("| stage | seconds | peak memory (GB) | said |\n| --- | ---: | ---: | --- |")
     total, peak, idle = 0.0, 0.0, {}
-    for stage in stages_of(study):
+    for stage in stages_left(study, folder):
         with costs.attempt(stage) as entry:
             seconds, memory, said = measured(command(stage))
             entry |= {"seconds": seconds, "peak_gb": memory, "ended": True, "said": said.splitlines()[-1]}
-            if re.search(r"\bstands$", said):
-                costs.found["attempts"].remove(entry)
         total, peak, idle[stage] = total + seconds, max(peak, memory), seconds
         print(f"| {stage} | {seconds:.0f} | {memory:.1f} | {' '.join(said.splitlines()[-1].split())} |", flush=True)
     print(f"| **all** | **{total:.0f}** | **{peak:.1f}** | |")
@@ -147,7 +142,8 @@ def main() -> None:
     for stage in options.busy or BUSY:
         with one_core_busy():
             seconds, _, said = measured(command(stage, "--force"))
-        print(f"| {stage} | {seconds:.0f} | {seconds / idle[stage]:.2f} | {' '.join(said.splitlines()[0].split())} |")
+        times = f"{seconds / idle[stage]:.2f}" if stage in idle else "–"  # it stood already
+        print(f"| {stage} | {seconds:.0f} | {times} | {' '.join(said.splitlines()[0].split())} |")
 
 
 if __name__ == "__main__":

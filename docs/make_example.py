@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from study_page import ARMS, NAMES, Committed, command, effects_of, number, page, ratio, rewound
@@ -106,7 +107,7 @@ def out_of_sample(committed: Committed) -> str:
 
 def of_model(committed: Committed) -> list[str]:
     """A model's rows in the README's table, after one that says what was refused."""
-    results = committed.read()
+    results = committed.results
     effects = effects_of(results["analysis"])
     does = {found["group"]: found for found in results.get("attribution", {}).get("groups", [])}
     seeds = len(results["study"]["seeds"])
@@ -119,19 +120,14 @@ def of_model(committed: Committed) -> list[str]:
 
 def in_words(committed: Committed) -> str:
     """How far the groups of a model moved, H1 or H2, and what a ranking on half of the prompts does to the other."""
-    results = committed.read()
-    conclusion = results["analysis"]["sentences"][0].partition(" By groups")[0]
+    conclusion = committed.results["analysis"]["sentences"][0].partition(" By groups")[0]
     name = committed.model.partition(",")[0]
     return f"**{name}: {conclusion} {hypothesis(committed)}**" + out_of_sample(committed)
 
 
-def in_readme() -> str:
+def in_readme(studies: Sequence[Committed]) -> str:
     """One figure and one table, for the README."""
-    studies = [study for study in (DEMO, *STUDIES.values()) if study.has()]
-    made = "; ".join(
-        f"{command(study, study.read())} ([all of it]({study.folder.relative_to(ROOT)}/README.md))" for study in studies
-    )
-    words = "\n\n".join(in_words(study) for study in studies)
+    made = "; ".join(f"{command(study)} ([all of it]({study.folder.relative_to(ROOT)}/README.md))" for study in studies)
     return "\n".join(
         [
             "![Refusals and drift over fine-tuning](docs/example/figures/refusals_over_training.png)",
@@ -142,17 +138,11 @@ def in_readme() -> str:
             "| --- | ---: | ---: | ---: | ---: | ---: |",
             *(row for study in studies for row in of_model(study)),
             "",
-            "Refused: harmful requests, "
-            + (
-                "in the first model before we aligned it, after that, and "
-                if len(studies) > 1
-                else "before alignment, after it, and "
-            )
-            + "after fine-tuning. Moved: ratio to comparable neurons with its 95 % interval, outputs on harmful requests. Of "
+            "Refused: harmful requests, before alignment (where we aligned), after it, and after fine-tuning. Moved: ratio to comparable neurons with its 95 % interval, outputs on harmful requests. Of "
             "the lost margin: which share of the lost refusal margin the group carries, beside what comparable neurons do. "
             "* judges.",
             "",
-            words,
+            "\n\n".join(in_words(study) for study in studies),
         ]
     )
 
@@ -165,8 +155,6 @@ SCORES = {
     "taylor": ("Taylor", "backward"),
     "snip": ("SNIP (Wei et al.)", "backward"),
 }
-
-
 PLANTS = {"rows": "rows", "mixed": "rows, mixed", "hidden_units": "hidden units"}
 
 
@@ -209,16 +197,16 @@ def copied(study: Path, to: Path) -> None:
 
 def documents() -> dict[Path, str]:
     """Document -> its text, from the results that are committed."""
+    studies = [study for study in (DEMO, *STUDIES.values()) if study.has("statistical_results.json")]
     readme = (ROOT / "README.md").read_text()
-    made = {"": in_readme(), " localisation": localisation(ROOT / "docs" / "localisation")}
+    made = {"": in_readme(studies), " localisation": localisation(ROOT / "docs" / "localisation")}
     for name, text in made.items():
         mark, section = (
             f"<!-- docs/make_example.py{name} -->",
             f"<!-- docs/make_example.py{name} -->\n{text}\n<!-- end -->",
         )
         readme = re.sub(rf"{mark}.*?<!-- end -->", lambda m, new=section: new, readme, flags=re.S)
-    pages = {study.folder / "README.md": page(study) for study in (DEMO, *STUDIES.values()) if study.has()}
-    return {ROOT / "README.md": readme, **pages}
+    return {ROOT / "README.md": readme} | {study.folder / "README.md": page(study) for study in studies}
 
 
 def main(study: Path | None = None, name: str | None = None) -> None:

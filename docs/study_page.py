@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,10 +19,15 @@ class Committed:
     model: str
     about: str = ""
 
-    def read(self, name: str = "statistical_results.json") -> dict:
+    @cached_property
+    def results(self) -> dict:
+        """The findings, which are large."""
+        return self.read("statistical_results.json")
+
+    def read(self, name: str) -> dict:
         return json.loads((self.folder / name).read_text())
 
-    def has(self, name: str = "statistical_results.json") -> bool:
+    def has(self, name: str) -> bool:
         return (self.folder / name).exists()
 
 
@@ -37,18 +43,10 @@ NAMES = {
     "gradient_top": "fine-tuning gradient, top 1 %",
     "random": "random",
 }
-
-
 #: How far a group moved, as the report says it.
 VERDICTS = {"more": "further", "similar": "as far", "protected": "less far", "inconclusive": "inconclusive"}
-
-
 EXPECTED = {"similar": "as far", "more": "further"}
-
-
 PASSED = {True: "passed", False: "**failed**", None: "open"}
-
-
 ARMS = {"budget": "by the budget", "norm": "by the norm of the change", "safety_score": "by the safety score (SNIP)"}
 
 
@@ -94,9 +92,9 @@ def rewound(found: dict) -> dict[tuple[str, float], dict]:
     return {(e["arm"], e["dose"]): e for e in found["effects"] if e["intervention"] == "rewind"}
 
 
-def command(committed: Committed, results: dict) -> str:
+def command(committed: Committed) -> str:
     """What made the study, and at which commit."""
-    study = results["study"]
+    study = committed.results["study"]
     seeds = ",".join(map(str, study["seeds"]))
     commit = (study.get("commit") or "unknown")[:7]
     return f"`{committed.command} --seeds {seeds}`, commit {commit}"
@@ -136,11 +134,12 @@ def weights(results: dict) -> list[str]:
     ]
 
 
-def example(committed: Committed, results: dict) -> str:
+def example(committed: Committed) -> str:
     """What the study was, how far its groups moved, its controls and its refusals, from the findings."""
+    results = committed.results
     analysis, behaviour = results["analysis"], results["behaviour"]
     lines = [
-        f"{command(committed, results)}; {analysis['n_neurons']:,} neurons in {analysis['n_sites']} sites, "
+        f"{command(committed)}; {analysis['n_neurons']:,} neurons in {analysis['n_sites']} sites, "
         f"{results['study']['steps']} steps of LoRA. The whole report: [drift_analysis_report.txt](drift_analysis_report.txt).",
         "",
         "![Refusals and drift over fine-tuning](figures/refusals_over_training.png)",
@@ -194,13 +193,12 @@ def of_doses(found: dict) -> str:
     return "\n".join(lines)
 
 
-def causes(folder: Path) -> str:
-    """The README's section on interventions, from `results/interventions.json`; empty where there are none."""
-    file = folder / "interventions.json"
-    if not file.exists():
+def causes(committed: Committed) -> str:
+    """The section on interventions, from `interventions.json`; empty where there are none."""
+    if not committed.has("interventions.json"):
         return ""
-    found = json.loads(file.read_text())
-    runs = pq.read_table(file.with_suffix(".parquet"), columns=["key", "seconds"]).to_pylist()
+    found = committed.read("interventions.json")
+    runs = pq.read_table(committed.folder / "interventions.parquet", columns=["key", "seconds"]).to_pylist()
     minutes = sum({run["key"]: run["seconds"] for run in runs}.values()) / 60
     before, after = (found["references"][name] for name in ("before", "after"))
     if found.get("outcome") == "margin":
@@ -299,10 +297,10 @@ def took(costs: dict) -> str:
 
 def page(committed: Committed) -> str:
     """A study's `README.md`, whole."""
-    acted = causes(committed.folder)
+    acted = causes(committed)
     parts = ["<!-- made by docs/make_example.py: do not edit -->", f"# {committed.title}"]
     parts += [committed.about] if committed.about else []
-    parts.append(example(committed, committed.read()))
+    parts.append(example(committed))
     if committed.has("dose_response.json"):
         doses = committed.read("dose_response.json")
         parts += ["## Out of sample", "![Dose-response of the refusal margin](figures/out_of_sample_doses.png)"]

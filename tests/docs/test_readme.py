@@ -14,6 +14,7 @@ import make_example
 import make_sweep
 
 README = REPOSITORY / "README.md"
+DOCUMENTS = make_example.documents()
 
 
 def test_it_is_read_in_five_minutes():
@@ -25,14 +26,14 @@ def test_it_is_read_in_five_minutes():
     assert not long
 
 
-@pytest.mark.parametrize("document", make_example.documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_what_it_says_of_a_study_is_in_the_committed_results(document):
     """Made again from docs/example and docs/studies, nothing differs: python docs/make_example.py."""
-    assert document.read_text(encoding="utf-8") == make_example.documents()[document]
+    assert document.read_text(encoding="utf-8") == DOCUMENTS[document]
 
 
 def test_the_figures_that_it_shows_are_there():
-    for document in make_example.documents():
+    for document in DOCUMENTS:
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
         assert shown and all((document.parent / figure).exists() for figure in shown)
 
