@@ -1,13 +1,14 @@
 """Time and peak memory of every stage of the demo, or of any study, each in a process of its own.
 
     python benchmarks/demo.py [--output-dir DIR] [--preset demo | --config FILE] [--busy [STAGE ...]] [--costs FILE]
+                              [--write docs/demo.md]
 
 Writes the study into DIR (a new temporary folder by default) and prints a table in Markdown, with what
 `neurondrift verify` said beforehand. `--busy`: the stages named (default: score and finetune) are then done again with
 one core kept busy by another process of the same priority (`yes`), and the ratio of the times is printed. `--costs`:
-everything goes into a JSON file as well, and is added to what an earlier attempt left there, so that a study that was
+everything goes into a JSON file, and is added to what an earlier attempt left there, so that a study that was
 broken off and resumed has its whole cost (what a killed stage took since its last half minute is lost). Stages that
-stand are not run again.
+stand are not run again. `--write`: the table goes into a document, between its markers.
 """
 
 import argparse
@@ -24,9 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from document import REPOSITORY, surroundings, write_between
+
 from neurondrift.base.files import read_json, write_json
 from neurondrift.study.runner import StudyRun
 from neurondrift.study.settings import Study, resolve
+
+sys.path.insert(0, str(REPOSITORY / "docs"))
+from costs import table
 
 BUSY = ("score", "finetune")
 #: Seconds between two notes of a stage that runs.
@@ -113,6 +119,7 @@ def main() -> None:
     of.add_argument("--config", type=Path)
     parser.add_argument("--busy", nargs="*", metavar="STAGE")
     parser.add_argument("--costs", type=Path)
+    parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     folder = options.output_dir or Path(tempfile.mkdtemp(prefix="neurondrift-demo-"))
     named = ["--config", str(options.config)] if options.config else ["--preset", options.preset]
@@ -127,23 +134,22 @@ def main() -> None:
     foretold = "nothing" if at is None else " ".join(at[0].split())
     costs.found.setdefault("foretold", foretold)  # of what is left a later attempt would say less
     print(f"{study.name} in {folder}, {os.cpu_count()} cores; verify, in {took:.0f} s: {foretold}\n")
-    print("| stage | seconds | peak memory (GB) | said |\n| --- | ---: | ---: | --- |")
-    total, peak, idle = 0.0, 0.0, {}
     for stage in stages_left(study, folder):
         with costs.attempt(stage) as entry:
             seconds, memory, said = measured(command(stage))
             entry |= {"seconds": seconds, "peak_gb": memory, "ended": True, "said": said.splitlines()[-1]}
-        total, peak, idle[stage] = total + seconds, max(peak, memory), seconds
-        print(f"| {stage} | {seconds:.0f} | {memory:.1f} | {' '.join(said.splitlines()[-1].split())} |", flush=True)
-    print(f"| **all** | **{total:.0f}** | **{peak:.1f}** | |")
-    if options.busy is None:
-        return
-    print("\n| stage, one core taken | seconds | times the idle ones | said |\n| --- | ---: | ---: | --- |")
-    for stage in options.busy or BUSY:
-        with one_core_busy():
-            seconds, _, said = measured(command(stage, "--force"))
-        times = f"{seconds / idle[stage]:.2f}" if stage in idle else "–"  # it stood already
-        print(f"| {stage} | {seconds:.0f} | {times} | {' '.join(said.splitlines()[0].split())} |")
+        print(f"{stage}: {seconds:.0f} s, {memory:.1f} GB; {' '.join(said.splitlines()[-1].split())}", flush=True)
+    if options.busy is not None:
+        costs.found["busy"] = {}
+        for stage in options.busy or BUSY:
+            with one_core_busy():
+                costs.found["busy"][stage], _, _ = measured(command(stage, "--force"))
+            costs.write()
+    lines = table(costs.found)
+    print("", *lines, sep="\n")
+    if options.write:
+        about = f"*`python benchmarks/demo.py{' --busy' * (options.busy is not None)}`: {surroundings('torch')}.*"
+        write_between(options.write, "demo.py", [about, "", *lines])
 
 
 if __name__ == "__main__":

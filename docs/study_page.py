@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from costs import table
 
 
 @dataclass(frozen=True)
@@ -273,26 +274,10 @@ def _against(effect: dict, harmful: dict, form: str = ".2f") -> str:
 
 
 def took(costs: dict) -> str:
-    """Time and memory of each stage, over all attempts, beside what `neurondrift verify` foretold."""
-    stages: dict[str, list[dict]] = {}
-    for attempt in costs["attempts"]:
-        stages.setdefault(attempt["stage"], []).append(attempt)
-    lines = ["| stage | minutes | peak memory (GB) | attempts |", "| --- | ---: | ---: | ---: |"]
-    for stage, attempts in stages.items():
-        minutes = sum(attempt["seconds"] for attempt in attempts) / 60
-        peak = max((attempt["peak_gb"] for attempt in attempts if attempt["peak_gb"]), default=None)
-        lines.append(f"| {stage} | {minutes:.1f} | {number(peak, '.1f')} | {len(attempts)} |")
-    minutes = sum(attempt["seconds"] for attempt in costs["attempts"]) / 60
-    peak = max(attempt["peak_gb"] for attempt in costs["attempts"] if attempt["peak_gb"])
+    """Time and memory of each stage, beside what `neurondrift verify` foretold."""
     machine = costs["machine"]
-    return "\n".join(
-        [
-            f"{machine['cores']} cores, {machine['processor']}. `neurondrift verify` foretold: {costs['foretold']}",
-            "",
-            *lines,
-            f"| **all** | **{minutes:.1f}** | **{peak:.1f}** | |",
-        ]
-    )
+    about = f"{machine['cores']} cores, {machine['processor']}. Foretold by `neurondrift verify`: {costs['foretold']}"
+    return "\n".join([about, "", *table(costs)])
 
 
 def page(committed: Committed) -> str:

@@ -205,6 +205,20 @@ def test_seeds_share_scores_and_groups(copy):
     assert results["study"]["seeds"] == [0, 1]
 
 
+def test_it_says_what_each_stage_was_computed_in(copy):
+    """As each stage recorded it where it ran, not as this machine would compute it now."""
+    here = "float32 on cpu"  # as the preset smoke asks for
+    results = copy / "results" / "statistical_results.json"
+    stages = ("align", "score", "finetune", "evaluate", "attribute")
+    assert json.loads(results.read_text())["study"]["arithmetic"] == dict.fromkeys(stages, here)
+    manifest = copy / ".neurondrift" / "finetune.seed=0.json"
+    written = json.loads(manifest.read_text())
+    written["details"]["arithmetic"] = "float16 on cuda"
+    manifest.write_text(json.dumps(written))
+    run(smoke(seeds=[0, 1]), copy)
+    assert json.loads(results.read_text())["study"]["arithmetic"]["finetune"] == f"float16 on cuda; {here}"
+
+
 def test_full_fine_tuning_runs_too(copy):
     lines = run(smoke(**{"finetune.method": "full"}), copy)
     assert stands(lines) == ["align", "score", "groups"]

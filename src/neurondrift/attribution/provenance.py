@@ -100,8 +100,8 @@ def provenance(
 
     Notes
     -----
-    Two float32 matrices as large as a site's weight for each site; where they do not fit beside the model, sites take
-    turns. D = B A of a LoRA adapter is never formed.
+    One float32 matrix as large as a site's weight for each site, for one set after the other; where they do not fit
+    beside the model, sites take turns. D = B A of a LoRA adapter is never formed.
     """
     change = change_from(model, initial)
     vessel, first, last = change.vessel, change.states[0], change.states[-1]
@@ -114,24 +114,22 @@ def provenance(
     ]
     counts = [len(safety), len(utility)]
     downs = downs_of(vessel.sites)
-    rows: dict[str, torch.Tensor] = {}
-    columns: dict[str, torch.Tensor] = {}
-    sizes = {name: 8 * site.shape[0] * site.shape[1] for name, site in moved.items()}
+    parts: dict[bool, dict[str, list[torch.Tensor]]] = {False: {}, True: {}}  # of columns -> site -> of each set
+    sizes = {name: 4 * site.shape[0] * site.shape[1] for name, site in moved.items()}
     with vessel:
         vessel.go(first, first, 1.0)
         for names in split_into_passes(sizes, {name: site.tensor.device for name, site in moved.items()}):
             part = {name: moved[name] for name in names}
-            both = [
-                _gradients(vessel, part, batches, count, on_batch) for batches, count in zip(sets, counts, strict=True)
-            ]
-            for name in names:
-                delta = vessel.delta(first, last, name)
-                assert delta is not None
-                pair = [gradients.pop(name) for gradients in both]
-                with torch.no_grad():
-                    rows[name] = products(delta, *pair, columns=False).cpu()
-                    if name in downs:
-                        columns[name] = products(delta, *pair, columns=True).cpu()
+            for batches, count in zip(sets, counts, strict=True):
+                gradients = _gradients(vessel, part, batches, count, on_batch)
+                for name in names:
+                    delta, gradient = vessel.delta(first, last, name), gradients.pop(name)
+                    assert delta is not None
+                    for by_column in (False, True) if name in downs else (False,):
+                        with torch.no_grad():
+                            of_set = products(delta, gradient, columns=by_column)
+                        parts[by_column].setdefault(name, []).append(of_set)
+    rows, columns = ({name: _of_both(pair) for name, pair in found.items()} for found in parts.values())
     units, heads = (compounds_from(vessel.sites, unit, rows, columns) for unit in ("hidden_unit", "head"))
     ordered = {name: rows[name] for name in moved}
     return Provenances(*({name: _cosines(one) for name, one in found.items()} for found in (ordered, units, heads)))
@@ -152,22 +150,26 @@ def _gradients(
     return {name: total.div_(count) for name, total in sums.items()}
 
 
-def products(delta: Delta, safety_OI: torch.Tensor, utility_OI: torch.Tensor, *, columns: bool) -> torch.Tensor:
-    """D·g of both gradients, ‖D‖² and ‖g‖² of both, of each row or each column, float64 `[members, 5]`."""
-    pair = (safety_OI, utility_OI)
+def products(delta: Delta, gradient_OI: torch.Tensor, *, columns: bool) -> torch.Tensor:
+    """D·g, ‖D‖² and ‖g‖² of each row or each column, float64 `[members, 3]`."""
     if isinstance(delta, LowRank):
         a, b = delta.a, delta.b
+        gradient = gradient_OI.to(b)
         if columns:
-            dots = [((g.to(b).T @ b) * a.T).sum(dim=1) for g in pair]
-            norm = ((b.T @ b @ a) * a).sum(dim=0)
+            dots, norm = ((gradient.T @ b) * a.T).sum(dim=1), ((b.T @ b @ a) * a).sum(dim=0)
         else:
-            dots = [((g.to(a) @ a.T) * b).sum(dim=1) for g in pair]
-            norm = ((b @ (a @ a.T)) * b).sum(dim=1)
+            dots, norm = ((gradient @ a.T) * b).sum(dim=1), ((b @ (a @ a.T)) * b).sum(dim=1)
     else:
-        dots = [(delta * g.to(delta)).sum(dim=0 if columns else 1) for g in pair]
-        norm = delta.square().sum(dim=0 if columns else 1)
-    squares = [g.square().sum(dim=0 if columns else 1) for g in pair]
-    return torch.stack([*dots, norm.clamp(min=0), *squares], dim=1).cpu().double()
+        along = 0 if columns else 1
+        dots, norm = (delta * gradient_OI.to(delta)).sum(dim=along), delta.square().sum(dim=along)
+    squares = gradient_OI.square().sum(dim=0 if columns else 1)
+    return torch.stack([dots, norm.clamp(min=0), squares], dim=1).cpu().double()
+
+
+def _of_both(pair: Sequence[torch.Tensor]) -> torch.Tensor:
+    """D·g of safety and of utility, ‖D‖², and ‖g‖² of both, float64 `[members, 5]`: all of it adds up over members."""
+    (dot_safety, norm, of_safety), (dot_utility, _, of_utility) = (one.unbind(dim=1) for one in pair)
+    return torch.stack([dot_safety, dot_utility, norm, of_safety, of_utility], dim=1)
 
 
 def _cosines(found: torch.Tensor) -> Provenance:

@@ -95,6 +95,12 @@ def dtype_of(study: Study) -> torch.dtype:
     return resolve_dtype(study.model.dtype, resolve_device(study.model.device))
 
 
+def arithmetic(study: Study) -> str:
+    """What a stage computes in on this machine: `bfloat16 on cpu`. Training keeps its weights in float32."""
+    device = resolve_device(study.model.device)
+    return f"{str(dtype_of(study)).removeprefix('torch.')} on {device.type}"
+
+
 def autocasts(study: Study) -> bool:
     """Whether training computes in bfloat16 over float32 weights."""
     return dtype_of(study) == torch.bfloat16

@@ -39,6 +39,7 @@ from neurondrift.base.processes import (
     release_memory,
 )
 from neurondrift.base.progress import duration, progress
+from neurondrift.study.base_model import arithmetic
 from neurondrift.study.experiments.table import OPTIONAL
 from neurondrift.study.folder import StudyFolder, record
 from neurondrift.study.settings import Study, validated
@@ -183,7 +184,8 @@ class StudyRun:
                 stage=stage.name,
                 inputs=step.inputs,
                 outputs=stage.outputs(*of),
-                details={"seconds": round(seconds, 1), "summary": summary},
+                details={"seconds": round(seconds, 1), "summary": summary}
+                | ({"arithmetic": arithmetic(self.study)} if stage.in_processes else {}),
             )
             self.say(f"{step.title:<20} {duration(seconds):>7}  {summary}")
 

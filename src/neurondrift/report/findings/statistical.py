@@ -357,6 +357,7 @@ class StudyFacts(TypedDict, total=False):
     created: str
     commit: str | None
     threads: int
+    arithmetic: Mapping[str, str]
 
 
 class Findings(TypedDict, total=False):

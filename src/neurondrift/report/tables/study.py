@@ -255,6 +255,7 @@ def settings_table(results: Findings) -> Table:
         "training steps": study.get("steps"),
         **_flat("fine-tuning", study.get("finetune")),
         **_flat("scores", study.get("score")),
+        **_flat("arithmetic of", study.get("arithmetic")),
         "judge of refusals": behaviour and behaviour["judge"],
         "longest answer judged (tokens)": behaviour and behaviour["max_new_tokens"],
         "neurons analysed": analysis and analysis["n_neurons"],

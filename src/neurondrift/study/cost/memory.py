@@ -78,9 +78,9 @@ def bytes_of_stages(
     found["evaluate"] = whole + asked.batch_size * (
         longest * shape.cached * itemsize + shape.vocabulary * (itemsize + LOGIT)
     )
-    if study.attribute.enabled:  # most for provenance: the gradients of two sets
+    if study.attribute.enabled:  # most for provenance: the gradients of a set
         rows = rows_of(score.utility, tokenizer, score.max_length)
         attributed = whole + behind(rows, study.attribute.batch_size * devices.total) + 4 * block
-        pair = 2 * 4 * shape.blocks
-        found["attribute"] = attributed + (pair if attributed + pair <= room else 0.0)
+        gradients = 4 * shape.blocks
+        found["attribute"] = attributed + (gradients if attributed + gradients <= room else 0.0)
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from neurondrift.base.errors import ConfigError
-from neurondrift.base.files import json_safe, write_json
+from neurondrift.base.files import json_safe, read_json, write_json
 from neurondrift.behaviour.rates import per_prompt
 from neurondrift.drift.log import DriftLog
 from neurondrift.groups.group import load_group
@@ -49,7 +49,7 @@ def analyze(study: Study, folder: StudyFolder) -> str:
         max_new_tokens=longest_answer(study.evaluate),
         capability=[row for seed in study.seeds for row in read_capability(folder.behaviour(seed))],
     )
-    about = _describe(study, next(iter(logs.values())).metadata()["model"], analysed.last_step)
+    about = _describe(study, folder, next(iter(logs.values())).metadata()["model"], analysed.last_step)
     content = findings_of(about, **analysed.parts, behaviour=behaved, attribution=_attribution(study, folder, analysed))
     write_json(folder.results_file, json_safe(content))
     return "; ".join(
@@ -102,7 +102,18 @@ def outputs(study: Study, folder: StudyFolder) -> list[Path]:
     return [folder.results_file]
 
 
-def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
+def _arithmetic(study: Study, folder: StudyFolder) -> dict[str, str]:
+    """Stage -> what it was computed in, as its manifest says; of each seed in turn where they differ."""
+    found = {}
+    for stage in ("align", "score", "finetune", "evaluate", "attribute"):
+        manifests = [folder.manifest(stage), *(folder.manifest(stage, seed) for seed in study.seeds)]
+        said = [read_json(path).get("details", {}).get("arithmetic") for path in manifests if path.exists()]
+        if any(said):
+            found[stage] = "; ".join(dict.fromkeys(words or "not recorded" for words in said))
+    return found
+
+
+def _describe(study: Study, folder: StudyFolder, fingerprint: str, steps: int) -> StudyFacts:
     made = record()
     tune = study.finetune
     # The optimiser is said even where the configuration leaves it unsaid.
@@ -128,4 +139,5 @@ def _describe(study: Study, fingerprint: str, steps: int) -> StudyFacts:
         "created": made["created"],
         "commit": made.get("commit"),
         "threads": torch.get_num_threads(),
+        "arithmetic": _arithmetic(study, folder),
     }
