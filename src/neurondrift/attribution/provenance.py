@@ -147,7 +147,9 @@ def _gradients(
     number, sharing = sharers()
     run(vessel.sites.model, sites, batches[number::sharing], record, backward=True, on_batch=on_batch)
     add_up(sums.values())
-    return {name: total.div_(count) for name, total in sums.items()}
+    for total in sums.values():
+        total.div_(count)
+    return sums
 
 
 def products(delta: Delta, gradient_OI: torch.Tensor, *, columns: bool) -> torch.Tensor:

@@ -148,6 +148,9 @@ class Observer:
             with observed_experts(experts, self.see_expert):
                 yield
         finally:
+            # A graph leads to this observer, by what is called when it is gone back through; an observer that led to the
+            # graph in turn would live for ever, and with it all that it records into.
+            self.narrowed, self.waiting = None, {}
             for handle in handles:
                 handle.remove()
 
@@ -193,10 +196,11 @@ class Observer:
                 return
             inputs = self.as_computed(inputs, logits.dtype).detach()
             self._count(site)
+            outputs = logits.detach()
             if self.backward:
-                logits.register_hook(lambda gradients: self.receive(site, None, inputs, logits.detach(), gradients))
+                logits.register_hook(lambda gradients: self.receive(site, None, inputs, outputs, gradients))
             else:
-                self.receive(site, None, inputs, logits.detach(), None)
+                self.receive(site, None, inputs, outputs, None)
 
         return hook
 
