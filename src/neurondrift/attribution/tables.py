@@ -32,7 +32,7 @@ from neurondrift.attribution.provenance import provenance
 from neurondrift.attribution.states import Vessel
 from neurondrift.base.errors import ConfigError
 from neurondrift.base.files import atomic_path, json_safe, make_folder, read_json, write_json
-from neurondrift.base.processes import from_first
+from neurondrift.base.processes import from_first, release_memory
 from neurondrift.models.data import Example, data_fingerprint, encode
 
 NEURONS, UNITS, SUMMARY = "neurons.parquet", "units.parquet", "attribution.json"
@@ -124,8 +124,10 @@ def measure(
     if len(change.states) > 2:
         say(f"margin along {len(change.states) - 1} snapshots")
         taken["budget_"] = budget(change, functions, **along)
+    release_memory()  # what follows plans with what is free
     say("functional drift")
     outputs = functional_drift(change, safety, utility, shared=asked.shared, **how)
+    release_memory()
     say("provenance")
     origins = provenance(change, safety, utility, **how)
     columns: dict[str, dict[str, Mapping[str, torch.Tensor]]] = {"rows": {}, "units": {}}

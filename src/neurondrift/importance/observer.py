@@ -148,7 +148,7 @@ class Observer:
             with observed_experts(experts, self.see_expert):
                 yield
         finally:
-            # A graph leads to this observer, by what is called when it is gone back through; an observer that led to the
+            # A graph leads to this observer, by what is called on the way back through it; an observer that led to the
             # graph in turn would live for ever, and with it all that it records into.
             self.narrowed, self.waiting = None, {}
             for handle in handles:
