@@ -37,6 +37,14 @@ def table(costs: dict) -> list[str]:
     return lines + [_row("**all**", costs["attempts"], None, busy)] * bool(other)
 
 
+def in_short(costs: dict) -> str:
+    """Time, memory and machine in one sentence."""
+    minutes = sum(attempt["seconds"] for attempt in costs["attempts"]) / 60
+    peak = max(attempt["peak_gb"] for attempt in costs["attempts"] if attempt["peak_gb"])
+    machine = costs["machine"]
+    return f"It took {minutes:.0f} min and {peak:.0f} GB on {machine['cores']} cores ({machine['processor']})."
+
+
 def _row(name: str, attempts: list[dict], expected: float | None, busy: dict[str, float]) -> str:
     took = sum(attempt["seconds"] for attempt in attempts)
     peaks = [attempt["peak_gb"] for attempt in attempts if attempt["peak_gb"]]

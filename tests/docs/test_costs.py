@@ -5,7 +5,7 @@ import sys
 from helpers.paths import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "docs"))
-from costs import foretold, table
+from costs import foretold, in_short, table
 
 SAID = (
     "estimate 43m28s, 19.2 GB of memory (attribute), 16.4 GB of disk score 10m42s, groups 1h02m, evaluate 9m09s, "
@@ -43,3 +43,9 @@ def test_attempts_are_added_up_and_what_was_not_foretold_stands_apart():
         "| **all** | 1,672 | – | – | 16.0 |  |",
     ]
     assert not any("**all**" in line for line in table(costs | {"attempts": tries, "busy": {}}))
+
+
+def test_all_of_it_in_a_sentence():
+    costs = {"attempts": [attempt("score", 90, None), attempt("score", 3600, 15.6)]}
+    costs["machine"] = {"cores": 2, "processor": "AMD EPYC, with avx512_bf16"}
+    assert in_short(costs) == "It took 62 min and 16 GB on 2 cores (AMD EPYC, with avx512_bf16)."

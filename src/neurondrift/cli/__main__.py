@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = logging.StreamHandler()
     told.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=_log_level(), handlers=[told])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the hub, which no study needs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # theirs to settle
     try:
