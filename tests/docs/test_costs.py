@@ -14,7 +14,7 @@ SAID = (
 
 
 def attempt(stage, seconds, peak):
-    return {"stage": stage, "seconds": seconds, "peak_gb": peak}
+    return {"stage": stage, "seconds": seconds, "peak_gb": peak, "ended": peak is not None}
 
 
 def test_what_verify_says_is_read_stage_by_stage():
@@ -27,20 +27,21 @@ def test_what_verify_says_is_read_stage_by_stage():
     }
 
 
-def test_attempts_are_added_up_and_what_was_not_foretold_stands_apart():
+def test_stages_are_added_up_and_what_was_not_foretold_stands_apart():
     tries = [
-        attempt("score", 100, None),
-        attempt("score", 542, 16),
+        attempt("score", 642, 16),
         attempt("analyze", 10, 1),
         attempt("report", 20, 2),
     ]
-    costs = {"foretold": SAID, "attempts": [*tries, attempt("intervene", 1000, 8)], "busy": {"score": 1284}}
+    costs = {"foretold": SAID, "attempts": [attempt("score", 100, None), *tries], "busy": {"score": 1284}}
+    costs["attempts"].append(attempt("intervene", 1000, 8))
     assert table(costs)[2:] == [
         "| score | 642 | 642 | 1.00 | 16.0 | 1,284 (2.00 ×) |",
         "| analyze, report | 30 | 20 | 1.50 | 2.0 |  |",
         "| **sum** | 672 | 2,608 | 0.26 | 16.0 |  |",
+        "| score, broken off | 100 | – | – | – |  |",
         "| intervene | 1,000 | – | – | 8.0 |  |",
-        "| **all** | 1,672 | – | – | 16.0 |  |",
+        "| **all** | 1,772 | – | – | 16.0 |  |",
     ]
     assert not any("**all**" in line for line in table(costs | {"attempts": tries, "busy": {}}))
 

@@ -79,7 +79,7 @@ def _load(
 ) -> tuple[Any, Any]:
     settings = study.model
     if device is not None and dtype is None:  # the dtype is that of the device where the model is used
-        dtype = str(dtype_of(study)).removeprefix("torch.")
+        dtype = _dtype_name(study)
     model, tokenizer = load_model(
         reference,
         dtype=dtype or settings.dtype,
@@ -97,8 +97,11 @@ def dtype_of(study: Study) -> torch.dtype:
 
 def arithmetic(study: Study) -> str:
     """What a stage computes in on this machine: `bfloat16 on cpu`. Training keeps its weights in float32."""
-    device = resolve_device(study.model.device)
-    return f"{str(dtype_of(study)).removeprefix('torch.')} on {device.type}"
+    return f"{_dtype_name(study)} on {resolve_device(study.model.device).type}"
+
+
+def _dtype_name(study: Study) -> str:
+    return str(dtype_of(study)).removeprefix("torch.")
 
 
 def autocasts(study: Study) -> bool:
