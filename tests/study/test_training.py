@@ -115,13 +115,16 @@ def test_how_a_study_aligns_is_written_only_where_it_is_an_adapter():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum, tmp_path):
-    """Three steps by hand from the same adapter and the same batches: v ← μv + g, w ← w − ηv, η falling to 0."""
+    """Three steps by hand from the same adapter and the same batches: v ← μv + g, w ← w − ηv, η falling to 0.
+
+    In float64: steps so long make more of float32's rounding than the bound, on some processors.
+    """
     update = {"optimiser": "sgd", "momentum": momentum, "learning_rate": 5.0, "weight_decay": 0.0, "max_steps": 3}
     section = SMALL.model_copy(update=update)
     rows = examples(2)  # one batch, the same at every step but for the order of its rows
-    trained, _ = finetune(build("llama"), None, rows, section, seed=0, folder=tmp_path / "a", save_at=[])
+    trained, _ = finetune(build("llama").double(), None, rows, section, seed=0, folder=tmp_path / "a", save_at=[])
     nothing = section.model_copy(update={"learning_rate": 1e-30, "max_steps": 1})
-    model, _ = finetune(build("llama"), None, rows, nothing, seed=0, folder=tmp_path / "b", save_at=[])
+    model, _ = finetune(build("llama").double(), None, rows, nothing, seed=0, folder=tmp_path / "b", save_at=[])
     assert all(not value.abs().gt(1e-20).any() for name, value in adapter_of(model).items() if "lora_B" in name)
     moving = [p for p in model.parameters() if p.requires_grad]
     velocity = [torch.zeros_like(p) for p in moving]
@@ -131,10 +134,10 @@ def test_sgd_is_torchs_own_with_the_schedule_and_the_clipping_of_adamw(momentum,
         norm = torch.stack([g.norm() for g in gradients]).norm()
         with torch.no_grad():
             for p, v, g in zip(moving, velocity, gradients, strict=True):
-                v.mul_(momentum).add_(g / max(1.0, float(norm)))
+                v.mul_(momentum).add_(g * min(1.0, 1 / (float(norm) + 1e-6)))  # as torch clips
                 p.sub_(5.0 * (1 - step / 3) * v)
     for name, value in adapter_of(model).items():
-        assert torch.allclose(value, adapter_of(trained)[name], atol=1e-5), name
+        assert torch.allclose(value, adapter_of(trained)[name], rtol=0, atol=1e-12), name
     assert any(value.abs().max() > 1e-3 for name, value in adapter_of(trained).items() if "lora_B" in name)
 
 
